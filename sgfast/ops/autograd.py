@@ -1,0 +1,59 @@
+"""Double backward for operations whose backward is an op of its own.
+
+The PyTorch implementations compute their gradients by formula, in chunks. The gradient of that gradient is rarely
+asked for (gradient penalties, meta-learning), so it is taken by autograd through the short reference instead.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch
+
+
+def double_backward(
+    name: str,
+    impl: str | None,
+    triton_refusal: str | None,
+    reference: Callable[..., Tensor],
+    inputs: Sequence[Tensor],
+    upstream: Tensor,
+    upstream_of_gradients: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Return gradients, for ``inputs`` and for ``upstream``, of the sum of gradient · ``upstream_of_gradients``.
+
+    Args:
+        name: the operation, for the error.
+        impl: the choice the forward was called with.
+        triton_refusal: why Triton would not have run.
+        reference: ``reference(*inputs)`` is the differentiable operation, of ``upstream``'s shape.
+        inputs: the operation's differentiable inputs.
+        upstream: the gradient that reached the operation's output.
+        upstream_of_gradients: for each input, the gradient that reached its gradient, or None.
+
+    Raises:
+        RuntimeError: the implementation is not ``"torch"``.
+    """
+    implementation = dispatch.select(impl, triton_refusal).implementation
+    if implementation != "torch":
+        raise RuntimeError(
+            f"{name} has no double backward under impl={implementation!r}; use impl='torch' (or use_impl('torch'))"
+        )
+    with torch.enable_grad():
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        upstream_leaf = upstream.detach().requires_grad_()
+        gradients = torch.autograd.grad(reference(*leaves), leaves, upstream_leaf, create_graph=True)
+        pairs = [
+            (gradient, outer)
+            for gradient, outer in zip(gradients, upstream_of_gradients, strict=True)
+            if outer is not None
+        ]
+        return list(
+            torch.autograd.grad(
+                [gradient for gradient, _ in pairs],
+                [*leaves, upstream_leaf],
+                [outer for _, outer in pairs],
+                allow_unused=True,
+            )
+        )

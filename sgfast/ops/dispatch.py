@@ -1,0 +1,181 @@
+"""Which implementation of an operation runs, and why.
+
+Every operation takes ``impl``. Precedence: the argument, then ``with use_impl(...)``, then the environment
+variable ``SGFAST_IMPL``, then ``"auto"``:
+
+============ ===========================================================================================
+``auto``     Triton for GPU tensors the kernel supports, PyTorch otherwise; never raises
+``torch``    the PyTorch implementation
+``compile``  the PyTorch implementation through torch.compile: needs a C++ compiler on a CPU, costs
+             seconds on the first call; never chosen unasked
+``triton``   the Triton kernel; CPU tensors only under ``TRITON_INTERPRET=1``
+============ ===========================================================================================
+
+An explicit choice that cannot run raises ``RuntimeError`` with the reason. The choice is made when the operation
+runs, so that a graph compiled once obeys a later ``use_impl``.
+"""
+
+import functools
+import importlib.util
+import inspect
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Implementation = Literal["auto", "torch", "compile", "triton"]
+IMPLEMENTATIONS = ("auto", "torch", "compile", "triton")
+
+_context: ContextVar[str | None] = ContextVar("sgfast_impl", default=None)
+
+# For each public operation: why its Triton kernel cannot run these arguments, or None if it can.
+_triton_refusals: dict[Callable[..., Any], Callable[..., str | None]] = {}
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+class Choice(NamedTuple):
+    """What runs, and why."""
+
+    implementation: str
+    reason: str
+
+
+def check_impl(impl: str | None, source: str = "impl") -> None:
+    """Raise ``ValueError`` unless ``impl`` is None or a known implementation."""
+    if impl is not None and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+
+
+@contextmanager
+def use_impl(impl: Implementation) -> Iterator[None]:
+    """Choose the implementation of every operation called inside the block (an ``impl=`` argument still wins).
+
+    Example:
+        >>> import sgfast, torch
+        >>> with sgfast.use_impl("torch"):
+        ...     sgfast.explain(sgfast.ops.hidden_distances, torch.ones(2, 3), torch.ones(2, 3))
+        Choice(implementation='torch', reason="use_impl('torch')")
+    """
+    check_impl(impl)
+    token = _context.set(impl)
+    try:
+        yield
+    finally:
+        _context.reset(token)
+
+
+def explain(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
+    """Return which implementation ``operation(*args, **kwargs)`` would run, and why, without running it.
+
+    Raises:
+        TypeError: ``operation`` is not an operation of ``sgfast.ops``, or the arguments do not fit it.
+        RuntimeError: an explicit choice cannot run; the message has the reason.
+    """
+    if operation not in _triton_refusals:
+        known = ", ".join(sorted(function.__name__ for function in _triton_refusals))
+        raise TypeError(f"explain needs an operation of sgfast.ops ({known}); got {operation!r}")
+    bound = inspect.signature(operation).bind(*args, **kwargs)
+    bound.apply_defaults()
+    impl = bound.arguments.pop("impl")
+    check_impl(impl)
+    return select(impl, _triton_refusals[operation](**bound.arguments))
+
+
+def describe_triton(refusal: Callable[..., str | None]) -> Callable[[_Function], _Function]:
+    """Register, for ``explain``, the function that says why Triton cannot run an operation's arguments."""
+
+    def register(operation: _Function) -> _Function:
+        _triton_refusals[operation] = refusal
+        return operation
+
+    return register
+
+
+def select(impl: str | None, triton_refusal: str | None) -> Choice:
+    """Resolve precedence and check that the result can run; ``triton_refusal`` says why Triton cannot."""
+    wanted, source = _wanted(impl)
+    if wanted == "torch":
+        return Choice("torch", source)
+    if wanted == "compile":
+        return Choice("compile", source)
+    if wanted == "triton":
+        if triton_refusal is not None:
+            raise RuntimeError(f"{source} cannot run: {triton_refusal}")
+        return Choice("triton", source)
+    if triton_refusal is not None:
+        return Choice("torch", triton_refusal)
+    if interpreting():
+        return Choice("torch", "auto does not choose the Triton interpreter")
+    return Choice("triton", "GPU tensors that the kernel supports")
+
+
+def _wanted(impl: str | None) -> tuple[str, str]:
+    if impl is not None:
+        return impl, f"impl={impl!r}"
+    if (from_context := _context.get()) is not None:
+        return from_context, f"use_impl({from_context!r})"
+    if (from_environment := os.environ.get("SGFAST_IMPL")) is not None:
+        check_impl(from_environment, "the environment variable SGFAST_IMPL")
+        return from_environment, f"SGFAST_IMPL={from_environment}"
+    return "auto", "auto"
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def triton_device_refusal(*tensors: Tensor | None) -> str | None:
+    """Why no Triton kernel can run on these tensors' devices, or None."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if interpreting():
+        return None
+    for tensor in tensors:
+        # ROCm devices are called "cuda" in PyTorch.
+        if tensor is not None and tensor.device.type not in ("cuda", "xpu"):
+            return f"{tensor.device.type} tensors (Triton needs a GPU, or TRITON_INTERPRET=1 before the first import)"
+    return None
+
+
+def implementation_of(body: _Function, implementation: str) -> _Function:
+    """Return ``body``, through torch.compile if the implementation is ``"compile"``."""
+    return compiled(body) if implementation == "compile" else body
+
+
+@functools.cache
+def compiled(body: _Function) -> _Function:
+    """Return ``body`` through torch.compile with dynamic shapes; its first call raises if it cannot be compiled."""
+    function = torch.compile(body, dynamic=True, fullgraph=True)
+
+    @functools.wraps(body)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
+            missing = "" if compiler else " (no C++ compiler was found)"
+            first_line = str(error).strip().splitlines()[0]
+            raise RuntimeError(f"impl='compile' cannot run{missing}: {first_line}") from error
+
+    return run  # type: ignore[return-value]
+
+
+def refuse_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """Raise under torch.func.jvp or torch.autograd.forward_ad: a custom op would return a zero tangent silently."""
+    if torch.compiler.is_compiling():
+        return
+    stack = torch._C._functorch.get_interpreter_stack()
+    under_jvp = any(level.key() == torch._C._functorch.TransformType.Jvp for level in stack or ())
+    if under_jvp or any(tensor is not None and _tangent(tensor) is not None for tensor in tensors):
+        raise RuntimeError(f"{name} has no forward-mode derivative; use reverse mode (backward, torch.autograd.grad)")
+
+
+def _tangent(tensor: Tensor) -> Tensor | None:
+    return torch.autograd.forward_ad.unpack_dual(tensor).tangent  # type: ignore[no-untyped-call,no-any-return]

@@ -1,0 +1,257 @@
+r"""Distances between two sets of hidden states, per position, from one read of each.
+
+For rows a (noisy) and b (clean) of width D:
+
+    l2                 ‖a − b‖
+    normalized_l2      ‖a − b‖ / max(‖b‖, eps)
+    cosine_distance    1 − cos(a, b) = (‖a−b‖² − (‖a‖−‖b‖)²) / (2‖a‖‖b‖),  ‖a‖−‖b‖ = Σ(a−b)(a+b) / (‖a‖+‖b‖)
+    cosine_similarity  1 − cosine_distance
+
+The cosine is formed from differences because 1 − a·b/(‖a‖‖b‖) has lost all its digits when a ≈ b, which is where
+distillation spends its time. Where a row is zero the similarity is 0 and its gradient 0; at a = b the gradient of l2
+is 0. Gradients, for upstream values g and δ = ‖a‖−‖b‖, are combinations of a − b and of the row itself:
+
+    ∂cosine_distance/∂a = (a−b) / (‖a‖‖b‖) − a · (δ/(‖a‖‖b‖) + cosine_distance/‖a‖) / ‖a‖
+    ∂l2/∂a = (a−b) / l2,   ∂normalized_l2/∂b = (b−a) / (l2·‖b‖) − b · l2 / ‖b‖³   (second term 0 if ‖b‖ ≤ eps)
+
+Inputs (..., D) in float32, bfloat16, float16 or float64; arithmetic and outputs in float32 (float64 if an input is).
+Kept for backward besides the inputs: four scalars a row.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, rows, validation
+from sgfast.ops.autograd import double_backward
+
+
+class HiddenDistances(NamedTuple):
+    """Per-position distances, each of shape ``noisy.shape[:-1]``."""
+
+    cosine_distance: Tensor
+    l2: Tensor
+    normalized_l2: Tensor
+    cosine_similarity: Tensor
+
+
+def reference(noisy: Tensor, clean: Tensor, eps: float) -> Tensor:
+    """The four fields stacked in front, differentiable by autograd: (4, ...)."""
+    a, b = (side.to(rows.compute_dtype(noisy, clean)) for side in (noisy, clean))
+    difference = a - b
+    squared_l2 = difference.square().sum(-1)
+    a_norm, b_norm = _safe_sqrt(a.square().sum(-1)), _safe_sqrt(b.square().sum(-1))
+    l2 = _safe_sqrt(squared_l2)
+    both = (a_norm > 0) & (b_norm > 0)
+    norm_difference = (difference * (a + b)).sum(-1) / torch.where(both, a_norm + b_norm, 1)
+    product = torch.where(both, 2 * a_norm * b_norm, 1)
+    cosine_distance = torch.where(both, (squared_l2 - norm_difference.square()) / product, 1)
+    return torch.stack([cosine_distance, l2, l2 / b_norm.clamp(min=eps), 1 - cosine_distance])
+
+
+def _safe_sqrt(squares: Tensor) -> Tensor:
+    """√ with gradient 0 at 0."""
+    positive = squares > 0
+    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0)
+
+
+def _forward_rows(noisy: Tensor, clean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rows, D) twice → values (4, rows) and the row scalars (4, rows) that backward needs."""
+    a, b = (side.to(rows.compute_dtype(noisy, clean)) for side in (noisy, clean))
+    difference = a - b
+    l2, a_norm, b_norm = (torch.linalg.vector_norm(side, dim=-1) for side in (difference, a, b))
+    both = (a_norm > 0) & (b_norm > 0)
+    norm_difference = torch.linalg.vecdot(difference, a + b) / torch.where(both, a_norm + b_norm, 1)
+    # The numerator is ≥ 0 by the triangle inequality; rounding may leave −1 ulp.
+    numerator = (l2.square() - norm_difference.square()).clamp(min=0)
+    cosine_distance = torch.where(both, numerator / torch.where(both, 2 * a_norm * b_norm, 1), 1)
+    values = torch.stack([cosine_distance, l2, l2 / b_norm.clamp(min=eps), 1 - cosine_distance])
+    return values, torch.stack([l2, a_norm, b_norm, norm_difference])
+
+
+def _row_coefficients(upstream: Tensor, row_scalars: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Coefficients of (a − b, a) in the gradient to a, then of (b − a, b) in the gradient to b."""
+    g_cosine, g_l2, g_normalized, g_similarity = upstream
+    l2, a_norm, b_norm, norm_difference = row_scalars
+    both, apart = (a_norm > 0) & (b_norm > 0), l2 > 0
+    a_safe, b_safe, l2_safe = (torch.where(ok, norm, 1) for ok, norm in ((both, a_norm), (both, b_norm), (apart, l2)))
+    g_cosine = torch.where(both, g_cosine - g_similarity, 0)
+    inverse = 1 / (a_safe * b_safe)
+    cosine_distance = (l2.square() - norm_difference.square()).clamp(min=0) * inverse / 2
+    towards = torch.where(apart, (g_l2 + g_normalized / b_norm.clamp(min=eps)) / l2_safe, 0) + g_cosine * inverse
+    along_a = -g_cosine * (norm_difference * inverse + cosine_distance / a_safe) / a_safe
+    along_b = -g_cosine * (-norm_difference * inverse + cosine_distance / b_safe) / b_safe
+    shrinking = torch.where(b_norm > eps, g_normalized * l2 / b_norm.clamp(min=eps) ** 3, 0)
+    return towards, along_a, towards, along_b - shrinking
+
+
+def _backward_rows(
+    noisy: Tensor, clean: Tensor, upstream: Tensor, row_scalars: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients (rows, D) to both sides, in the arithmetic's dtype."""
+    a, b = (side.to(rows.compute_dtype(noisy, clean)) for side in (noisy, clean))
+    a_towards, a_along, b_towards, b_along = (
+        coefficient[:, None] for coefficient in _row_coefficients(upstream, row_scalars, eps)
+    )
+    difference = a - b
+    return a_towards * difference + a_along * a, b_along * b - b_towards * difference
+
+
+def _triton_refusal(noisy: Tensor, clean: Tensor, mask: Tensor | None = None, **_: Any) -> str | None:
+    return "there is no Triton kernel for hidden_distances yet"
+
+
+# Temporaries of one row: both sides in the arithmetic's dtype, difference, sum, products, gradients.
+_TEMPORARIES = 6
+
+
+@torch.library.custom_op("sgfast::hidden_distances", mutates_args=())
+def _forward(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
+    choice = dispatch.select(impl, _triton_refusal(noisy, clean, mask))
+    body = dispatch.implementation_of(_forward_rows, choice.implementation)
+    dtype = rows.compute_dtype(noisy, clean)
+    shape = noisy.shape[:-1]
+    values = noisy.new_zeros((4, *shape), dtype=dtype)
+    row_scalars = noisy.new_zeros((4, *shape), dtype=dtype)
+    row_bytes = noisy.shape[-1] * dtype.itemsize * _TEMPORARIES
+    for chunk in rows.row_chunks(shape, mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
+        chunk_values, chunk_scalars = body(rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk), eps)
+        values.view(4, -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
+        row_scalars.view(4, -1)[:, chunk] = chunk_scalars
+    return values, row_scalars
+
+
+@_forward.register_fake
+def _(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
+    values = noisy.new_empty((4, *noisy.shape[:-1]), dtype=rows.compute_dtype(noisy, clean))
+    return values, torch.empty_like(values)
+
+
+@torch.library.custom_op("sgfast::hidden_distances_backward", mutates_args=())
+def _backward(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor | None,
+    upstream: Tensor,
+    row_scalars: Tensor,
+    eps: float,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    choice = dispatch.select(impl, _triton_refusal(noisy, clean, mask))
+    body = dispatch.implementation_of(_backward_rows, choice.implementation)
+    noisy_gradient = torch.zeros_like(noisy, memory_format=torch.contiguous_format)
+    clean_gradient = torch.zeros_like(clean, memory_format=torch.contiguous_format)
+    row_bytes = noisy.shape[-1] * row_scalars.dtype.itemsize * _TEMPORARIES
+    for chunk in rows.row_chunks(noisy.shape[:-1], mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
+        chunk_gradients = body(
+            rows.read_rows(noisy, chunk),
+            rows.read_rows(clean, chunk),
+            upstream.reshape(4, -1)[:, chunk],
+            row_scalars.view(4, -1)[:, chunk],
+            eps,
+        )
+        for gradient, chunk_gradient in zip((noisy_gradient, clean_gradient), chunk_gradients, strict=True):
+            selected = rows.zero_masked(chunk_gradient, mask, chunk)
+            gradient.view(-1, gradient.shape[-1])[chunk] = selected.to(gradient.dtype)
+    return noisy_gradient, clean_gradient
+
+
+@_backward.register_fake
+def _(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor | None,
+    upstream: Tensor,
+    row_scalars: Tensor,
+    eps: float,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    contiguous = torch.contiguous_format
+    return torch.empty_like(noisy, memory_format=contiguous), torch.empty_like(clean, memory_format=contiguous)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    noisy, clean, mask, ctx.eps, ctx.impl = inputs
+    _, row_scalars = output
+    ctx.mark_non_differentiable(row_scalars)
+    ctx.save_for_backward(noisy, clean, mask, row_scalars)
+
+
+def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
+    noisy, clean, mask, row_scalars = ctx.saved_tensors
+    return *_backward(noisy, clean, mask, upstream, row_scalars, ctx.eps, ctx.impl), None, None, None
+
+
+def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    noisy, clean, mask, upstream, _, ctx.eps, ctx.impl = inputs
+    ctx.save_for_backward(noisy, clean, mask, upstream)
+
+
+def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    noisy, clean, mask, upstream = ctx.saved_tensors
+
+    def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
+        if mask is None:
+            return reference(noisy, clean, ctx.eps)
+        # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
+        noisy, clean = (torch.where(mask[..., None], side, 1) for side in (noisy, clean))
+        return torch.where(mask, reference(noisy, clean, ctx.eps), 0)
+
+    noisy_gradient, clean_gradient, upstream_gradient = double_backward(
+        "hidden_distances",
+        ctx.impl,
+        _triton_refusal(noisy, clean, mask),
+        masked_reference,
+        (noisy, clean),
+        upstream,
+        upstream_of_gradients,
+    )
+    return noisy_gradient, clean_gradient, None, upstream_gradient, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+
+
+@dispatch.describe_triton(_triton_refusal)
+def hidden_distances(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor | None = None,
+    *,
+    eps: float = 1e-8,
+    impl: dispatch.Implementation | None = None,
+) -> HiddenDistances:
+    """Cosine and Euclidean distances between hidden states, per position.
+
+    Args:
+        noisy: (..., D), float32, bfloat16, float16 or float64; row-strided views are read in place.
+        clean: of the same shape.
+        mask: (...), nonzero = selected. Masked rows are not read; they give 0 in every field and zero gradient.
+        eps: lower bound of ‖clean‖ in ``normalized_l2``.
+        impl: see ``sgfast.ops.dispatch``.
+
+    Returns:
+        ``HiddenDistances(cosine_distance, l2, normalized_l2, cosine_similarity)``, each (...) in float32 (float64 if
+        an input is), differentiable with respect to both sides; gradients are in the inputs' dtypes.
+
+    Raises:
+        TypeError: an input is not a floating tensor.
+        ValueError: shapes or devices differ, or ``eps`` is not positive.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.ops import hidden_distances
+        >>> distances = hidden_distances(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, -3.0]]))
+        >>> distances.cosine_distance, distances.normalized_l2
+        (tensor([1.]), tensor([1.4142]))
+    """
+    validation.check_pair("noisy", noisy, "clean", clean)
+    mask = validation.row_mask(mask, "mask", "noisy", noisy)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive; got {eps}")
+    dispatch.check_impl(impl)
+    dispatch.refuse_forward_mode("hidden_distances", noisy, clean)
+    values, _ = _forward(noisy, clean, mask, eps, impl)
+    return HiddenDistances(*values.unbind(0))

@@ -1,0 +1,77 @@
+"""Rows of tensors of any rank and stride: how the PyTorch implementations bound their memory.
+
+An operation over the last dimension sees a ``(..., V)`` tensor as rows. These helpers walk the rows in chunks, skip
+the masked ones, and read row-strided views such as ``logits[:, :-1]`` where they lie.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+DEFAULT_CHUNK_BYTES = 8 * 2**20
+
+
+def compute_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is, else float32: what every loss and metric is computed in."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def row_chunks(
+    shape: Sequence[int], mask: Tensor | None, row_bytes: int, max_chunk_bytes: int
+) -> Iterator[Tensor | slice]:
+    """Yield the rows to compute: slices without a mask, index tensors of the selected rows with one.
+
+    Finding the selected rows would stop a GPU's queue, so there every row is computed: see ``zero_masked``.
+
+    Args:
+        shape: the row shape (the tensor's shape without its last dimension).
+        mask: boolean, of that shape; None selects every row.
+        row_bytes: temporaries that one row needs.
+        max_chunk_bytes: bound on a chunk's temporaries; a chunk has at least one row.
+    """
+    rows = max(1, max_chunk_bytes // max(row_bytes, 1))
+    if mask is None or mask.device.type != "cpu":
+        total = 1
+        for size in shape:
+            total *= size
+        for start in range(0, total, rows):
+            yield slice(start, min(start + rows, total))
+    else:
+        selected = mask.reshape(-1).nonzero().squeeze(-1)
+        yield from torch.split(selected, rows) if selected.numel() else ()
+
+
+def read_rows(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
+    """Return rows of a ``(..., V)`` tensor as ``(rows, V)``: a view if the strides allow, else a copy of the chunk."""
+    if isinstance(chunk, slice) and _leading_dimensions_collapse(tensor):
+        return tensor.view(-1, tensor.shape[-1])[chunk]
+    if isinstance(chunk, slice):
+        chunk = torch.arange(chunk.start, chunk.stop, device=tensor.device)
+    if tensor.dim() == 1:
+        return tensor[None]
+    return tensor[torch.unravel_index(chunk, tensor.shape[:-1])]
+
+
+def read_scalars(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
+    """Return one scalar per row, ``(rows, 1)``, of a tensor of the row shape."""
+    return read_rows(tensor[..., None], chunk)
+
+
+def zero_masked(values: Tensor, mask: Tensor | None, chunk: Tensor | slice) -> Tensor:
+    """Return ``(rows, ...)`` values with masked rows exactly 0, whatever was computed there (NaN and inf too)."""
+    if mask is None or isinstance(chunk, Tensor):
+        return values
+    selected = mask.reshape(-1)[chunk]
+    return torch.where(selected.view(-1, *[1] * (values.dim() - 1)), values, 0)
+
+
+def _leading_dimensions_collapse(tensor: Tensor) -> bool:
+    expected: int | None = None
+    for size, stride in zip(reversed(tensor.shape[:-1]), reversed(tensor.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if expected is not None and stride != expected:
+            return False
+        expected = size * stride
+    return True
