@@ -157,7 +157,9 @@ def compiled(body: _Function) -> _Function:
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            # One compiled version per dtype and setting is intended; the default limit of 8 is for accidents.
+            with torch._dynamo.config.patch(recompile_limit=512):
+                return function(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
             missing = "" if compiler else " (no C++ compiler was found)"

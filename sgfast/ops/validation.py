@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sgfast.ops.rows import DEFAULT_CHUNK_BYTES
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -46,3 +48,14 @@ def row_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) -> Te
         )
     check_device(name, mask, like_name, like)
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def chunk_bytes(max_chunk_bytes: int | None) -> int:
+    """Check the bound on temporaries and fill in the default."""
+    if max_chunk_bytes is None:
+        return DEFAULT_CHUNK_BYTES
+    if isinstance(max_chunk_bytes, bool) or not isinstance(max_chunk_bytes, int):
+        raise TypeError(f"max_chunk_bytes must be an int or None; got {type(max_chunk_bytes).__name__}")
+    if max_chunk_bytes < 1:
+        raise ValueError(f"max_chunk_bytes must be positive; got {max_chunk_bytes}")
+    return max_chunk_bytes

@@ -1,0 +1,438 @@
+r"""Divergences between two sets of logits at every position, any number of kinds from the same reads.
+
+For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and temperature T:
+
+    p = softmax(x/T), q = softmax(y/T)
+    forward_kl         KL(q‖p) = Σ q (log q − log p)                                       nats
+    reverse_kl         KL(p‖q)
+    jeffreys           KL(p‖q) + KL(q‖p)
+    jensen_shannon     beta·KL(q‖m) + (1−beta)·KL(p‖m), m = beta·q + (1−beta)·p
+    total_variation    ½ Σ |p − q|
+    squared_hellinger  ½ Σ (√p − √q)²
+    cross_entropy      − Σ q log p
+    skew_forward_kl    KL(q‖skew·q + (1−skew)·p)         (Ko et al. 2024, DistiLLM)
+    skew_reverse_kl    KL(p‖skew·p + (1−skew)·q)
+
+``top_k`` restricts the sums to S, the union of both sides' top-k indices (constant for the gradient):
+
+    truncate     the terms in S of the full-vocabulary p and q
+    renormalize  softmax over S on both sides
+    tail         S and one more atom with the rest of the mass
+
+Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
+∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
+logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
+forms that keep their digits.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, rows, topk, validation
+from sgfast.ops.autograd import double_backward
+from sgfast.ops.divergence_rows import Settings, backward_rows, forward_rows
+from sgfast.ops.divergence_terms import KINDS
+
+Support = Literal["truncate", "renormalize", "tail"]
+SUPPORTS = ("truncate", "renormalize", "tail")
+
+
+def reference(
+    noisy: Tensor,
+    clean: Tensor,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    temperature: Tensor,
+) -> Tensor:
+    """The definitions above, by autograd: (kinds, ...). Keeps several temporaries per logit."""
+    a, b = (
+        _reference_log_probabilities(logits / temperature[..., None], settings.support, indices, valid)
+        for logits in (noisy, clean)
+    )
+    return torch.stack([_definition(kind, a, b, settings).sum(-1) for kind in settings.kinds])
+
+
+def _reference_log_probabilities(logits: Tensor, support: str, indices: Tensor, valid: Tensor) -> Tensor:
+    """Log-probabilities of the support's atoms; finite, so that 0 · log 0 = 0 also in gradients."""
+    if support == "full":
+        return logits.log_softmax(-1).clamp(min=-1e30)
+    if support == "renormalize":
+        return logits.gather(-1, indices).masked_fill(~valid, -torch.inf).log_softmax(-1).clamp(min=-1e30)
+    log_probabilities = logits.log_softmax(-1)
+    atoms = log_probabilities.gather(-1, indices).masked_fill(~valid, -torch.inf)
+    if support == "tail":
+        outside = torch.ones_like(logits, dtype=torch.bool).scatter(-1, indices, False)
+        # A finite floor: the log-sum-exp of an empty tail has no gradient.
+        tail = log_probabilities.masked_fill(~outside, -1e30).logsumexp(-1, keepdim=True)
+        atoms = torch.cat([atoms, tail], dim=-1)
+    return atoms.clamp(min=-1e30)
+
+
+def _definition(kind: str, a: Tensor, b: Tensor, settings: Settings) -> Tensor:
+    """Terms from a = log p and b = log q."""
+    p, q, beta, skew = a.exp(), b.exp(), settings.beta, settings.skew
+
+    def log_mixture(weight: float) -> Tensor:  # log(weight·q + (1−weight)·p)
+        weights = torch.tensor([weight, 1 - weight], dtype=a.dtype, device=a.device).log()
+        return torch.logaddexp(b + weights[0], a + weights[1]).clamp(min=-1e30)
+
+    match kind:
+        case "forward_kl":
+            return q * (b - a)
+        case "reverse_kl":
+            return p * (a - b)
+        case "jeffreys":
+            return (p - q) * (a - b)
+        case "jensen_shannon":
+            m = log_mixture(beta)
+            return beta * q * (b - m) + (1 - beta) * p * (a - m)
+        case "total_variation":
+            return (p - q).abs() / 2
+        case "squared_hellinger":
+            return ((a / 2).exp() - (b / 2).exp()).square() / 2
+        case "cross_entropy":
+            return -q * a
+        case "skew_forward_kl":
+            return q * (b - log_mixture(skew))
+        case "skew_reverse_kl":
+            return p * (a - log_mixture(1 - skew))
+    raise AssertionError(kind)
+
+
+def _triton_refusal(noisy_logits: Tensor, clean_logits: Tensor, *_: Any, **__: Any) -> str | None:
+    return "there is no Triton kernel for divergences yet"
+
+
+# Temporaries of one row, in float32: measured by tests/ops/test_divergence.py.
+_TEMPORARIES = 16
+
+
+@torch.library.custom_op("sgfast::divergences", mutates_args=())
+def _forward(
+    noisy: Tensor,
+    clean: Tensor,
+    kinds: str,
+    top_k: int,
+    support: str,
+    mask: Tensor | None,
+    temperature: Tensor,
+    beta: float,
+    skew: float,
+    max_chunk_bytes: int,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    """Values (kinds, ...) and, for top_k > 0, the support's int32 indices (..., min(2k, V)), −1 where invalid."""
+    choice = dispatch.select(impl, _triton_refusal(noisy, clean))
+    body = dispatch.implementation_of(forward_rows, choice.implementation)
+    find_support = dispatch.implementation_of(topk.union_of_top_k, choice.implementation)
+    dtype = rows.compute_dtype(noisy, clean)
+    shape, size = noisy.shape[:-1], noisy.shape[-1]
+    settings = Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew)
+    values = noisy.new_zeros((len(settings.kinds), *shape), dtype=dtype)
+    kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
+    for chunk in rows.row_chunks(shape, mask, _row_bytes(size, dtype), max_chunk_bytes):
+        noisy_rows, clean_rows = rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk)
+        indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else _no_support(noisy)
+        chunk_temperature = rows.read_scalars(temperature, chunk)
+        chunk_values = body(noisy_rows, clean_rows, chunk_temperature, settings, indices, valid)
+        values.view(len(settings.kinds), -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
+        if top_k:
+            kept_indices.view(-1, kept_indices.shape[-1])[chunk] = indices.masked_fill(~valid, -1).int()
+    return values, kept_indices
+
+
+@_forward.register_fake
+def _(
+    noisy: Tensor,
+    clean: Tensor,
+    kinds: str,
+    top_k: int,
+    support: str,
+    mask: Tensor | None,
+    temperature: Tensor,
+    beta: float,
+    skew: float,
+    max_chunk_bytes: int,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    shape, size = noisy.shape[:-1], noisy.shape[-1]
+    values = noisy.new_empty((len(kinds.split(",")), *shape), dtype=rows.compute_dtype(noisy, clean))
+    return values, noisy.new_empty((*shape, min(2 * top_k, size)), dtype=torch.int32)
+
+
+@torch.library.custom_op("sgfast::divergences_backward", mutates_args=())
+def _backward(
+    noisy: Tensor,
+    clean: Tensor,
+    upstream: Tensor,
+    kept_indices: Tensor,
+    kinds: str,
+    top_k: int,
+    support: str,
+    mask: Tensor | None,
+    temperature: Tensor,
+    beta: float,
+    skew: float,
+    max_chunk_bytes: int,
+    impl: str | None,
+    noisy_wanted: bool,
+    clean_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the sides wanted; an unwanted one comes back empty."""
+    choice = dispatch.select(impl, _triton_refusal(noisy, clean))
+    body = dispatch.implementation_of(backward_rows, choice.implementation)
+    dtype = rows.compute_dtype(noisy, clean)
+    shape, size = noisy.shape[:-1], noisy.shape[-1]
+    settings = Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew)
+    wanted = (noisy_wanted, clean_wanted)
+    gradients = _empty_gradients(noisy, clean, wanted)
+    if mask is not None:
+        for gradient in gradients:
+            gradient.zero_()
+    flat_upstream = upstream.reshape(len(settings.kinds), -1)
+    for chunk in rows.row_chunks(shape, mask, _row_bytes(size, dtype), max_chunk_bytes):
+        indices, valid = _unpack_support(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
+        chunk_gradients = body(
+            rows.read_rows(noisy, chunk),
+            rows.read_rows(clean, chunk),
+            rows.read_scalars(temperature, chunk),
+            settings,
+            indices,
+            valid,
+            flat_upstream[:, chunk],
+            wanted,
+        )
+        for gradient, chunk_gradient in zip(gradients, chunk_gradients, strict=True):
+            if chunk_gradient is not None:
+                selected = rows.zero_masked(chunk_gradient, mask, chunk)
+                gradient.view(-1, size)[chunk] = selected.to(gradient.dtype)
+    return gradients
+
+
+@_backward.register_fake
+def _(
+    noisy: Tensor,
+    clean: Tensor,
+    upstream: Tensor,
+    kept_indices: Tensor,
+    kinds: str,
+    top_k: int,
+    support: str,
+    mask: Tensor | None,
+    temperature: Tensor,
+    beta: float,
+    skew: float,
+    max_chunk_bytes: int,
+    impl: str | None,
+    noisy_wanted: bool,
+    clean_wanted: bool,
+) -> tuple[Tensor, Tensor]:
+    return _empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
+
+
+def _empty_gradients(noisy: Tensor, clean: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
+    first, second = (
+        side.new_empty(side.shape if side_wanted else 0)
+        for side, side_wanted in zip((noisy, clean), wanted, strict=True)
+    )
+    return first, second
+
+
+def _row_bytes(size: int, dtype: torch.dtype) -> int:
+    return max(size * dtype.itemsize * _TEMPORARIES, size * topk.TEMPORARY_BYTES_PER_LOGIT)
+
+
+def _no_support(like: Tensor) -> tuple[Tensor, Tensor]:
+    return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
+
+
+def _unpack_support(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
+    valid = kept_indices >= 0
+    last_valid = kept_indices.amax(-1, keepdim=True)
+    return torch.where(valid, kept_indices, last_valid).long(), valid
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    noisy, clean, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, ctx.impl = inputs
+    kept_indices = output[1]
+    ctx.mark_non_differentiable(kept_indices)
+    ctx.save_for_backward(noisy, clean, kept_indices, mask, temperature)
+
+
+def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    noisy, clean, kept_indices, mask, temperature = ctx.saved_tensors
+    noisy_wanted, clean_wanted = ctx.needs_input_grad[:2]
+    noisy_gradient, clean_gradient = _backward(
+        noisy,
+        clean,
+        upstream,
+        kept_indices,
+        *ctx.options,
+        mask,
+        temperature,
+        ctx.beta,
+        ctx.skew,
+        ctx.max_chunk_bytes,
+        ctx.impl,
+        noisy_wanted,
+        clean_wanted,
+    )
+    constants = (None,) * 9
+    return noisy_gradient if noisy_wanted else None, clean_gradient if clean_wanted else None, *constants
+
+
+def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    noisy, clean, upstream, kept_indices, *ctx.options, mask, temperature, ctx.beta, ctx.skew = inputs[:11]
+    _, ctx.impl, *ctx.wanted = inputs[11:]
+    ctx.save_for_backward(noisy, clean, upstream, kept_indices, mask, temperature)
+
+
+def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    noisy, clean, upstream, kept_indices, mask, temperature = ctx.saved_tensors
+    kinds, top_k, support = ctx.options
+    settings = Settings(tuple(kinds.split(",")), support if top_k else "full", ctx.beta, ctx.skew)
+
+    def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
+        dtype = rows.compute_dtype(noisy, clean)
+        support_indices = _unpack_support(kept_indices) if top_k else _no_support(noisy)
+        if mask is None:
+            return reference(noisy.to(dtype), clean.to(dtype), settings, *support_indices, temperature)
+        # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
+        noisy, clean = (torch.where(mask[..., None], side, 0).to(dtype) for side in (noisy, clean))
+        indices, valid = support_indices
+        values = reference(noisy, clean, settings, indices.clamp(min=0), valid | ~mask[..., None], temperature)
+        return torch.where(mask, values, 0)
+
+    gradients = double_backward(
+        "divergences",
+        ctx.impl,
+        _triton_refusal(noisy, clean),
+        masked_reference,
+        (noisy, clean),
+        upstream,
+        [outer if side_wanted else None for outer, side_wanted in zip(upstream_of_gradients, ctx.wanted, strict=True)],
+    )
+    return *gradients, *(None,) * 12
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+
+
+@dispatch.describe_triton(_triton_refusal)
+def divergences(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    kinds: str | Sequence[str],
+    *,
+    top_k: int | None = None,
+    support: Support = "truncate",
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    max_chunk_bytes: int | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> dict[str, Tensor]:
+    """Divergences between the distributions of two sets of logits, per position, in nats.
+
+    The formulas are at the top of this module. Values are exact to about one float32 rounding and never negative,
+    also when the sides are nearly equal; ``-inf`` logits are legal on either side (a KL may then be ``inf``; its
+    gradient is 0 on the side where it would be infinite).
+
+    Args:
+        noisy_logits: (..., V), float32, bfloat16, float16 or float64: the student, p. Row-strided views such as
+            ``logits[:, :-1]`` are read in place. Inputs are never written to.
+        clean_logits: of the same shape: the teacher, q.
+        kinds: one or more of ``forward_kl``, ``reverse_kl``, ``jeffreys``, ``jensen_shannon``, ``total_variation``,
+            ``squared_hellinger``, ``cross_entropy``, ``skew_forward_kl``, ``skew_reverse_kl``.
+        top_k: restrict to the union of both sides' top-k indices (ties: the lower index); None for the whole
+            vocabulary.
+        support: what the restriction means: ``truncate`` (a lower bound that grows with k for the non-KL kinds;
+            the KL and skew kinds may be negative and are not clamped), ``renormalize`` or ``tail``.
+        mask: (...), nonzero = selected. Masked rows are not read; they give 0 and zero gradient.
+        temperature: divides both logits; a positive number or a tensor of shape (...). A constant: no gradient.
+        beta: weight of q in the Jensen–Shannon mixture, 0 < beta < 1.
+        skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1.
+        max_chunk_bytes: bound on the PyTorch implementation's temporaries beyond outputs and gradients (at least one
+            row); default 8 MiB.
+        impl: see ``sgfast.ops.dispatch``.
+
+    Returns:
+        For each kind, values of shape (...) in float32 (float64 if an input is), differentiable with respect to both
+        sides; gradients are in the inputs' dtypes. Kept for backward beyond the inputs: at most 2k int32 indices a
+        row.
+
+    Raises:
+        TypeError: an argument's type.
+        ValueError: shapes, devices, an unknown kind or support, ``top_k``, ``temperature``, ``beta`` or ``skew`` out
+            of range.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.ops import divergences
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]).log1p()
+        >>> divergences(student, teacher, ["total_variation", "forward_kl"])
+        {'total_variation': tensor([0.3000]), 'forward_kl': tensor([0.1927])}
+    """
+    validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
+    names = _check_kinds(kinds)
+    if support not in SUPPORTS:
+        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}; got {support!r}")
+    if top_k is not None:
+        topk.check_k("top_k", top_k, noisy_logits.shape[-1])
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta must lie between 0 and 1, both excluded; got {beta}. "
+            "At the ends ask for the kinds forward_kl or reverse_kl instead"
+        )
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew must be at least 0 and less than 1; got {skew}")
+    dispatch.check_impl(impl)
+    dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
+    values, _ = _forward(
+        noisy_logits,
+        clean_logits,
+        ",".join(names),
+        top_k or 0,
+        support,
+        mask,
+        _row_temperature(temperature, noisy_logits),
+        float(beta),
+        float(skew),
+        validation.chunk_bytes(max_chunk_bytes),
+        impl,
+    )
+    return dict(zip(names, values.unbind(0), strict=True))
+
+
+def _check_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
+    names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not names:
+        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)}")
+    for name in names:
+        if name not in KINDS:
+            raise ValueError(f"kinds must be among {', '.join(KINDS)}; got {name!r}")
+    return tuple(dict.fromkeys(names))
+
+
+def _row_temperature(temperature: float | Tensor, logits: Tensor) -> Tensor:
+    """The temperature as a tensor of the row shape; a number is expanded without memory."""
+    dtype = rows.compute_dtype(logits)
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature must not require a gradient: it is a constant of the divergence")
+        if temperature.shape not in (logits.shape[:-1], torch.Size([])):
+            raise ValueError(
+                f"temperature must be a number or have the row shape {tuple(logits.shape[:-1])}; "
+                f"got {tuple(temperature.shape)}"
+            )
+        return temperature.to(logits.device, dtype).expand(logits.shape[:-1])
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+    return torch.full((), temperature, dtype=dtype, device=logits.device).expand(logits.shape[:-1])

@@ -1,0 +1,123 @@
+"""The union of two sides' top-k logits at every position, exactly, with ties going to the lower index.
+
+``torch.topk`` promises no order among equal values, and in bfloat16 most rows have ties at the k-th value. Each logit
+is therefore packed with its index into one 64-bit key, ordered by (value descending, index ascending): all keys differ
+and any selection of the k largest is the same one.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, rows, validation
+
+
+def top_k_indices(logits: Tensor, k: int) -> Tensor:
+    """Indices (rows, k) of the k largest logits of each row (rows, V), the lower index first among equal ones."""
+    if logits.dtype == torch.float64:  # a key would need more than 64 bits
+        return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
+    # Adding 0 turns −0 into +0, which must tie with it. Flipping the lower bits of negative floats makes the order of
+    # their bit patterns, read as integers, the order of the values.
+    bits = (logits.float() + 0.0).view(torch.int32)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = logits.shape[-1] - 1
+    inverted_index = torch.arange(last, -1, -1, device=logits.device)
+    keys = (ordered.long() << 32) | inverted_index
+    return last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
+
+
+def union_of_top_k(noisy: Tensor, clean: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Union of both sides' top-k: ascending indices (rows, min(2k, V)) and which of them are valid.
+
+    Padding repeats the row's last valid index, so that every entry is an index of the union.
+    """
+    size = noisy.shape[-1]
+    both = torch.cat([top_k_indices(noisy, k), top_k_indices(clean, k)], dim=-1).sort(dim=-1).values
+    repeated = torch.zeros_like(both, dtype=torch.bool)
+    repeated[:, 1:] = both[:, 1:] == both[:, :-1]
+    union = both.masked_fill(repeated, size).sort(dim=-1).values[:, : min(2 * k, size)]
+    valid = union < size
+    last_valid = union.masked_fill(~valid, -1).amax(dim=-1, keepdim=True)
+    return torch.where(valid, union, last_valid), valid
+
+
+# Temporaries of one row: the float copy, its bits, 64-bit keys and their parts, two sides one after the other.
+TEMPORARY_BYTES_PER_LOGIT = 32
+
+
+def _triton_refusal(noisy_logits: Tensor, clean_logits: Tensor, **_: Any) -> str | None:
+    return "there is no Triton kernel for top_k_support yet"
+
+
+@torch.library.custom_op("sgfast::top_k_support", mutates_args=())
+def _top_k_support(
+    noisy_logits: Tensor, clean_logits: Tensor, k: int, max_chunk_bytes: int, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    choice = dispatch.select(impl, _triton_refusal(noisy_logits, clean_logits))
+    body = dispatch.implementation_of(union_of_top_k, choice.implementation)
+    shape, size = noisy_logits.shape[:-1], noisy_logits.shape[-1]
+    indices = noisy_logits.new_empty((*shape, min(2 * k, size)), dtype=torch.int64)
+    valid = torch.empty_like(indices, dtype=torch.bool)
+    for chunk in rows.row_chunks(shape, None, size * TEMPORARY_BYTES_PER_LOGIT, max_chunk_bytes):
+        indices.view(-1, indices.shape[-1])[chunk], valid.view(-1, valid.shape[-1])[chunk] = body(
+            rows.read_rows(noisy_logits, chunk), rows.read_rows(clean_logits, chunk), k
+        )
+    return indices, valid
+
+
+@_top_k_support.register_fake
+def _(
+    noisy_logits: Tensor, clean_logits: Tensor, k: int, max_chunk_bytes: int, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    size = noisy_logits.shape[-1]
+    indices = noisy_logits.new_empty((*noisy_logits.shape[:-1], min(2 * k, size)), dtype=torch.int64)
+    return indices, torch.empty_like(indices, dtype=torch.bool)
+
+
+def check_k(name: str, k: int, size: int) -> None:
+    """Check a number of logits against the vocabulary's size."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"{name} must be an int; got {type(k).__name__}")
+    if not 1 <= k <= size:
+        raise ValueError(f"{name} must be between 1 and the vocabulary's size, {size}; got {k}")
+
+
+@dispatch.describe_triton(_triton_refusal)
+def top_k_support(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    k: int,
+    *,
+    max_chunk_bytes: int | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Union of the two sides' top-k indices at each position, as padded ascending indices.
+
+    Args:
+        noisy_logits: (..., V), float32, bfloat16, float16 or float64.
+        clean_logits: of the same shape.
+        k: how many logits of each side, 1 ≤ k ≤ V. Among equal logits the lower index wins.
+        max_chunk_bytes: bound on temporaries beyond the outputs (at least one row); default 8 MiB.
+        impl: see ``sgfast.ops.dispatch``.
+
+    Returns:
+        ``(indices, valid)``: int64 and bool, (..., min(2k, V)). Where ``valid`` is False the index repeats the last
+        valid one. The dense boolean form is ``sgfast.metrics.get_top_k_support_mask``.
+
+    Raises:
+        TypeError: logits are not floating tensors, or ``k`` is not an int.
+        ValueError: shapes differ, or ``k`` is out of range.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.ops import top_k_support
+        >>> top_k_support(torch.tensor([0.0, 5.0, 1.0, 1.0]), torch.tensor([0.0, 5.0, 2.0, 3.0]), k=2)
+        (tensor([1, 2, 3, 3]), tensor([ True,  True,  True, False]))
+    """
+    validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    check_k("k", k, noisy_logits.shape[-1])
+    dispatch.check_impl(impl)
+    chunk_bytes = validation.chunk_bytes(max_chunk_bytes)
+    indices, valid = _top_k_support(noisy_logits.detach(), clean_logits.detach(), k, chunk_bytes, impl)
+    return indices, valid

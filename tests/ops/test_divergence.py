@@ -1,0 +1,466 @@
+"""Divergences against a float64 oracle, SciPy, closed forms and the properties their definitions imply."""
+
+import math
+
+import pytest
+import scipy.spatial.distance
+import scipy.special
+import torch
+from torch import Tensor
+
+import sgfast
+from sgfast.ops import divergence as divergence_module
+from sgfast.ops import divergences, top_k_support
+from sgfast.ops.divergence_terms import KINDS
+
+IMPLEMENTATIONS = ("torch", "compile")
+SUPPORTS = (None, "truncate", "renormalize", "tail")
+SYMMETRIC = ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger")
+
+
+def pair(*shape: int, noise: float = 3.0, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Clean logits randn·3, noisy ones that differ by `noise`."""
+    generator = torch.Generator().manual_seed(seed)
+    clean = torch.randn(*shape, generator=generator, dtype=torch.float64) * 3
+    noisy = clean + noise * torch.randn(*shape, generator=generator, dtype=torch.float64)
+    return noisy.to(dtype), clean.to(dtype)
+
+
+def atoms(noisy: Tensor, clean: Tensor, k: int | None, support: str | None) -> list[tuple[Tensor, Tensor]]:
+    """Per row, the float64 probabilities over the support's atoms, written as plainly as possible."""
+    out = []
+    for x, y in zip(noisy.double().flatten(0, -2), clean.double().flatten(0, -2), strict=True):
+        p, q = x.softmax(-1), y.softmax(-1)
+        if support is not None:
+            chosen = set()
+            for side in (x, y):
+                order = sorted(range(len(side)), key=lambda i: (-side[i].item(), i))
+                chosen.update(order[:k])
+            inside = torch.tensor(sorted(chosen))
+            if support == "renormalize":
+                p, q = x[inside].softmax(-1), y[inside].softmax(-1)
+            else:
+                outside = torch.ones(len(x), dtype=torch.bool)
+                outside[inside] = False
+                rest_p, rest_q = p[outside].sum()[None], q[outside].sum()[None]
+                p, q = p[inside], q[inside]
+                if support == "tail":
+                    p, q = torch.cat([p, rest_p]), torch.cat([q, rest_q])
+        out.append((p, q))
+    return out
+
+
+def oracle(kind: str, p: Tensor, q: Tensor, beta: float, skew: float) -> Tensor:
+    def kl(u: Tensor, v: Tensor) -> Tensor:
+        return torch.special.xlogy(u, u).sub(torch.special.xlogy(u, v)).sum()
+
+    match kind:
+        case "forward_kl":
+            return kl(q, p)
+        case "reverse_kl":
+            return kl(p, q)
+        case "jeffreys":
+            return kl(p, q) + kl(q, p)
+        case "jensen_shannon":
+            m = beta * q + (1 - beta) * p
+            return beta * kl(q, m) + (1 - beta) * kl(p, m)
+        case "total_variation":
+            return (p - q).abs().sum() / 2
+        case "squared_hellinger":
+            return (p.sqrt() - q.sqrt()).square().sum() / 2
+        case "cross_entropy":
+            return -torch.special.xlogy(q, p).sum()
+        case "skew_forward_kl":
+            return kl(q, skew * q + (1 - skew) * p)
+        case "skew_reverse_kl":
+            return kl(p, skew * p + (1 - skew) * q)
+    raise AssertionError(kind)
+
+
+@pytest.mark.parametrize(
+    ("impl", "dtype", "noise"),
+    [
+        *(("torch", dtype, noise) for dtype in (torch.float32, torch.bfloat16, torch.float16) for noise in (3.0, 0.05)),
+        ("compile", torch.float32, 3.0),  # compiling costs seconds a case
+        ("compile", torch.bfloat16, 0.05),
+    ],
+)
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_values_and_gradients_match_the_float64_oracle(impl, dtype, support, noise):
+    """Outputs to rtol 1e-5 + atol 5e-7 whatever the dtype; gradients within one rounding of the input's dtype."""
+    k = None if support is None else 5
+    noisy, clean = pair(4, 3, 257, noise=noise, dtype=dtype)
+    noisy.requires_grad_()
+    clean.requires_grad_()
+    values = divergences(noisy, clean, KINDS, top_k=k, support=support or "truncate", beta=0.3, skew=0.2, impl=impl)
+    wide = [side.detach().double().requires_grad_() for side in (noisy, clean)]
+    rows = atoms(*wide, k, support)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}[dtype]
+    for kind in KINDS:
+        expected = torch.stack([oracle(kind, p, q, 0.3, 0.2) for p, q in rows]).view(4, 3)
+        assert values[kind].dtype == torch.float32
+        torch.testing.assert_close(values[kind].double(), expected, rtol=1e-5, atol=5e-7, msg=kind)
+        got = torch.autograd.grad(values[kind].sum(), (noisy, clean), retain_graph=True)
+        want = torch.autograd.grad(expected.sum(), wide, retain_graph=True)
+        for side, reference in zip(got, want, strict=True):
+            assert side.dtype == dtype
+            error = (side.double() - reference).norm(dim=-1)
+            assert (error <= rounding * reference.norm(dim=-1) + 1e-9).all(), (
+                kind,
+                (error / reference.norm(dim=-1)).max(),
+            )
+
+
+def test_scipy_agrees():
+    noisy, clean = pair(1, 100, dtype=torch.float64)
+    p, q = noisy.softmax(-1).numpy()[0], clean.softmax(-1).numpy()[0]
+    values = divergences(noisy, clean, ["forward_kl", "reverse_kl", "jensen_shannon"])
+    assert values["forward_kl"].item() == pytest.approx(scipy.special.rel_entr(q, p).sum(), rel=1e-12)
+    assert values["reverse_kl"].item() == pytest.approx(scipy.special.rel_entr(p, q).sum(), rel=1e-12)
+    assert values["jensen_shannon"].item() == pytest.approx(scipy.spatial.distance.jensenshannon(p, q) ** 2, rel=1e-12)
+
+
+def test_closed_form_of_two_point_distributions():
+    p, q = 0.5, 0.8
+    logits = [torch.tensor([math.log(u), math.log(1 - u)], dtype=torch.float64) for u in (p, q)]
+    values = divergences(*logits, ["forward_kl", "total_variation", "squared_hellinger", "cross_entropy"])
+    assert values["forward_kl"].item() == pytest.approx(q * math.log(q / p) + (1 - q) * math.log((1 - q) / (1 - p)))
+    assert values["total_variation"].item() == pytest.approx(q - p)
+    assert values["squared_hellinger"].item() == pytest.approx(1 - math.sqrt(p * q) - math.sqrt((1 - p) * (1 - q)))
+    assert values["cross_entropy"].item() == pytest.approx(math.log(2))
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+def test_properties(impl):
+    noisy, clean = pair(64, 1000, noise=0.5)
+    values = divergences(noisy, clean, KINDS, impl=impl)
+    swapped = divergences(clean, noisy, KINDS, impl=impl)
+    for kind in SYMMETRIC:
+        torch.testing.assert_close(values[kind], swapped[kind], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(values["forward_kl"], swapped["reverse_kl"], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(values["jeffreys"], values["forward_kl"] + values["reverse_kl"], rtol=1e-5, atol=1e-7)
+    assert (values["jensen_shannon"] <= math.log(2)).all()
+    assert (values["squared_hellinger"] <= values["total_variation"]).all()
+    assert (values["total_variation"] <= (2 * values["squared_hellinger"]).sqrt()).all()
+    shifted = divergences(noisy + 50, clean - 20, KINDS, impl=impl)
+    for kind in KINDS:
+        assert (values[kind] >= 0).all()
+        torch.testing.assert_close(values[kind], shifted[kind], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_exactly_zero_at_equal_logits(support):
+    _, clean = pair(16, 300)
+    k = None if support is None else 7
+    clean.requires_grad_()
+    kinds = [kind for kind in KINDS if kind != "cross_entropy"]
+    values = divergences(clean, clean.detach(), kinds, top_k=k, support=support or "truncate")
+    for kind in kinds:
+        assert (values[kind] == 0).all(), kind
+    (gradient,) = torch.autograd.grad(sum(values[kind].sum() for kind in kinds), clean)
+    assert gradient.abs().max() < 1e-6
+
+
+def test_gradient_rows_sum_to_zero():
+    noisy, clean = (side.requires_grad_() for side in pair(8, 500))
+    for support in SUPPORTS:
+        values = divergences(noisy, clean, KINDS, top_k=support and 9, support=support or "tail")
+        for gradient in torch.autograd.grad(sum(value.sum() for value in values.values()), (noisy, clean)):
+            assert gradient.sum(-1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("support", ["truncate", "renormalize", "tail"])
+def test_top_k_of_the_whole_vocabulary_is_the_full_divergence(support):
+    noisy, clean = pair(5, 40)
+    full = divergences(noisy, clean, KINDS)
+    restricted = divergences(noisy, clean, KINDS, top_k=40, support=support)
+    for kind in KINDS:
+        torch.testing.assert_close(restricted[kind], full[kind], rtol=2e-6, atol=1e-7)
+
+
+def test_truncated_sums_grow_with_k_and_the_tail_bounds_from_below():
+    noisy, clean = pair(32, 400, noise=1.0)
+    full = divergences(noisy, clean, KINDS)
+    previous = {kind: torch.zeros(32) for kind in SYMMETRIC}
+    for k in (1, 3, 10, 100, 400):
+        truncated = divergences(noisy, clean, SYMMETRIC, top_k=k)
+        tail = divergences(noisy, clean, [k for k in KINDS if k != "cross_entropy"], top_k=k, support="tail")
+        for kind in SYMMETRIC:
+            assert (truncated[kind] >= previous[kind] - 1e-6).all()
+            assert (truncated[kind] <= full[kind] + 1e-6).all()
+        for kind, value in tail.items():
+            assert (value <= full[kind] + 1e-6).all(), kind
+        previous = truncated
+
+
+def test_truncated_kl_may_be_negative_and_is_not_clamped():
+    noisy, clean = torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[1.0, 0.0, 0.0]])
+    p, q = noisy.softmax(-1)[0, 0], clean.softmax(-1)[0, 0]
+    value = divergences(noisy, clean, "forward_kl", top_k=1)["forward_kl"]
+    assert value.item() < 0
+    assert value.item() == pytest.approx((q * (q / p).log()).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_masked_rows_are_never_read(impl, support):
+    noisy, clean = pair(6, 5, 33)
+    mask = torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) > 0.4
+    k = None if support is None else 4
+    options = {"top_k": k, "support": support or "truncate", "impl": impl}
+    expected = divergences(noisy, clean, KINDS, **options)
+    noisy[~mask], clean[~mask] = torch.nan, torch.inf
+    noisy.requires_grad_()
+    clean.requires_grad_()
+    values = divergences(noisy, clean, KINDS, mask=mask, **options)
+    for kind in KINDS:
+        torch.testing.assert_close(values[kind][mask], expected[kind][mask], rtol=0, atol=0)
+        assert (values[kind][~mask] == 0).all()
+    for gradient in torch.autograd.grad(sum(value.sum() for value in values.values()), (noisy, clean)):
+        assert (gradient[~mask] == 0).all()
+        assert gradient[mask].isfinite().all()
+        assert (gradient[mask] != 0).any(-1).all()
+
+
+def test_minus_infinity_on_either_side():
+    """Masked vocabulary entries: KL is inf where q > 0 = p; every other value and all gradients stay finite."""
+    noisy, clean = pair(4, 20)
+    noisy[0, 3] = clean[1, 4] = noisy[2, 5] = clean[2, 5] = -torch.inf
+    noisy.requires_grad_()
+    clean.requires_grad_()
+    for support in SUPPORTS:
+        values = divergences(noisy, clean, KINDS, top_k=support and 20, support=support or "truncate")
+        for kind in KINDS:
+            expected = torch.stack([oracle(kind, p, q, 0.5, 0.1) for p, q in atoms(noisy, clean, None, None)]).float()
+            torch.testing.assert_close(values[kind], expected, rtol=1e-5, atol=1e-6)
+        assert values["forward_kl"][0] == torch.inf
+        assert values["reverse_kl"][1] == torch.inf
+        gradients = torch.autograd.grad(sum(value.sum() for value in values.values()), (noisy, clean))
+        assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_extreme_logits_stay_finite():
+    noisy, clean = torch.tensor([[0.0, -300.0, 80.0]]), torch.tensor([[500.0, -300.0, -3e4]])
+    values = divergences(noisy.requires_grad_(), clean.requires_grad_(), KINDS)
+    assert values["forward_kl"].item() == pytest.approx(80.0, rel=1e-6)
+    assert values["reverse_kl"].item() == pytest.approx(30500.0, rel=1e-6)
+    assert values["total_variation"].item() == 1.0
+    gradients = torch.autograd.grad(sum(value.sum() for value in values.values()), (noisy, clean))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+def test_nan_logits_are_not_hidden():
+    noisy, clean = pair(3, 10)
+    noisy[1, 2] = torch.nan
+    for kind, value in divergences(noisy, clean, KINDS).items():
+        assert value.isnan().tolist() == [False, True, False], kind
+
+
+@pytest.mark.parametrize("max_chunk_bytes", [1, 40_000, 10**9])
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_chunking_never_changes_the_result(max_chunk_bytes, support):
+    noisy, clean = pair(7, 9, 65)
+    options = {"top_k": support and 6, "support": support or "truncate"}
+    default = divergences(noisy, clean, KINDS, **options)
+    chunked = divergences(noisy, clean, KINDS, max_chunk_bytes=max_chunk_bytes, **options)
+    for kind in KINDS:
+        torch.testing.assert_close(chunked[kind], default[kind], rtol=1e-6, atol=1e-7)
+
+
+def test_strided_views_are_read_in_place_and_inputs_are_not_written():
+    noisy, clean = pair(3, 8, 31)
+    before = noisy.clone(), clean.clone()
+    views = noisy[:, :-1].requires_grad_(), clean[:, 1:]
+    values = divergences(*views, KINDS, top_k=4, support="tail")
+    contiguous = divergences(views[0].contiguous(), views[1].contiguous(), KINDS, top_k=4, support="tail")
+    for kind in KINDS:
+        torch.testing.assert_close(values[kind], contiguous[kind], rtol=1e-6, atol=1e-7)
+    sum(value.sum() for value in values.values()).backward()
+    torch.testing.assert_close((noisy, clean), before, rtol=0, atol=0)
+
+
+def test_temperature_per_row_divides_both_sides():
+    noisy, clean = pair(6, 50)
+    temperature = torch.linspace(0.5, 4, 6)
+    values = divergences(noisy, clean, KINDS, temperature=temperature)
+    scaled = divergences(noisy / temperature[:, None], clean / temperature[:, None], KINDS)
+    for kind in KINDS:
+        torch.testing.assert_close(values[kind], scaled[kind], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(
+        divergences(noisy, clean, "jeffreys", temperature=2.0)["jeffreys"],
+        divergences(noisy / 2, clean / 2, "jeffreys")["jeffreys"],
+    )
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_first_and_second_derivatives(support):
+    noisy, clean = (side.requires_grad_() for side in pair(2, 3, 9, noise=1.0, dtype=torch.float64))
+    mask = torch.tensor([[1, 0, 1], [1, 1, 0]])
+
+    def function(noisy: Tensor, clean: Tensor) -> Tensor:
+        values = divergences(
+            noisy, clean, KINDS, top_k=support and 3, support=support or "tail", mask=mask, temperature=1.7
+        )
+        return torch.stack(list(values.values()))
+
+    assert torch.autograd.gradcheck(function, (noisy, clean))
+    assert torch.autograd.gradgradcheck(function, (noisy, clean))
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_registration(support):
+    noisy, clean = (side.requires_grad_() for side in pair(2, 3, 9))
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    options = (
+        "jeffreys,forward_kl",
+        2 if support else 0,
+        support or "tail",
+        mask,
+        torch.ones(2, 3),
+        0.5,
+        0.1,
+        1000,
+        None,
+    )
+    torch.library.opcheck(torch.ops.sgfast.divergences.default, (noisy, clean, *options))
+
+
+def test_compiled_training_step_matches_eager_with_masked_rows():
+    def step(noisy: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
+        values = divergences(noisy, clean, ["jeffreys", "cross_entropy"], top_k=3, support="tail", mask=mask)
+        return sum(value.sum() for value in values.values())
+
+    compiled_step = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    for rows in (4, 7):
+        noisy, clean = pair(rows, 21, seed=rows)
+        mask = torch.arange(rows) % 3 != 0
+        gradients = []
+        for function in (step, compiled_step):
+            leaf = noisy.clone().requires_grad_()
+            loss = function(leaf, clean, mask)
+            loss.backward()
+            gradients.append((loss.detach(), leaf.grad))
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-6, atol=1e-7)
+
+
+def test_nothing_per_logit_is_kept_for_backward():
+    noisy, clean = (side.requires_grad_() for side in pair(16, 1000))
+    inputs = {noisy.data_ptr(), clean.data_ptr()}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in inputs:
+            kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        divergences(noisy, clean, KINDS)
+        assert sum(kept) <= 8 * 16
+        divergences(noisy, clean, KINDS, top_k=10, support="tail")
+        assert sum(kept) <= 16 * 16 + 16 * 20 * 4
+
+
+def test_retained_graph_gives_the_same_gradient_twice():
+    noisy, clean = pair(4, 30)
+    noisy.requires_grad_()
+    loss = divergences(noisy, clean, "jensen_shannon")["jensen_shannon"].sum()
+    first = torch.autograd.grad(loss, noisy, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, noisy), first, rtol=0, atol=0)
+
+
+def test_no_rows():
+    noisy, clean = torch.zeros(0, 5, requires_grad=True), torch.zeros(0, 5)
+    value = divergences(noisy, clean, "jeffreys", top_k=2)["jeffreys"]
+    assert value.shape == (0,)
+    value.sum().backward()
+    assert noisy.grad.shape == (0, 5)
+
+
+def test_autocast_does_not_change_the_result():
+    noisy, clean = pair(4, 100)
+    expected = divergences(noisy, clean, "jeffreys")["jeffreys"]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(divergences(noisy, clean, "jeffreys")["jeffreys"], expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"kinds": "kl"}, ValueError, "kinds must be among .*forward_kl.*got 'kl'"),
+        ({"kinds": []}, ValueError, "at least one"),
+        ({"top_k": 6}, ValueError, "top_k must be between 1 and the vocabulary's size, 5; got 6"),
+        ({"top_k": 0}, ValueError, "got 0"),
+        ({"top_k": 2.0}, TypeError, "top_k must be an int"),
+        ({"support": "union"}, ValueError, "support must be one of truncate"),
+        ({"beta": 0.0}, ValueError, "forward_kl or reverse_kl"),
+        ({"skew": 1.0}, ValueError, "skew"),
+        ({"temperature": 0.0}, ValueError, "temperature must be positive"),
+        ({"temperature": torch.ones(3)}, ValueError, "temperature must be a number or have the row shape"),
+        ({"temperature": torch.ones(2, requires_grad=True)}, ValueError, "must not require a gradient"),
+        ({"mask": torch.ones(2, 5)}, ValueError, "mask must have the shape of noisy_logits"),
+        ({"clean_logits": torch.zeros(2, 4)}, ValueError, r"one shape; got \(2, 5\) and \(2, 4\)"),
+        ({"clean_logits": torch.zeros(2, 5, dtype=torch.int64)}, TypeError, "clean_logits must be float32"),
+        ({"max_chunk_bytes": 0}, ValueError, "max_chunk_bytes"),
+        ({"impl": "cuda"}, ValueError, "impl must be one of"),
+        ({"impl": "triton"}, RuntimeError, "impl='triton' cannot run"),
+    ],
+)
+def test_errors_name_the_argument_and_what_is_allowed(arguments, error, message):
+    defaults = {"noisy_logits": torch.zeros(2, 5), "clean_logits": torch.zeros(2, 5), "kinds": "jeffreys"}
+    with pytest.raises(error, match=message):
+        divergences(**(defaults | arguments))
+
+
+def test_forward_mode_is_refused():
+    noisy, clean = pair(2, 5)
+    with pytest.raises(RuntimeError, match="forward-mode"):
+        torch.func.jvp(lambda x: divergences(x, clean, "jeffreys")["jeffreys"], (noisy,), (clean,))
+
+
+def test_double_backward_through_another_implementation_is_refused():
+    noisy, clean = pair(2, 5)
+    noisy.requires_grad_()
+    value = divergences(noisy, clean, "jeffreys", impl="compile")["jeffreys"].sum()
+    (gradient,) = torch.autograd.grad(value, noisy, create_graph=True)
+    with pytest.raises(RuntimeError, match="use impl='torch'"):
+        gradient.sum().backward()
+
+
+def test_top_k_support_breaks_ties_by_the_lower_index():
+    noisy = torch.tensor([[1.0, 3.0, 3.0, 3.0, -0.0, 0.0]])
+    clean = torch.tensor([[0.0, -0.0, 0.0, -1.0, -1.0, -1.0]])
+    indices, valid = top_k_support(noisy, clean, 2)
+    assert indices[valid].tolist() == [0, 1, 2]
+    assert not valid[0, 3]
+    assert indices[0, 3] == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_top_k_support_on_tie_heavy_logits(dtype):
+    generator = torch.Generator().manual_seed(0)
+    noisy, clean = (torch.randint(-4, 4, (50, 64), generator=generator).to(dtype) for _ in range(2))
+    indices, valid = top_k_support(noisy, clean, 9, max_chunk_bytes=5000)
+    for row in range(50):
+        expected = set()
+        for side in (noisy[row].tolist(), clean[row].tolist()):
+            expected.update(sorted(range(64), key=lambda i: (-side[i], i))[:9])
+        assert indices[row][valid[row]].tolist() == sorted(expected)
+
+
+def test_explain_says_what_would_run():
+    noisy, clean = pair(2, 5)
+    assert sgfast.explain(divergences, noisy, clean, "jeffreys").implementation == "torch"
+    assert sgfast.explain(divergences, noisy, clean, "jeffreys", impl="compile").implementation == "compile"
+
+
+def test_reference_is_the_definition():
+    """The reference behind double backward equals the operation it stands for."""
+    noisy, clean = pair(3, 12, dtype=torch.float64)
+    indices, valid = top_k_support(noisy, clean, 3)
+    for support in SUPPORTS:
+        settings = divergence_module.Settings(KINDS, support or "full", 0.4, 0.2)
+        values = divergence_module.reference(noisy, clean, settings, indices, valid, torch.full((3,), 1.5).double())
+        expected = divergences(
+            noisy, clean, KINDS, top_k=support and 3, support=support or "tail", temperature=1.5, beta=0.4, skew=0.2
+        )
+        torch.testing.assert_close(values, torch.stack(list(expected.values())), rtol=1e-10, atol=1e-12)
