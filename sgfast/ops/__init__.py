@@ -2,6 +2,17 @@
 
 from sgfast.ops.divergence import divergences
 from sgfast.ops.hidden import HiddenDistances, hidden_distances
+from sgfast.ops.nearest import embedding_ranks, nearest_embeddings
+from sgfast.ops.noise import apply_noise, standard_normal
 from sgfast.ops.topk import top_k_support
 
-__all__ = ["HiddenDistances", "divergences", "hidden_distances", "top_k_support"]
+__all__ = [
+    "HiddenDistances",
+    "apply_noise",
+    "divergences",
+    "embedding_ranks",
+    "hidden_distances",
+    "nearest_embeddings",
+    "standard_normal",
+    "top_k_support",
+]

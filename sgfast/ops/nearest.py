@@ -1,0 +1,386 @@
+r"""Nearest rows of an embedding table, and the rank of a given row, exactly.
+
+For a query q and the table's rows t_j:
+
+    l2       ‖q − t_j‖
+    cosine   1 − cos(q, t_j) = ½ ‖q/‖q‖ − t_j/‖t_j‖‖²,   1 where either vector is zero
+
+Order is by that distance, equal distances by index; the rank of row j is the number of rows before it. A NaN distance
+counts as infinite. Both metrics are squared Euclidean distances d² between points (for cosine, unit vectors). A matrix
+product finds the rows that might matter; their d² is then computed from the differences, in float64. It depends on the
+two rows alone, bit for bit, so that equal rows tie and the division into chunks never shows.
+
+The scan works on a = q − c and b = t − c rounded to float32, c near the table's mean. With s = ‖a‖² + ‖b‖² − 2 a·b in
+float32, N = ‖a‖ + ‖b‖ and u = 2⁻²⁴,
+
+    |s − d²| ≤ (0.6 D + 16) u N² + 2⁻¹²⁴ D
+
+Rounding a and b moves their distance, at most N, by u N at most, hence d² by 2 u N² + u² N². The product of length D,
+in any order of summation, is off by D u/(1 − D u) ‖a‖‖b‖ ≤ 0.3 D u N² (for D < 2.8 million) and counts twice. Norms,
+sums and the bound itself round a handful of times, and every underflow costs less than 2⁻¹²⁶. Only rows whose interval
+[s − bound, s + bound] cannot reach the result are dropped; the others, and whatever overflowed or is NaN, are compared
+directly. Where most rows fall within the bound, a table of equal rows for one, results are as exact and memory as
+bounded, in the time of Q·V direct distances.
+
+Inputs float32, bfloat16, float16 or float64; distances in float32 (float64 if an input is), indices and ranks in
+int64. There is no gradient.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, rows, validation
+from sgfast.ops.precision import full_precision_products
+
+Metric = Literal["l2", "cosine"]
+METRICS = ("l2", "cosine")
+
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+
+# Bytes for a (query, row) pair: the matrices of s and its bounds and, should every pair be compared directly, their
+# indices, distances and the sorting of both.
+_PAIR_BYTES = 112
+# Bytes for an element of a row on its way to float32, and for an element of a pair that is compared directly.
+_SCAN_BYTES = 32
+_DIRECT_BYTES = 48
+# Beyond this norm a square may overflow float32.
+_LARGEST_NORM = 2.0**60
+
+
+class _Side(NamedTuple):
+    """What the scan needs of some queries or table rows."""
+
+    points: Tensor  # (n, D) float32, centred
+    squares: Tensor  # (n,) float32, their squared norms
+    norms: Tensor  # (n,) float32, infinite where squares may overflow
+    zero: Tensor  # (n,) bool, zero vectors
+
+
+def _row_sums(values: Tensor) -> Tensor:
+    """Sums over the last dimension by halving: each depends on its own row alone, which ``sum`` does not promise."""
+    while (width := values.shape[-1]) > 1:
+        half = width // 2
+        folded = values[..., :half] + values[..., half : 2 * half]
+        values = folded if width % 2 == 0 else torch.cat([folded, values[..., -1:]], dim=-1)
+    return values.squeeze(-1)
+
+
+def _points(vectors: Tensor, metric: str) -> Tensor:
+    """The points whose distances are compared, (n, D) float64: the vectors, or unit vectors (zero stays zero)."""
+    points = vectors.to(torch.float64)
+    if metric == "cosine":
+        norms = _row_sums(points.square()).sqrt()
+        points = points / torch.where(norms > 0, norms, 1)[:, None]
+    return points
+
+
+def reference(queries: Tensor, vectors: Tensor, metric: str) -> Tensor:
+    """d² of paired rows by direct differences in float64: (n, D) twice → (n,)."""
+    a, b = _points(queries, metric), _points(vectors, metric)
+    squares = _row_sums((a - b).square())
+    if metric == "cosine":
+        squares = torch.where((a == 0).all(-1) | (b == 0).all(-1), 2, squares)
+    return torch.where(squares.isnan(), math.inf, squares)
+
+
+def _direct(
+    queries: Tensor, query_rows: Tensor, table: Tensor, table_rows: Tensor, metric: str, max_bytes: int
+) -> Tensor:
+    """d² of the pairs (query_rows[i], table_rows[i]), in chunks."""
+    step = max(1, max_bytes // (_DIRECT_BYTES * table.shape[1]))
+    parts = [
+        reference(queries[some_queries], table[some_rows], metric)
+        for some_queries, some_rows in zip(torch.split(query_rows, step), torch.split(table_rows, step), strict=True)
+    ]
+    return torch.cat(parts)
+
+
+def _side(vectors: Tensor, center: Tensor, metric: str) -> _Side:
+    # A float32 difference of float32 vectors is rounded once, as its float64 value would be.
+    points = _points(vectors, metric) if metric == "cosine" else vectors.to(center.dtype)
+    zero = (points == 0).all(-1)
+    centred = (points - center).to(torch.float32)
+    norms = torch.linalg.vector_norm(centred, dim=-1, dtype=torch.float64)
+    squares = norms.square().to(torch.float32)
+    return _Side(centred, squares, torch.where(norms < _LARGEST_NORM, norms, math.inf).to(torch.float32), zero)
+
+
+def _center(queries: Tensor, table: Tensor, metric: str, max_bytes: int) -> Tensor:
+    """The mean of a sample of the table: any center is right, a near one makes the bound tight."""
+    sample = max(1, max_bytes // (_SCAN_BYTES * table.shape[1]))
+    points = _points(table[:: -(-table.shape[0] // sample)], metric)
+    return points.mean(0).nan_to_num(0, 0, 0).to(rows.compute_dtype(queries, table))
+
+
+def _intervals(queries: _Side, vectors: _Side, metric: str) -> tuple[Tensor, Tensor]:
+    """Lower and upper bounds of d² for every pair: (queries, rows) twice. NaN where there is none."""
+    width = queries.points.shape[-1]
+    squares = queries.squares[:, None] + vectors.squares - 2 * (queries.points @ vectors.points.T)
+    bound = (queries.norms[:, None] + vectors.norms).square() * ((0.6 * width + 16) * 2.0**-24) + width * 2.0**-124
+    if metric == "cosine":
+        zero = queries.zero[:, None] | vectors.zero
+        squares, bound = torch.where(zero, 2, squares), torch.where(zero, 0, bound)
+    return squares - bound, squares + bound
+
+
+class _Sizes(NamedTuple):
+    """How many queries and table rows are compared at once, and the bytes left to direct comparisons."""
+
+    queries: int
+    table: int
+    direct_bytes: int
+
+
+def _sizes(width: int, k: int, max_bytes: int) -> _Sizes:
+    """A quarter of the bytes each for table rows, queries, their pairs and the direct comparisons."""
+    quarter = max_bytes // 4
+    pairs = quarter // _PAIR_BYTES
+    # At most four times as many rows as queries: a flat product is slow.
+    table = max(1, min(quarter // (_SCAN_BYTES * width), 2 * math.isqrt(pairs)))
+    queries = max(1, min(quarter // (_SCAN_BYTES * width), pairs // (table + k)))
+    return _Sizes(queries, table, quarter)
+
+
+def _scan(
+    queries: Tensor, table: Tensor, metric: str, sizes: _Sizes, implementation: str
+) -> Iterator[tuple[slice, slice, Tensor, Tensor, Tensor]]:
+    """Yield (slice of queries, slice of the table, those queries, lower bounds, upper bounds), the table outermost."""
+    body = dispatch.implementation_of(_intervals, implementation)
+    center = _center(queries, table, metric, sizes.direct_bytes)
+    for first_row in range(0, table.shape[0], sizes.table):
+        table_slice = slice(first_row, min(first_row + sizes.table, table.shape[0]))
+        vectors = _side(table[table_slice], center, metric)
+        for query_slice, some in _query_blocks(queries, sizes):
+            yield query_slice, table_slice, some, *body(_side(some, center, metric), vectors, metric)
+
+
+def _query_blocks(queries: Tensor, sizes: _Sizes) -> Iterator[tuple[slice, Tensor]]:
+    total = math.prod(queries.shape[:-1])
+    for first in range(0, total, sizes.queries):
+        query_slice = slice(first, min(first + sizes.queries, total))
+        yield query_slice, rows.read_rows(queries, query_slice)
+
+
+def _triton_refusal(*_: Any, **__: Any) -> str | None:
+    return "there is no Triton kernel for the nearest-embedding operations yet"
+
+
+@torch.library.custom_op("sgfast::nearest_embeddings", mutates_args=())
+def _nearest(
+    queries: Tensor, table: Tensor, k: int, metric: str, farthest: bool, max_chunk_bytes: int, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    implementation = dispatch.select(impl, _triton_refusal()).implementation
+    sizes = _sizes(table.shape[1], k, max_chunk_bytes)
+    total = math.prod(queries.shape[:-1])
+    # The search is for the k smallest keys: d², or for the farthest −d².
+    sign = -1 if farthest else 1
+    keys = table.new_empty((total, k), dtype=torch.float64)
+    indices = table.new_empty((total, k), dtype=torch.int64)
+    with full_precision_products(table.device):
+        for query_slice, table_slice, some, lower, upper in _scan(queries, table, metric, sizes, implementation):
+            if farthest:
+                lower, upper = -upper, -lower
+            # Rows come in the order of their indices, so that before this slice min(k, rows so far) are found.
+            found, now_found = min(k, table_slice.start), min(k, table_slice.stop)
+            block_keys, block_indices = keys[query_slice], indices[query_slice]
+            # A comparison with NaN is false, hence the negations: where there is no bound, the pair is compared.
+            wanted = torch.ones_like(lower, dtype=torch.bool)
+            if lower.shape[1] >= k:
+                wanted &= ~(lower > upper.topk(k, largest=False).values[:, -1:])
+            if found == k:
+                # A later row at the same distance comes after those found.
+                wanted &= ~(lower >= _round_up(block_keys[:, -1:]))
+            query_rows, table_rows = wanted.nonzero().unbind(1)
+            table_rows = table_rows + table_slice.start
+            squares = _direct(some, query_rows, table, table_rows, metric, sizes.direct_bytes)
+            block_keys[:, :now_found], block_indices[:, :now_found] = _merge(
+                block_keys[:, :found], block_indices[:, :found], query_rows, sign * squares, table_rows, now_found
+            )
+    return _distances(sign * keys, queries, table, metric).view(*queries.shape[:-1], k), indices.view(
+        *queries.shape[:-1], k
+    )
+
+
+def _round_up(limits: Tensor) -> Tensor:
+    """The smallest float32 at or above float64 limits: a float32 matrix is compared with it where it lies."""
+    nearest = limits.to(torch.float32)
+    return torch.where(nearest >= limits, nearest, nearest.nextafter(nearest.new_tensor(math.inf)))
+
+
+def _merge(
+    keys: Tensor, indices: Tensor, query_rows: Tensor, new_keys: Tensor, new_indices: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """The ``width`` first of the found (n, found) and the new pairs of every query, by (key, index)."""
+    count, found = keys.shape
+    old_rows = torch.arange(count, device=keys.device).repeat_interleave(found)
+    all_rows, all_keys = torch.cat([old_rows, query_rows]), torch.cat([keys.flatten(), new_keys])
+    # Stable sorts keep the order within equal keys: found before new, and new by index.
+    order = all_keys.argsort(stable=True)
+    order = order[all_rows[order].argsort(stable=True)]
+    first = torch.searchsorted(all_rows[order], torch.arange(count, device=keys.device))
+    chosen = order[first[:, None] + torch.arange(width, device=keys.device)]
+    return all_keys[chosen], torch.cat([indices.flatten(), new_indices])[chosen]
+
+
+def _distances(squares: Tensor, queries: Tensor, table: Tensor, metric: str) -> Tensor:
+    distances = squares.sqrt() if metric == "l2" else squares / 2
+    return distances.to(rows.compute_dtype(queries, table))
+
+
+@_nearest.register_fake
+def _(
+    queries: Tensor, table: Tensor, k: int, metric: str, farthest: bool, max_chunk_bytes: int, impl: str | None
+) -> tuple[Tensor, Tensor]:
+    shape = (*queries.shape[:-1], k)
+    distances = queries.new_empty(shape, dtype=rows.compute_dtype(queries, table))
+    return distances, queries.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("sgfast::embedding_ranks", mutates_args=())
+def _ranks(
+    queries: Tensor, table: Tensor, targets: Tensor, metric: str, max_chunk_bytes: int, impl: str | None
+) -> Tensor:
+    implementation = dispatch.select(impl, _triton_refusal()).implementation
+    sizes = _sizes(table.shape[1], 1, max_chunk_bytes)
+    flat_targets = targets.reshape(-1).to(torch.int64)
+    if ((flat_targets < 0) | (flat_targets >= table.shape[0])).any():
+        raise ValueError(f"targets must lie in [0, {table.shape[0]}), the rows of table")
+    target_squares = table.new_empty(flat_targets.shape, dtype=torch.float64)
+    for query_slice, some in _query_blocks(queries, sizes):
+        every = torch.arange(some.shape[0], device=table.device)
+        target_squares[query_slice] = _direct(some, every, table, flat_targets[query_slice], metric, sizes.direct_bytes)
+    ranks = torch.zeros_like(flat_targets)
+    with full_precision_products(table.device):
+        for query_slice, table_slice, some, lower, upper in _scan(queries, table, metric, sizes, implementation):
+            limits, block_targets = target_squares[query_slice], flat_targets[query_slice]
+            before = upper < -_round_up(-limits[:, None])
+            undecided = ~before & ~(lower > _round_up(limits[:, None]))
+            query_rows, table_rows = undecided.nonzero().unbind(1)
+            table_rows = table_rows + table_slice.start
+            squares = _direct(some, query_rows, table, table_rows, metric, sizes.direct_bytes)
+            own = limits[query_rows]
+            earlier = (squares < own) | ((squares == own) & (table_rows < block_targets[query_rows]))
+            ranks[query_slice] += before.sum(1) + torch.bincount(query_rows[earlier], minlength=some.shape[0])
+    return ranks.view(targets.shape)
+
+
+@_ranks.register_fake
+def _(queries: Tensor, table: Tensor, targets: Tensor, metric: str, max_chunk_bytes: int, impl: str | None) -> Tensor:
+    return targets.new_empty(targets.shape, dtype=torch.int64)
+
+
+@dispatch.describe_triton(_triton_refusal)
+def nearest_embeddings(
+    queries: Tensor,
+    table: Tensor,
+    k: int = 1,
+    *,
+    metric: Metric = "l2",
+    farthest: bool = False,
+    max_chunk_bytes: int | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Find the k nearest rows of a table for every query, exactly, without a (queries, rows) matrix.
+
+    Args:
+        queries: (..., D), float32, bfloat16, float16 or float64; any number of leading dimensions.
+        table: (V, D), likewise.
+        k: how many, 1 ≤ k ≤ V.
+        metric: ``"l2"``, ‖q − t‖, or ``"cosine"``, 1 − cos(q, t), which is 1 where either vector is zero.
+        farthest: the k farthest rows instead, the farthest first.
+        max_chunk_bytes: bound on temporaries beyond the outputs in float64; at least one query and one row are
+            compared at once. Default 64 MiB.
+        impl: see ``sgfast.ops.dispatch``.
+
+    Returns:
+        ``(distances, indices)``, each (..., k), ordered; equal distances by index. Distances are float32 (float64 if
+        an input is), indices int64. They have no gradient.
+
+    Raises:
+        TypeError: an input is not a floating tensor, or k is not an int.
+        ValueError: shapes or devices do not fit, k is out of range, or the metric is unknown.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.ops.nearest import nearest_embeddings
+        >>> table = torch.tensor([[0.0, 0.0], [3.0, 4.0], [0.0, 0.0]])
+        >>> nearest_embeddings(torch.tensor([0.0, 1.0]), table, k=2)
+        (tensor([1., 1.]), tensor([0, 2]))
+    """
+    _check_pair(queries, table, metric)
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an int; got {type(k).__name__}")
+    if not 1 <= k <= table.shape[0]:
+        raise ValueError(f"k must lie in [1, {table.shape[0]}], the rows of table; got {k}")
+    max_bytes = DEFAULT_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
+    dispatch.check_impl(impl)
+    distances, indices = _nearest(queries.detach(), table.detach(), k, metric, farthest, max_bytes, impl)
+    return distances, indices
+
+
+@dispatch.describe_triton(_triton_refusal)
+def embedding_ranks(
+    queries: Tensor,
+    table: Tensor,
+    targets: Tensor,
+    *,
+    metric: Metric = "l2",
+    max_chunk_bytes: int | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> Tensor:
+    """Count, for every query, the table rows that come before its target row: 0 = the target is the nearest.
+
+    Args:
+        queries: (..., D), float32, bfloat16, float16 or float64; any number of leading dimensions.
+        table: (V, D), likewise.
+        targets: (...) integers in [0, V), a row for each query.
+        metric: see ``nearest_embeddings``.
+        max_chunk_bytes: see ``nearest_embeddings``.
+        impl: see ``sgfast.ops.dispatch``.
+
+    Returns:
+        (...) int64 in [0, V): the number of strictly nearer rows plus that of equally near rows of lower index, the
+        target's position in ``nearest_embeddings(queries, table, V)``.
+
+    Raises:
+        TypeError: an input is not a floating tensor, or targets are not integers.
+        ValueError: shapes or devices do not fit, a target is out of range, or the metric is unknown.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.ops.nearest import embedding_ranks
+        >>> table = torch.tensor([[0.0], [2.0], [5.0]])
+        >>> embedding_ranks(torch.tensor([[1.0], [1.0], [1.0]]), table, torch.tensor([0, 1, 2]))
+        tensor([0, 1, 2])
+    """
+    _check_pair(queries, table, metric)
+    if not isinstance(targets, Tensor):
+        raise TypeError(f"targets must be a torch.Tensor; got {type(targets).__name__}")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise TypeError(f"targets must hold integers; got {targets.dtype}")
+    if targets.shape != queries.shape[:-1]:
+        raise ValueError(
+            f"targets must have the shape of queries without its last dimension, {tuple(queries.shape[:-1])}; "
+            f"got {tuple(targets.shape)}"
+        )
+    validation.check_device("targets", targets, "queries", queries)
+    max_bytes = DEFAULT_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
+    dispatch.check_impl(impl)
+    return _ranks(queries.detach(), table.detach(), targets, metric, max_bytes, impl)  # type: ignore[no-any-return]
+
+
+def _check_pair(queries: Tensor, table: Tensor, metric: str) -> None:
+    """Check queries (..., D) against a table (V, D), both on one device, and the metric."""
+    for name, tensor in (("queries", queries), ("table", table)):
+        validation.check_floating(name, tensor)
+    if table.dim() != 2 or 0 in table.shape:
+        raise ValueError(f"table must have shape (V, D), both at least 1; got {tuple(table.shape)}")
+    if queries.dim() == 0 or queries.shape[-1] != table.shape[1]:
+        raise ValueError(f"queries must have shape (..., {table.shape[1]}) as table; got {tuple(queries.shape)}")
+    validation.check_device("table", table, "queries", queries)
+    if metric not in METRICS:
+        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")

@@ -1,0 +1,441 @@
+r"""Seeded Gaussian noise: a stream of normal draws that every device repeats, and its application to embeddings.
+
+With eps = ``standard_normal(input.shape, seed, offset=offset)``, a noise mask n and a keep mask k:
+
+    apply_noise = where(n, clamp(where(k, input + std·eps, 0) + mean), input)
+
+Arithmetic in float32 (float64 for a float64 input), eps rounded once to the input's dtype, output in the input's
+dtype. Unselected elements are the input's, bit for bit; whatever lies there (NaN and inf too) reaches no gradient but
+the input's own. For an upstream gradient g, zero where unselected or outside the clamp's range:
+
+    ∂mean = g,   ∂std = where(k, g·eps, 0),   ∂input = where(k, g, 0), and the untouched upstream where unselected
+
+each summed over the dimensions in which mean or std was broadcast. eps is regenerated in backward from the seed;
+nothing but the inputs is kept. ``sgfast.ops.philox`` has the stream.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, philox, rows, validation
+from sgfast.ops.autograd import double_backward
+
+# Elements handled at once: the stream's int64 words and the float32 temporaries then take less than 8 MiB.
+_CHUNK_ELEMENTS = 2**17
+
+_Index = tuple[int | slice, ...]
+
+
+def reference(
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    eps: Tensor,
+    noise_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    lowest: float | None,
+    highest: float | None,
+) -> Tensor:
+    """The operation for given draws, differentiable by autograd."""
+    noised = _noised(input, mean, std, eps, keep_mask)
+    if lowest is not None or highest is not None:
+        noised = noised.clamp(lowest, highest)
+    noised = noised.to(input.dtype)
+    return noised if noise_mask is None else torch.where(noise_mask, noised, input)
+
+
+def _noised(input: Tensor, mean: Tensor, std: Tensor, eps: Tensor, keep_mask: Tensor | None) -> Tensor:
+    """Every element's value before clamp and selection, in the arithmetic's dtype."""
+    dtype = rows.compute_dtype(input)
+    noised = input.to(dtype) + std.to(dtype) * eps.to(input.dtype).to(dtype)
+    if keep_mask is not None:
+        noised = torch.where(keep_mask, noised, 0)
+    return noised + mean.to(dtype)
+
+
+def _triton_refusal(*_: Any, **__: Any) -> str | None:
+    return "there is no Triton kernel for the noise operations yet"
+
+
+@torch.library.custom_op("sgfast::standard_normal", mutates_args=())
+def _standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype, impl: str | None) -> Tensor:
+    implementation = dispatch.select(impl, _triton_refusal()).implementation
+    keys = philox.round_keys(seed)
+    values = torch.empty(shape, dtype=dtype, device=seed.device)
+    flat = values.view(-1)
+    for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
+        part = flat[start : start + _CHUNK_ELEMENTS]
+        part.copy_(philox.draws(keys, offset, start, part.numel(), implementation))
+    return values
+
+
+@_standard_normal.register_fake
+def _(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype, impl: str | None) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=seed.device)
+
+
+def _boxes(shape: Sequence[int]) -> Iterator[tuple[_Index, int, int]]:
+    """Cut a tensor into boxes that are contiguous in the linear order: (index, first element, number of elements).
+
+    A box fixes the leading dimensions, takes a range of the next one and all of the rest, so that it is a view of a
+    tensor of any strides, broadcast ones included.
+    """
+    split, inner = len(shape), 1
+    while split > 0 and inner * shape[split - 1] <= _CHUNK_ELEMENTS:
+        split -= 1
+        inner *= shape[split]
+    if split == 0:
+        if inner > 0:
+            yield (), 0, inner
+        return
+    length, step = shape[split - 1], max(1, _CHUNK_ELEMENTS // inner)
+    for position, outer in enumerate(itertools.product(*map(range, shape[: split - 1]))):
+        for start in range(0, length, step):
+            stop = min(start + step, length)
+            yield (*outer, slice(start, stop)), (position * length + start) * inner, (stop - start) * inner
+
+
+def _expand(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
+    return None if tensor is None else tensor.expand(shape)
+
+
+def _box_of(tensor: Tensor | None, index: _Index) -> Tensor | None:
+    return None if tensor is None else tensor[index]
+
+
+@torch.library.custom_op("sgfast::apply_noise", mutates_args=())
+def _forward(
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    seed: Tensor,
+    offset: int,
+    noise_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    lowest: float | None,
+    highest: float | None,
+    impl: str | None,
+) -> Tensor:
+    implementation = dispatch.select(impl, _triton_refusal()).implementation
+    keys = philox.round_keys(seed)
+    output = torch.empty_like(input, memory_format=torch.contiguous_format)
+    mean, std = mean.expand(input.shape), std.expand(input.shape)
+    noise_mask, keep_mask = _expand(noise_mask, input.shape), _expand(keep_mask, input.shape)
+    for index, start, count in _boxes(input.shape):
+        box = input[index]
+        eps = philox.draws(keys, offset, start, count, implementation).view(box.shape)
+        masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
+        output[index] = reference(box, mean[index], std[index], eps, *masks, lowest, highest)
+    return output
+
+
+@_forward.register_fake
+def _(
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    seed: Tensor,
+    offset: int,
+    noise_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    lowest: float | None,
+    highest: float | None,
+    impl: str | None,
+) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _new_sum(like: Tensor, shape: Sequence[int], needed: bool) -> Tensor:
+    """Zeros to collect the gradient of a tensor that was broadcast to ``shape``; (0,) if nobody needs it.
+
+    A tensor of the full shape is written once, in its own dtype. A smaller one gets a contribution from each of
+    possibly many thousand boxes: its sum is kept in float64.
+    """
+    if not needed:
+        return like.new_empty(0)
+    padded = (1,) * (len(shape) - like.dim()) + tuple(like.shape)
+    return like.new_zeros(padded, dtype=like.dtype if padded == tuple(shape) else torch.float64)
+
+
+def _add_box(total: Tensor, index: _Index, gradient: Tensor) -> None:
+    """Add a box of the full gradient, summed over the dimensions that were broadcast."""
+    if total.numel() == 0:
+        return
+    # Where the total has size 1, every position of the box falls on the one element.
+    within = (
+        position if size > 1 else 0 if isinstance(position, int) else slice(None)
+        for position, size in zip(index, total.shape, strict=False)
+    )
+    part = total[tuple(within)]
+    part += gradient.sum_to_size(part.shape)
+
+
+def _box_gradients(
+    upstream: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    eps: Tensor,
+    noise_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    lowest: float | None,
+    highest: float | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients to input, mean and std, before any sum, in the arithmetic's dtype."""
+    of_mean = upstream = upstream.to(rows.compute_dtype(input))
+    if noise_mask is not None:
+        of_mean = torch.where(noise_mask, of_mean, 0)
+    if lowest is not None or highest is not None:
+        noised = _noised(input, mean, std, eps, keep_mask)
+        low, high = -math.inf if lowest is None else lowest, math.inf if highest is None else highest
+        of_mean = torch.where((noised >= low) & (noised <= high), of_mean, 0)
+    kept = of_mean if keep_mask is None else torch.where(keep_mask, of_mean, 0)
+    of_input = kept if noise_mask is None else torch.where(noise_mask, kept, upstream)
+    return of_input, of_mean, kept * eps.to(input.dtype).to(kept.dtype)
+
+
+@torch.library.custom_op("sgfast::apply_noise_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    seed: Tensor,
+    offset: int,
+    noise_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    lowest: float | None,
+    highest: float | None,
+    needs: Sequence[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to input, mean and std; one that is not needed is an empty tensor, for an op cannot return None."""
+    implementation = dispatch.select(impl, _triton_refusal()).implementation
+    keys = philox.round_keys(seed)
+    shape = input.shape
+    operands = (input, mean, std)
+    totals = [_new_sum(operand, shape, needed) for operand, needed in zip(operands, needs, strict=True)]
+    full_mean, full_std = mean.expand(shape), std.expand(shape)
+    noise_mask, keep_mask = _expand(noise_mask, shape), _expand(keep_mask, shape)
+    for index, start, count in _boxes(shape):
+        box = input[index]
+        eps = philox.draws(keys, offset, start, count, implementation).view(box.shape)
+        masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
+        gradients = _box_gradients(
+            upstream[index], box, full_mean[index], full_std[index], eps, *masks, lowest, highest
+        )
+        for total, gradient, needed in zip(totals, gradients, needs, strict=True):
+            if needed:
+                _add_box(total, index, gradient)
+    of_input, of_mean, of_std = (
+        total.to(operand.dtype).view(operand.shape) if needed else total
+        for total, operand, needed in zip(totals, operands, needs, strict=True)
+    )
+    return of_input, of_mean, of_std
+
+
+@_backward.register_fake
+def _(
+    upstream: Tensor,
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    seed: Tensor,
+    offset: int,
+    noise_mask: Tensor | None,
+    keep_mask: Tensor | None,
+    lowest: float | None,
+    highest: float | None,
+    needs: Sequence[bool],
+    impl: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_input, of_mean, of_std = (
+        torch.empty_like(operand, memory_format=torch.contiguous_format) if needed else operand.new_empty(0)
+        for operand, needed in zip((input, mean, std), needs, strict=True)
+    )
+    return of_input, of_mean, of_std
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, mean, std, seed, ctx.offset, noise_mask, keep_mask, *ctx.value_range, ctx.impl = inputs
+    ctx.save_for_backward(input, mean, std, seed, noise_mask, keep_mask)
+
+
+def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    input, mean, std, seed, *masks = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = _backward(upstream, input, mean, std, seed, ctx.offset, *masks, *ctx.value_range, needs, ctx.impl)
+    return *(one if needed else None for one, needed in zip(gradients, needs, strict=True)), *[None] * 7
+
+
+def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    upstream, input, mean, std, seed, ctx.offset, noise_mask, keep_mask, *ctx.value_range, needs, ctx.impl = inputs
+    ctx.mark_non_differentiable(*(one for one, needed in zip(output, needs, strict=True) if not needed))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(upstream, input, mean, std, seed, noise_mask, keep_mask)
+
+
+def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    upstream, input, mean, std, seed, *masks = ctx.saved_tensors
+    eps = _standard_normal(seed, input.shape, ctx.offset, torch.float32, ctx.impl)
+    *gradients, upstream_gradient = double_backward(
+        "apply_noise",
+        ctx.impl,
+        _triton_refusal(),
+        lambda input, mean, std: reference(input, mean, std, eps, *masks, *ctx.value_range),
+        (input, mean, std),
+        upstream,
+        upstream_of_gradients,
+    )
+    return upstream_gradient, *gradients, *[None] * 8
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+
+
+@dispatch.describe_triton(_triton_refusal)
+def standard_normal(
+    shape: Sequence[int],
+    seed: int | Tensor,
+    *,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> Tensor:
+    """Draw standard normals that depend on nothing but seed, offset and their linear index.
+
+    Element i is the same number for every shape, implementation and device, within ``philox.NORMAL_ERROR`` (1.2e-6;
+    bit for bit within one implementation on one device). The stream is public mathematics, not a cipher: who knows
+    the seed knows the noise.
+
+    Args:
+        shape: of the result, any number of elements.
+        seed: 0 ≤ seed < 2⁶⁴, or a one-element int64 tensor, read modulo 2⁶⁴ where it lies, without a host sync.
+        offset: how many groups of four draws to skip, 0 ≤ offset < 2⁶³.
+        dtype: float32, bfloat16, float16 or float64: the float32 stream, rounded once or widened.
+        device: by default that of a seed tensor, else torch's default device.
+        impl: see ``sgfast.ops.dispatch``.
+
+    Returns:
+        A tensor of the shape, dtype and device; it has no gradient.
+
+    Raises:
+        TypeError: seed or offset is not an integer (or, the seed, an int64 tensor), or dtype is not floating.
+        ValueError: seed, offset or shape is out of range, or the seed tensor is not one element on the device.
+
+    Example:
+        >>> from sgfast.ops.noise import standard_normal
+        >>> standard_normal((3,), seed=7)
+        EXAMPLE
+        >>> standard_normal((2, 4), seed=7)[1] == standard_normal((4,), seed=7, offset=1)
+        tensor([True, True, True, True])
+    """
+    if any(size < 0 for size in shape):
+        raise ValueError(f"shape must have no negative size; got {tuple(shape)}")
+    if dtype not in validation.FLOATING:
+        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype}")
+    philox.check_offset(offset)
+    dispatch.check_impl(impl)
+    return _standard_normal(philox.seed_tensor(seed, device), shape, offset, dtype, impl)  # type: ignore[no-any-return]
+
+
+@dispatch.describe_triton(_triton_refusal)
+def apply_noise(
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    seed: int | Tensor,
+    offset: int = 0,
+    noise_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    value_range: tuple[float | None, float | None] | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> Tensor:
+    """Shift and perturb the selected elements: ``where(n, clamp(where(k, input + std·eps, 0) + mean), input)``.
+
+    Args:
+        input: any shape, float32, bfloat16, float16 or float64, any strides.
+        mean: floating, broadcastable to the input: the full shape, (D,), (1, T, D), a scalar tensor.
+        std: likewise; it is used as it is, negative values included.
+        seed: of eps = ``standard_normal(input.shape, seed, offset=offset)``, see there. The draw depends on an
+            element's index only, not on strides or masks.
+        offset: how many groups of four draws to skip.
+        noise_mask: nonzero = transform; None transforms everything. A mask with the shape of the input's leading
+            dimensions covers those; any other shape must broadcast to the input.
+        keep_mask: nonzero = keep the feature; elsewhere the mean alone replaces it. It broadcasts to the input.
+        value_range: (low or None, high or None), a clamp on transformed elements; outside it their gradient is 0.
+        impl: see ``sgfast.ops.dispatch``.
+
+    Returns:
+        A contiguous tensor of the input's shape and dtype, differentiable with respect to input, mean and std.
+        Unselected elements are bit-equal to the input.
+
+    Raises:
+        TypeError: an operand is not a floating tensor, a mask not a tensor, seed or offset not an integer.
+        ValueError: shapes do not broadcast to the input's, devices differ, seed or offset is out of range, or
+            value_range is not an ordered pair.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.ops.noise import apply_noise
+        >>> embeddings, noise_mask = torch.zeros(2, 3), torch.tensor([True, False])
+        >>> apply_noise(embeddings, torch.tensor(5.0), torch.tensor(0.1), seed=7, noise_mask=noise_mask)
+        EXAMPLE
+    """
+    validation.check_floating("input", input)
+    for name, operand in (("mean", mean), ("std", std)):
+        validation.check_floating(name, operand)
+        _check_broadcast(name, operand, input)
+    noise_mask = _boolean_mask("noise_mask", noise_mask)
+    keep_mask = _boolean_mask("keep_mask", keep_mask)
+    if noise_mask is not None:
+        if noise_mask.shape == input.shape[: noise_mask.dim()]:
+            noise_mask = noise_mask.view(*noise_mask.shape, *[1] * (input.dim() - noise_mask.dim()))
+        _check_broadcast("noise_mask", noise_mask, input)
+    if keep_mask is not None:
+        _check_broadcast("keep_mask", keep_mask, input)
+    lowest, highest = _check_range(value_range)
+    philox.check_offset(offset)
+    dispatch.check_impl(impl)
+    dispatch.refuse_forward_mode("apply_noise", input, mean, std)
+    key = philox.seed_tensor(seed, input.device)
+    return _forward(input, mean, std, key, offset, noise_mask, keep_mask, lowest, highest, impl)  # type: ignore[no-any-return]
+
+
+def _boolean_mask(name: str, mask: Tensor | None) -> Tensor | None:
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _check_broadcast(name: str, tensor: Tensor, input: Tensor) -> None:
+    """Check that a tensor lies on the input's device and broadcasts to its shape."""
+    validation.check_device(name, tensor, "input", input)
+    trailing = input.shape[input.dim() - tensor.dim() :]
+    if tensor.dim() > input.dim() or any(
+        own not in (1, size) for own, size in zip(tensor.shape, trailing, strict=True)
+    ):
+        raise ValueError(
+            f"{name} must broadcast to the shape of input, {tuple(input.shape)}; got {tuple(tensor.shape)}"
+        )
+
+
+def _check_range(value_range: tuple[float | None, float | None] | None) -> tuple[float | None, float | None]:
+    if value_range is None:
+        return None, None
+    if len(value_range) != 2:
+        raise ValueError(f"value_range must be (low or None, high or None); got {value_range}")
+    lowest, highest = value_range
+    if lowest is not None and highest is not None and not lowest <= highest:
+        raise ValueError(f"value_range must have low ≤ high; got {value_range}")
+    return lowest, highest
