@@ -1,0 +1,69 @@
+"""What a tokenizer wrapper is called on: chats and instructions, checked and brought to one form.
+
+Errors name where something is and what type it has, never a text: that may be private.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+TRANSFORMED_ROLES = ("system", "user")
+RESPONSE_ROLE = "assistant"
+_ROLES = (*TRANSFORMED_ROLES, RESPONSE_ROLE)
+_INSTRUCTION_KEYS = ("instruction", "system_prompt", "context", "response")
+
+
+class Message(NamedTuple):
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+def checked_message(message: Any, where: str) -> Message:
+    """Check one dictionary of role and content."""
+    if not isinstance(message, Mapping):
+        raise TypeError(f"{where} must be a dictionary of role and content; got {described(message)}")
+    _check_keys(message, ("role", "content"), where)
+    if message["role"] not in _ROLES:
+        raise ValueError(f"{where}: role must be one of {', '.join(_ROLES)}; got {message['role']!r}")
+    return Message(message["role"], message["content"])
+
+
+def instruction_messages(example: Any, where: str) -> list[Message]:
+    """Check an instruction and write it as a chat, without the messages that would be empty."""
+    if not isinstance(example, Mapping):
+        raise TypeError(f"{where} must be a dictionary of {', '.join(_INSTRUCTION_KEYS)}; got {described(example)}")
+    _check_keys(example, _INSTRUCTION_KEYS, where)
+    instruction, system_prompt, context, response = (example[key] for key in _INSTRUCTION_KEYS)
+    messages = [Message("user", f"{instruction}\n\n{context}" if context else instruction)]
+    if system_prompt:
+        messages.insert(0, Message("system", system_prompt))
+    if response:
+        messages.append(Message(RESPONSE_ROLE, response))
+    return messages
+
+
+def _check_keys(mapping: Mapping[Any, Any], keys: Sequence[str], where: str) -> None:
+    """Check for exactly these keys, with strings as values."""
+    missing = [key for key in keys if key not in mapping]
+    if missing:
+        raise ValueError(f"{where} needs the keys {', '.join(keys)}; missing: {', '.join(missing)}")
+    unknown = [repr(key) for key in mapping if key not in keys]
+    if unknown:
+        raise ValueError(f"{where} takes the keys {', '.join(keys)} only; got also {', '.join(unknown)}")
+    for key in keys:
+        if not isinstance(mapping[key], str):
+            raise TypeError(f"{where}: {key} must be a string; got {described(mapping[key])}")
+
+
+def is_list(value: Any) -> bool:
+    """Whether a value is a list or another sequence, but no string."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes)
+
+
+def described(value: Any) -> str:
+    """Return the type of a value and, for a list, of what it holds."""
+    if not is_list(value):
+        return type(value).__name__
+    inside = sorted({type(item).__name__ for item in value})
+    return f"{type(value).__name__} of {', '.join(inside) or 'nothing'}"
