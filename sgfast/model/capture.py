@@ -1,0 +1,71 @@
+"""What a forward leaves for losses and metrics, and who asked for it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Transform(NamedTuple):
+    """What the noise layer did, with its graph: (B, T, D) each."""
+
+    input: Tensor
+    mean: Tensor
+    std: Tensor
+    mask: Tensor | None  # True = suppressed feature
+    output: Tensor
+
+
+class Capture(NamedTuple):
+    """One forward of a noisy language model. Clean tensors have no graph."""
+
+    attention_mask: Tensor  # (B, T) bool
+    noise_mask: Tensor  # (B, T) bool: transformed and attended
+    enabled_transform: Transform | None  # None while noise is disabled
+    layers: dict[int, tuple[Tensor, Tensor]]  # index → (clean, noisy), (B, T, D)
+    logits: tuple[Tensor, Tensor] | None  # (clean, noisy), (B, T, V)
+
+    @property
+    def transform(self) -> Transform:
+        """What the noise layer did; RuntimeError if it was disabled."""
+        if self.enabled_transform is None:
+            raise RuntimeError("the loss reads the transform, but noise was disabled in the last forward")
+        return self.enabled_transform
+
+    def halves(self, layer: int | None) -> tuple[Tensor, Tensor]:
+        """(clean, noisy) outputs of a decoder layer, or logits for None."""
+        if layer is not None:
+            return self.layers[layer]
+        assert self.logits is not None  # a consumer of logits makes every forward run whole
+        return self.logits
+
+
+class Consumer:
+    """One loss or metric attached to a model: what it needs of every forward, and the forward it has not used yet.
+
+    Args:
+        layers: indices of the decoder layers whose outputs it reads.
+        logits: whether it reads the logits.
+    """
+
+    def __init__(self, layers: frozenset[int], logits: bool) -> None:
+        self.layers = layers
+        self.logits = logits
+        self.forwards = 0
+        self._capture: Capture | None = None
+
+    def offer(self, capture: Capture | None) -> None:
+        """Hand over a new forward; None drops the last one before the next begins."""
+        self._capture = capture
+        if capture is not None:
+            self.forwards += 1
+
+    def take(self, caller: str) -> Capture:
+        """Return the last forward and let go of it.
+
+        Raises:
+            RuntimeError: there was no forward since the last call.
+        """
+        if self._capture is None:
+            raise RuntimeError(f"{caller} needs a forward pass of the noisy model since its last call")
+        capture, self._capture = self._capture, None
+        return capture

@@ -1,0 +1,69 @@
+"""The parts of a Hugging Face causal language model: its backbone, its decoder layers, a shallow trunk of them."""
+
+import copy
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+# What families call the norm after the last layer.
+_FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
+
+
+def backbone_of(base_model: nn.Module) -> nn.Module:
+    """The model without its language-model head."""
+    prefix = getattr(base_model, "base_model_prefix", "")
+    backbone = getattr(base_model, prefix, None) if prefix else None
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(
+            f"base_model must be a Hugging Face causal language model; {type(base_model).__name__} has no backbone"
+        )
+    return backbone
+
+
+def _layer_list(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
+    depth = getattr(getattr(backbone, "config", None), "num_hidden_layers", None)
+    for name, child in backbone.named_children():
+        if isinstance(child, nn.ModuleList) and len(child) == depth:
+            return name, child
+    raise ValueError(f"no list of {depth} decoder layers was found in {type(backbone).__name__}")
+
+
+def decoder_layers(base_model: nn.Module) -> nn.ModuleList:
+    """The decoder layers, in order."""
+    return _layer_list(backbone_of(base_model))[1]
+
+
+def resolve_layer_index(base_model: nn.Module, index: int) -> int:
+    """Check a decoder layer's index (negative counts from the end) and return it as 0-based.
+
+    Raises:
+        ValueError: out of range.
+    """
+    depth = len(decoder_layers(base_model))
+    if isinstance(index, bool) or not isinstance(index, int):
+        raise TypeError(f"a decoder layer's index must be an int; got {type(index).__name__}")
+    if not -depth <= index < depth:
+        raise ValueError(f"the decoder layer index must lie in [{-depth}, {depth - 1}] for this model; got {index}")
+    return index % depth
+
+
+def shallow_trunk(base_model: nn.Module, depth: int) -> nn.Module:
+    """A backbone that shares the base model's modules and stops after ``depth`` layers, without the final norm.
+
+    The base model itself is not touched: another thread, a hook or a generation may use it meanwhile.
+    """
+    backbone = backbone_of(base_model)
+    name, layers = _layer_list(backbone)
+    trunk = copy.copy(backbone)
+    modules: dict[str, nn.Module | None] = dict(backbone._modules)
+    modules[name] = nn.ModuleList(list(layers)[:depth])
+    for norm in _FINAL_NORMS:
+        if norm in modules:
+            modules[norm] = nn.Identity()
+    trunk._modules = modules
+    return trunk
+
+
+def hidden_states_of(layer_output: Any) -> Tensor:
+    """A decoder layer's hidden states: some families and versions return a tuple."""
+    return cast(Tensor, layer_output if isinstance(layer_output, Tensor) else layer_output[0])

@@ -1,0 +1,361 @@
+"""Causal language models under a noise layer: every forward runs the base model on clean and on noisy embeddings."""
+
+import functools
+import inspect
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from sgfast.model.capture import Capture, Consumer, Transform
+from sgfast.model.decoder import decoder_layers, hidden_states_of, resolve_layer_index, shallow_trunk
+from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
+from sgfast.noise_layer.base import BaseNoiseLayer
+from sgfast.utils.positions import position_ids_of
+
+CleanPass = Literal["separate", "joint"]
+
+
+class NoiseMaskedNoisyTransformerModel(nn.Module):
+    """A frozen causal language model whose token embeddings pass through a noise layer.
+
+    A forward on B rows gives a super-batch: clean and noisy logits, 2B rows. With ``clean_pass="separate"`` the clean
+    half runs in a pass of its own without a graph, so that training keeps half the activations; ``"joint"`` runs one
+    batch of 2B rows, for hooks that need it. Both give the same numbers.
+
+    While training, the base model runs only as deep as the attached losses and metrics read: for layer k, decoder
+    layers 0..k and neither final norm nor head, and the output's logits are None. In eval mode, or when anything
+    attached reads logits, it runs whole.
+
+    The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. The
+    transform applies to this model's own calls only: ``base_model(...)`` is the clean model.
+
+    Args:
+        noise_layer_class: a `BaseNoiseLayer` class, `TransformerCloak` for language models.
+        base_model: a Hugging Face causal language model.
+        input_shape: (-1, D); checked against the embedding width. None to skip the check.
+        target_layer: path of the module whose output is transformed.
+        clean_pass: ``"separate"`` or ``"joint"``.
+        noise_layer: a ready layer to share, in place of ``noise_layer_class`` and its arguments.
+        noise_layer_kwargs: what ``noise_layer_class`` takes.
+
+    Raises:
+        ValueError: no such target layer, a width that differs, an unknown clean_pass.
+        TypeError: base_model is not a module.
+
+    Example:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+        >>> import torch
+        >>> from sgfast.noise_layer import TransformerCloak
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> noisy_model = NoiseMaskedNoisyTransformerModel(
+        ...     TransformerCloak,
+        ...     LlamaForCausalLM(config),
+        ...     input_shape=(-1, 16),
+        ...     target_layer="model.embed_tokens",
+        ...     config_path=config,
+        ...     transformer_type=LlamaModel,
+        ... )
+        >>> output = noisy_model(input_ids=torch.arange(6).view(2, 3))
+        >>> output.base_model_output.logits.shape
+        torch.Size([4, 3, 50])
+    """
+
+    base_model: Any
+    noise_layer: BaseNoiseLayer
+
+    def __init__(
+        self,
+        noise_layer_class: type[BaseNoiseLayer] | None,
+        base_model: Any,
+        input_shape: tuple[int, ...] | None = None,
+        target_layer: str = "model.embed_tokens",
+        *,
+        clean_pass: CleanPass = "separate",
+        noise_layer: BaseNoiseLayer | None = None,
+        **noise_layer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base_model, nn.Module):
+            raise TypeError(f"base_model must be a torch.nn.Module; got {type(base_model).__name__}")
+        if clean_pass not in ("separate", "joint"):
+            raise ValueError(f"clean_pass must be 'separate' or 'joint'; got {clean_pass!r}")
+        try:
+            target = base_model.get_submodule(target_layer)
+        except AttributeError as error:
+            raise ValueError(f"base_model has no module {target_layer!r} (target_layer)") from error
+        self.base_model = base_model
+        embedding_weight = self.base_model.get_input_embeddings().weight
+        width = embedding_weight.shape[-1]
+        if input_shape is not None and input_shape[-1] != width:
+            raise ValueError(f"input_shape must end in the embedding width {width}; got {tuple(input_shape)}")
+        if noise_layer is None:
+            if noise_layer_class is None:
+                raise ValueError("give noise_layer_class, or a ready noise_layer")
+            noise_layer = noise_layer_class(**noise_layer_kwargs)
+        self.noise_layer = noise_layer.to(device=embedding_weight.device)
+        self.base_model.requires_grad_(False).eval()
+        self.target_layer = target_layer
+        self.clean_pass = clean_pass
+        self._base_arguments = frozenset(inspect.signature(base_model.forward).parameters) - {"labels"}
+        self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
+        self._trunks: dict[int, list[nn.Module]] = {}  # in lists: a trunk is no submodule, its modules are the base's
+        # The pass that is running, for the hooks; None outside this model's own calls.
+        self._running: _Pass | None = None
+        target.register_forward_hook(self._transform_hook)
+        for index, layer in enumerate(decoder_layers(base_model)):
+            layer.register_forward_hook(functools.partial(self._keep_layer, index))
+
+    def train(self, mode: bool = True) -> "NoiseMaskedNoisyTransformerModel":
+        """Set the noise layer's mode; the frozen base stays in eval mode."""
+        super().train(mode)
+        self.base_model.eval()
+        return self
+
+    def attach(self, *, layers: frozenset[int] = frozenset(), logits: bool = False) -> Consumer:
+        """Register a loss or metric that reads decoder layers' outputs or logits of every forward.
+
+        It counts for as long as the returned `Consumer` is alive.
+        """
+        consumer = Consumer(frozenset(resolve_layer_index(self.base_model, index) for index in layers), logits)
+        self._consumers.add(consumer)
+        return consumer
+
+    @contextmanager
+    def noise_disabled(self) -> Iterator[None]:
+        """Put clean values in both halves inside the block."""
+        with self.noise_layer.disabled():
+            yield
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> NoisyModelOutput:
+        """Run the base model on clean and on noisy embeddings.
+
+        Args:
+            input_ids: (B, T); or give ``inputs_embeds`` (B, T, D).
+            attention_mask: (B, T), nonzero = real token; None for all.
+            noise_mask: (B, T), nonzero = transform this token; None for every attended token. Padding is never
+                transformed.
+            kwargs: what the base model takes besides. What it does not know, and ``labels``, is dropped, so that a
+                tokenizer wrapper's whole output may be passed.
+
+        Raises:
+            ValueError: neither or both of input_ids and inputs_embeds, or masks of another shape.
+        """
+        arguments, attended, selected = self._prepare(input_ids, attention_mask, noise_mask, kwargs)
+        for consumer in self._consumers:
+            consumer.offer(None)  # lets go of the last forward's graph before this one builds its own
+        layers, logits_wanted = self._wanted()
+        run = self._run_joint if self.clean_pass == "joint" else self._run_separate
+        current = _Pass(attended, selected, layers)
+        clean_logits, noisy_logits = run(current, arguments, None if logits_wanted else max(layers))
+        layer_outputs = {index: (current.clean_layers[index], current.noisy_layers[index]) for index in layers}
+        transform = self._last_transform()
+        both = clean_logits is not None and noisy_logits is not None
+        capture = Capture(
+            attention_mask=attended,
+            noise_mask=selected,
+            enabled_transform=transform,
+            layers=layer_outputs,
+            logits=cast(tuple[Tensor, Tensor], (clean_logits, noisy_logits)) if both else None,
+        )
+        for consumer in self._consumers:
+            consumer.offer(capture)
+        return NoisyModelOutput(
+            base_model_output=SuperBatchOutput(clean_logits, noisy_logits),
+            input=transform.input if transform else None,
+            transformed=transform.output if transform else None,
+            mean=transform.mean if transform else None,
+            std=transform.std if transform else None,
+            mask=transform.mask if transform else None,
+            noise_mask=selected,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Generate with the base model after a transformed prompt; generated tokens are not transformed.
+
+        Args:
+            input_ids: (B, T), the prompt; pad on the left.
+            attention_mask: as in `forward`.
+            noise_mask: as in `forward`.
+            kwargs: options of the base model's ``generate``.
+
+        Returns:
+            Token ids, prompt included, as the base model's ``generate`` gives them.
+        """
+        embeddings = self.transform(input_ids, attention_mask, noise_mask)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        generate = self.base_model.generate
+        return cast(
+            Tensor, generate(input_ids, inputs_embeds=embeddings, attention_mask=attention_mask.long(), **kwargs)
+        )
+
+    def transform(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        noise_mask: Tensor | None = None,
+        *,
+        seed: int | Tensor | None = None,
+    ) -> Tensor:
+        """The transformed embeddings of a prompt, (B, T, D), ready for ``inputs_embeds``.
+
+        Raises:
+            ValueError: ``target_layer`` is not the input embedding; masks of another shape.
+        """
+        embedding = self.base_model.get_input_embeddings()
+        if self.base_model.get_submodule(self.target_layer) is not embedding:
+            raise ValueError(
+                f"only a transform of the input embeddings can be applied before the model runs; "
+                f"target_layer is {self.target_layer!r}"
+            )
+        _, attended, selected = self._prepare(input_ids, attention_mask, noise_mask, {})
+        return cast(Tensor, self.noise_layer(embedding(input_ids), selected, attention_mask=attended.long(), seed=seed))
+
+    def _prepare(
+        self, input_ids: Tensor | None, attention_mask: Tensor | None, noise_mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The base model's arguments, and the masks of attended and of transformed tokens, (B, T) bool."""
+        arguments = {name: value for name, value in kwargs.items() if name in self._base_arguments}
+        inputs_embeds = arguments.pop("inputs_embeds", None)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
+        device = inputs_embeds.device if input_ids is None else input_ids.device
+        for name, mask in (("attention_mask", attention_mask), ("noise_mask", noise_mask)):
+            if mask is not None and mask.shape != shape:
+                raise ValueError(f"{name} must have the shape of the tokens, {tuple(shape)}; got {tuple(mask.shape)}")
+        everything = torch.ones(shape, dtype=torch.bool, device=device)
+        attended = everything if attention_mask is None else attention_mask != 0
+        selected = attended if noise_mask is None else (noise_mask != 0) & attended
+        if input_ids is None:
+            arguments["inputs_embeds"] = inputs_embeds
+        else:
+            arguments["input_ids"] = input_ids
+        arguments["attention_mask"] = attended.long()
+        if "position_ids" in self._base_arguments:
+            arguments.setdefault("position_ids", position_ids_of(attended))
+        arguments.setdefault("use_cache", False)
+        return arguments, attended, selected
+
+    def _last_transform(self) -> Transform | None:
+        layer = self.noise_layer
+        if not layer.enabled:
+            return None
+        assert layer.input is not None
+        assert layer.mean is not None
+        assert layer.std is not None
+        assert layer.output is not None
+        return Transform(layer.input, layer.mean, layer.std, layer.mask, layer.output)
+
+    def _wanted(self) -> tuple[frozenset[int], bool]:
+        """Which layers' outputs to keep, and whether the model must run whole."""
+        layers = frozenset().union(*(consumer.layers for consumer in self._consumers))
+        logits = any(consumer.logits for consumer in self._consumers)
+        return layers, logits or not layers or not self.training
+
+    def _run_separate(
+        self, current: "_Pass", arguments: dict[str, Tensor], last_layer: int | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        with torch.no_grad(), self._during(current, "clean"):
+            clean_logits = self._call_base(arguments, last_layer)
+        with self._during(current, "noisy"):
+            return clean_logits, self._call_base(arguments, last_layer)
+
+    def _run_joint(
+        self, current: "_Pass", arguments: dict[str, Tensor], last_layer: int | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        doubled = {
+            name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in arguments.items()
+        }
+        with self._during(current, "joint"):
+            logits = self._call_base(doubled, last_layer)
+        if logits is None:
+            return None, None
+        clean_logits, noisy_logits = logits.chunk(2)
+        return clean_logits.detach(), noisy_logits
+
+    def _call_base(self, arguments: dict[str, Tensor], last_layer: int | None) -> Tensor | None:
+        """Logits of the whole model, or None after running layers 0..last_layer."""
+        embeddings = arguments.get("inputs_embeds")
+        if embeddings is not None and self._targets_embeddings():
+            arguments = arguments | {"inputs_embeds": self._transform(embeddings)}
+        if last_layer is None:
+            return cast(Tensor, self.base_model(**arguments).logits)
+        self._trunk(last_layer)(**arguments)
+        return None
+
+    def _targets_embeddings(self) -> bool:
+        embedding = self.base_model.get_input_embeddings()
+        return self.base_model.get_submodule(self.target_layer) is embedding
+
+    def _trunk(self, last_layer: int) -> nn.Module:
+        if last_layer not in self._trunks:
+            self._trunks[last_layer] = [shallow_trunk(self.base_model, last_layer + 1)]
+        return self._trunks[last_layer][0]
+
+    @contextmanager
+    def _during(self, current: "_Pass", half: str) -> Iterator[None]:
+        current.half = half
+        self._running = current
+        try:
+            yield
+        finally:
+            self._running = None
+
+    def _transform_hook(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if self._running is None:
+            return None
+        if isinstance(output, Tensor):
+            return self._transform(output)
+        return (self._transform(output[0]), *output[1:])
+
+    def _transform(self, hidden: Tensor) -> Tensor:
+        """What the target layer passes on, in the pass that is running."""
+        current = self._running
+        if current is None or current.half == "clean":
+            return hidden
+        clean = hidden.chunk(2)[0] if current.half == "joint" else hidden
+        transformed = cast(Tensor, self.noise_layer(clean, current.selected, attention_mask=current.attended.long()))
+        return torch.cat([clean, transformed]) if current.half == "joint" else transformed
+
+    def _keep_layer(self, index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        current = self._running
+        if current is None or index not in current.layers:
+            return
+        hidden = hidden_states_of(output)
+        if current.half == "joint":
+            clean, noisy = hidden.chunk(2)
+            current.clean_layers[index], current.noisy_layers[index] = clean.detach(), noisy
+        else:
+            (current.clean_layers if current.half == "clean" else current.noisy_layers)[index] = hidden
+
+
+class _Pass:
+    """The state that hooks need while the base model runs."""
+
+    def __init__(self, attended: Tensor, selected: Tensor, layers: frozenset[int]) -> None:
+        self.attended = attended
+        self.selected = selected
+        self.layers = layers
+        self.half = "clean"
+        self.clean_layers: dict[int, Tensor] = {}
+        self.noisy_layers: dict[int, Tensor] = {}

@@ -1,0 +1,158 @@
+"""What all noise layers share: the transform itself, the seeds, and the memory of the last forward."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgfast.noise_layer.masker import PercentMasker
+from sgfast.noise_layer.parameterizations import Scale, check_scale
+from sgfast.ops.noise import apply_noise, standard_normal
+
+ValueRange = tuple[float | None, float | None]
+
+
+class BaseNoiseLayer(nn.Module, ABC):
+    """Add learned noise: ``output = where(n, (input + std·eps)·keep + mean, input)``.
+
+    A subclass says what mean and std are, in `estimate`. eps is `sgfast.ops.standard_normal` under a seed that
+    changes with every forward: drawn from torch's generator of the input's device, or, given ``seed``, mixed from it,
+    the number of the forward and the process rank, so that no two inputs share their noise.
+
+    After a forward these attributes hold its values, until the next one: ``input``, ``mean``, ``std``, ``mask``
+    (True = suppressed feature, or None), ``noise_mask`` (True = transformed, or None), ``noise`` (std·eps) and
+    ``output``. ``mean``, ``std`` and ``output`` keep their graph until a loss consumes them. None of them, and no
+    seed, enters the state_dict.
+
+    Args:
+        scale: (min, max) of the standard deviations.
+        masker: which features to suppress, from their standard deviations; None for none.
+        value_range: (low or None, high or None), a clamp on transformed elements.
+        seed: 0 ≤ seed < 2⁶⁴, or None.
+    """
+
+    input: Tensor | None
+    mean: Tensor | None
+    std: Tensor | None
+    mask: Tensor | None
+    noise_mask: Tensor | None
+    output: Tensor | None
+    _forward_seed: int | Tensor | None
+
+    def __init__(
+        self,
+        scale: Scale,
+        *,
+        masker: PercentMasker | None = None,
+        value_range: ValueRange | None = None,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        if seed is not None and not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be None or lie in [0, 2**64); got {seed}")
+        self.scale = check_scale(scale)
+        self.masker = masker
+        self.value_range = value_range
+        self.seed = seed
+        self.enabled = True
+        self.forward_count = 0
+        self.clear()
+
+    @abstractmethod
+    def estimate(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Mean shift and standard deviation for an input, broadcastable to it."""
+
+    def forward(
+        self, input: Tensor, noise_mask: Tensor | None = None, *, seed: int | Tensor | None = None, **kwargs: Any
+    ) -> Tensor:
+        """Transform the selected elements.
+
+        Args:
+            input: (batch, ...) floating.
+            noise_mask: True = transform; of the input's leading dimensions, or broadcastable; None selects all.
+            seed: the noise's seed for this forward, in place of the layer's own.
+            kwargs: what the estimators take besides (an attention mask, say).
+
+        Returns:
+            The transformed input, in its dtype; the input itself while ``enabled`` is False.
+        """
+        if not self.enabled:
+            return input
+        mean, std = self.estimate(input, **kwargs)
+        mask = self.masker(std) if self.masker is not None else None
+        self._forward_seed = self._next_seed(input.device) if seed is None else seed
+        output = apply_noise(
+            input,
+            mean,
+            std,
+            seed=self._forward_seed,
+            noise_mask=noise_mask,
+            keep_mask=None if mask is None else ~mask,
+            value_range=self.value_range,
+        )
+        self.input, self.mean, self.std = input, mean, std
+        self.mask, self.noise_mask, self.output = mask, noise_mask, output
+        return output
+
+    @property
+    def noise(self) -> Tensor | None:
+        """std·eps of the last forward, regenerated from its seed."""
+        if self.input is None or self.std is None or self._forward_seed is None:
+            return None
+        eps = standard_normal(self.input.shape, self._forward_seed, dtype=self.input.dtype, device=self.input.device)
+        return self.std.detach() * eps
+
+    def clear(self) -> None:
+        """Forget the last forward."""
+        self.input = self.mean = self.std = self.mask = self.noise_mask = self.output = None
+        self._forward_seed = None
+
+    def release_graph(self) -> None:
+        """Keep the last forward's values but not their graph; losses call this when they have consumed them."""
+        self.mean, self.std, self.output = (
+            tensor.detach() if tensor is not None else None for tensor in (self.mean, self.std, self.output)
+        )
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Pass inputs through unchanged inside the block."""
+        enabled, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = enabled
+
+    def _next_seed(self, device: torch.device) -> int | Tensor:
+        self.forward_count += 1
+        if self.seed is None:
+            # On the device, so that nothing waits for it; from torch's generator, so that manual_seed and the
+            # restoring of RNG states (activation checkpointing, resumed training) replay it.
+            return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
+        return mix_seed(self.seed, self.forward_count, _process_rank())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles carry parameters and settings, not the last forward's graph."""
+        state = dict(self.__dict__)
+        for name in ("input", "mean", "std", "mask", "noise_mask", "output", "_forward_seed"):
+            state[name] = None
+        return state
+
+
+def mix_seed(*words: int) -> int:
+    """Fold integers into one 64-bit seed (SplitMix64 steps, Steele et al. 2014): close inputs, unrelated seeds."""
+    state = 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state
+
+
+def _process_rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return 0

@@ -1,0 +1,86 @@
+"""From an unbounded parameter rho to a standard deviation sigma inside a scale, and back.
+
+Both evaluate in float32 (float64 stays float64) whatever the parameter's dtype: in bfloat16 the saturating function
+rounds to its ends long before they are reached, and its gradient dies.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+Scale = tuple[float, float]
+
+
+def check_scale(scale: Scale) -> Scale:
+    """Check ``(min, max)`` with 0 ≤ min < max and return it as floats."""
+    minimum, maximum = (float(bound) for bound in scale)
+    if not 0 <= minimum < maximum < math.inf:
+        raise ValueError(f"scale must be (min, max) with 0 <= min < max; got {scale}")
+    return minimum, maximum
+
+
+def _wide(rho: Tensor) -> Tensor:
+    return rho if rho.dtype == torch.float64 else rho.float()
+
+
+class CloakStandardDeviationParameterization:
+    """sigma = min + (max − min) · (1 + tanh(rho / shallow)) / 2, onto the open interval (min, max).
+
+    Evaluated as min + (max − min) · sigmoid(2 rho / shallow). ``shallow`` acts as a temperature: our choice of its
+    place, as a divisor of rho (it is 1 by default). The tanh form is that of the published Cloak code
+    (Mireshghallah et al. 2021).
+
+    Args:
+        scale: (min, max), 0 ≤ min < max.
+        shallow: positive.
+
+    Raises:
+        ValueError: scale or shallow out of range.
+
+    Example:
+        >>> import torch
+        >>> parameterization = CloakStandardDeviationParameterization((0.0, 2.0))
+        >>> parameterization(torch.zeros(1))
+        tensor([1.])
+        >>> parameterization.inverse(parameterization(torch.tensor([-1.5])))
+        tensor([-1.5000])
+    """
+
+    def __init__(self, scale: Scale = (1e-4, 2.0), shallow: float = 1.0) -> None:
+        self.scale = check_scale(scale)
+        if not shallow > 0:
+            raise ValueError(f"shallow must be positive; got {shallow}")
+        self.shallow = float(shallow)
+
+    def __call__(self, rho: Tensor) -> Tensor:
+        """Sigma of rho's shape, in float32 (float64)."""
+        minimum, maximum = self.scale
+        return minimum + (maximum - minimum) * torch.sigmoid(2 / self.shallow * _wide(rho))
+
+    def inverse(self, sigma: Tensor) -> Tensor:
+        """The rho whose sigma this is; ±inf at the ends of the interval."""
+        minimum, maximum = self.scale
+        return self.shallow / 2 * ((_wide(sigma) - minimum) / (maximum - _wide(sigma))).log()
+
+
+class DirectStandardDeviationParameterization:
+    """sigma = clamp(rho, min, max): rho is the standard deviation itself; no gradient outside the interval.
+
+    Args:
+        scale: (min, max), 0 ≤ min < max.
+
+    Raises:
+        ValueError: scale out of range.
+    """
+
+    def __init__(self, scale: Scale = (1e-4, 2.0)) -> None:
+        self.scale = check_scale(scale)
+
+    def __call__(self, rho: Tensor) -> Tensor:
+        """Sigma of rho's shape, in float32 (float64)."""
+        return _wide(rho).clamp(*self.scale)
+
+    def inverse(self, sigma: Tensor) -> Tensor:
+        """The rho whose sigma this is: sigma itself."""
+        return _wide(sigma)

@@ -1,0 +1,249 @@
+"""A noise layer for language models: mean and standard deviation come from small transformers over the sequence."""
+
+import copy
+import json
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgfast.noise_layer.base import BaseNoiseLayer, ValueRange
+from sgfast.noise_layer.masker import PercentMasker
+from sgfast.noise_layer.parameterizations import (
+    CloakStandardDeviationParameterization,
+    DirectStandardDeviationParameterization,
+    Scale,
+)
+from sgfast.utils.positions import position_ids_of
+
+# Bodies that a saved layer may name; a file never imports anything else.
+KNOWN_BODIES = (
+    "GPT2Model",
+    "Gemma2Model",
+    "LlamaModel",
+    "MistralModel",
+    "Phi3Model",
+    "Qwen2Model",
+    "Qwen3Model",
+)
+
+
+class TransformerCloak(BaseNoiseLayer):
+    """Input-dependent Gaussian noise over token embeddings: ``x~ = x + n·(mu(x) + sigma(x)·eps)``.
+
+    mu and sigma come from two estimators, each a body ``transformer_type(config)`` fed through ``inputs_embeds`` and
+    a linear head. The mean head starts at 0 and the rho head at the constant ``rhos_init``: an untrained layer adds
+    weak unshifted noise. The bodies keep their type's attention (causal for decoders), so a transformed prefix does
+    not depend on what follows it. The architecture is our choice: only the arguments are public.
+
+    Args:
+        config_path: a path or hub id of the base model, or its ``PretrainedConfig``; hidden_size is the embedding
+            width D.
+        transformer_type: the body's class, ``transformers.MistralModel``, say.
+        scale: (min, max) of the standard deviations; see `recommend_scale`.
+        shallow: temperature of the parameterization.
+        percent_to_mask: fraction of each token's features to replace by their mean shift, those of largest sigma.
+        directly_learn_stds: learn sigma itself, clamped to ``scale``, in place of rho.
+        mean_num_hidden_layers: depth of the mean estimator.
+        std_num_hidden_layers: depth of the std estimator.
+        mean_num_attention_heads: its heads; None for the config's.
+        std_num_attention_heads: likewise.
+        mean_dropout: dropout inside the mean estimator while training.
+        std_dropout: likewise.
+        rhos_init: rho of the untrained layer.
+        value_range: clamp on transformed elements.
+        seed: see `BaseNoiseLayer`.
+
+    Shape:
+        input (B, T, D), noise_mask (B, T), attention_mask (B, T) → (B, T, D).
+
+    Raises:
+        ValueError: scale, percent_to_mask or seed out of range; heads that do not divide the width.
+    """
+
+    def __init__(
+        self,
+        config_path: str | PathLike[str] | Any,
+        transformer_type: type[nn.Module],
+        scale: Scale = (1e-4, 2.0),
+        shallow: float = 1.0,
+        percent_to_mask: float | None = None,
+        directly_learn_stds: bool = False,
+        mean_num_hidden_layers: int = 1,
+        std_num_hidden_layers: int = 1,
+        mean_num_attention_heads: int | None = None,
+        std_num_attention_heads: int | None = None,
+        mean_dropout: float = 0.0,
+        std_dropout: float = 0.0,
+        rhos_init: float = -4.0,
+        value_range: ValueRange | None = None,
+        seed: int | None = None,
+    ) -> None:
+        masker = None if percent_to_mask is None else PercentMasker(percent_to_mask, feature_dimensions=1)
+        super().__init__(scale, masker=masker, value_range=value_range, seed=seed)
+        config = _load_config(config_path)
+        self._settings = {
+            "transformer_type": transformer_type.__name__,
+            "config": _plain_config(config),
+            "scale": list(self.scale),
+            "shallow": shallow,
+            "percent_to_mask": percent_to_mask,
+            "directly_learn_stds": directly_learn_stds,
+            "mean_num_hidden_layers": mean_num_hidden_layers,
+            "std_num_hidden_layers": std_num_hidden_layers,
+            "mean_num_attention_heads": mean_num_attention_heads,
+            "std_num_attention_heads": std_num_attention_heads,
+            "mean_dropout": mean_dropout,
+            "std_dropout": std_dropout,
+            "rhos_init": rhos_init,
+            "value_range": None if value_range is None else list(value_range),
+        }
+        cloak = CloakStandardDeviationParameterization(scale, shallow)
+        initial_rho = rhos_init
+        self.parameterization: CloakStandardDeviationParameterization | DirectStandardDeviationParameterization = cloak
+        if directly_learn_stds:
+            self.parameterization = DirectStandardDeviationParameterization(scale)
+            initial_rho = cloak(torch.tensor(float(rhos_init))).item()
+        self.mean_estimator = _Estimator(
+            config, transformer_type, mean_num_hidden_layers, mean_num_attention_heads, mean_dropout, 0.0
+        )
+        self.std_estimator = _Estimator(
+            config, transformer_type, std_num_hidden_layers, std_num_attention_heads, std_dropout, initial_rho
+        )
+
+    def estimate(
+        self,
+        input: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean shift and standard deviation of every token, (B, T, D) each; sigma in float32."""
+        if position_ids is None and attention_mask is not None:
+            position_ids = position_ids_of(attention_mask)
+        arguments = (input, attention_mask, position_ids)
+        return self.mean_estimator(*arguments), self.parameterization(self.std_estimator(*arguments))
+
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments as JSON types, the seed excepted: what `from_settings` takes."""
+        return copy.deepcopy(self._settings)
+
+    @classmethod
+    def from_settings(cls, settings: dict[str, Any]) -> "TransformerCloak":
+        """Rebuild an untrained layer of the same architecture.
+
+        Raises:
+            ValueError: a transformer type that is not among `KNOWN_BODIES`, or arguments that do not fit.
+        """
+        arguments = dict(settings)
+        body_name = arguments.pop("transformer_type")
+        if body_name not in KNOWN_BODIES:
+            raise ValueError(f"the transformer type must be one of {', '.join(KNOWN_BODIES)}; got {body_name!r}")
+        import transformers
+
+        body = getattr(transformers, body_name)
+        config = body.config_class.from_dict(arguments.pop("config"))
+        arguments["scale"] = tuple(arguments["scale"])
+        if arguments["value_range"] is not None:
+            arguments["value_range"] = tuple(arguments["value_range"])
+        return cls(config, body, **arguments)
+
+
+class _Estimator(nn.Module):
+    """A transformer body without an embedding table, and a linear head that starts at a constant."""
+
+    body: Any
+
+    def __init__(
+        self,
+        config: Any,
+        transformer_type: type[nn.Module],
+        num_hidden_layers: int,
+        num_attention_heads: int | None,
+        dropout: float,
+        initial_output: float,
+    ) -> None:
+        super().__init__()
+        self.body = transformer_type(_estimator_config(config, num_hidden_layers, num_attention_heads, dropout))
+        # Embeddings come in ready: a table would be vocabulary × width parameters that nothing reads.
+        self.body.set_input_embeddings(nn.Identity())
+        self.head = nn.Linear(config.hidden_size, config.hidden_size)
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, initial_output)
+
+    def forward(self, input: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None) -> Tensor:
+        hidden = self.body(
+            inputs_embeds=input.to(self.head.weight.dtype),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            use_cache=False,
+        ).last_hidden_state
+        output: Tensor = self.head(hidden)
+        return output
+
+
+def _plain_config(config: Any) -> dict[str, Any]:
+    """The config as JSON types, without where it came from or how the base model's weights were stored."""
+    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+        plain.pop(name, None)
+    return plain
+
+
+def _load_config(config_path: str | PathLike[str] | Any) -> Any:
+    if isinstance(config_path, str | PathLike):
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(config_path)
+    return config_path
+
+
+def _estimator_config(config: Any, num_hidden_layers: int, num_attention_heads: int | None, dropout: float) -> Any:
+    if num_hidden_layers < 1:
+        raise ValueError(f"an estimator needs at least one hidden layer; got {num_hidden_layers}")
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = num_hidden_layers
+    config.vocab_size, config.pad_token_id = 1, None
+    if hasattr(config, "quantization_config"):  # of the base model's weights; these are new
+        del config.quantization_config
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer % len(config.layer_types)] for layer in range(num_hidden_layers)]
+    if num_attention_heads is not None:
+        if num_attention_heads < 1 or config.hidden_size % num_attention_heads:
+            raise ValueError(
+                f"the number of attention heads must divide the width {config.hidden_size}; got {num_attention_heads}"
+            )
+        config.num_attention_heads = num_attention_heads
+        if getattr(config, "num_key_value_heads", None):
+            config.num_key_value_heads = num_attention_heads
+        if getattr(config, "head_dim", None):
+            config.head_dim = config.hidden_size // num_attention_heads
+    for name in ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, dropout)
+    return config
+
+
+def recommend_scale(embedding_weight: Tensor) -> Scale:
+    """A scale for an embedding table: a tenth of its smallest non-zero magnitude, ten times its largest.
+
+    Args:
+        embedding_weight: (V, D).
+
+    Returns:
+        (min, max) for a noise layer's ``scale``.
+
+    Raises:
+        ValueError: the table has no non-zero value.
+
+    Example:
+        >>> import torch
+        >>> recommend_scale(torch.tensor([[0.0, -0.5], [2.0, 1.0]]))
+        (0.05, 20.0)
+    """
+    magnitudes = embedding_weight.detach().abs().float()
+    largest = magnitudes.max().item()
+    if largest == 0:
+        raise ValueError("embedding_weight must have a non-zero value")
+    smallest = magnitudes.masked_fill(magnitudes == 0, largest).min().item()
+    return smallest / 10, largest * 10

@@ -1,0 +1,151 @@
+"""TransformerCloak: its start, its seeds, its memory of the last forward, its settings."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from sgfast.noise_layer import TransformerCloak
+from sgfast.noise_layer.base import mix_seed
+from sgfast.ops.noise import standard_normal
+from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, tiny_causal_lm
+
+
+def make_layer(family="llama", **arguments):
+    base_model, body, _ = tiny_causal_lm(family)
+    torch.manual_seed(0)
+    return TransformerCloak(base_model.config, body, **arguments)
+
+
+@pytest.fixture
+def embeddings():
+    return torch.randn(2, 5, WIDTH, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrained_layer_adds_weak_unshifted_noise(family, embeddings):
+    layer = make_layer(family, seed=3).eval()
+    layer(embeddings)
+    assert (layer.mean == 0).all()
+    torch.testing.assert_close(layer.std, torch.full_like(embeddings, 1e-4 + (2 - 1e-4) / (1 + torch.e**8)))
+    assert all(parameter.shape[0] != VOCABULARY for parameter in layer.parameters())
+
+
+def test_the_transform_is_its_formula(embeddings):
+    layer = make_layer(rhos_init=-1.0, percent_to_mask=0.25, value_range=(-2.0, 2.0)).eval()
+    torch.nn.init.normal_(layer.mean_estimator.head.weight)
+    torch.nn.init.normal_(layer.std_estimator.head.weight)
+    noise_mask = torch.tensor([[1, 1, 0, 1, 1], [0, 1, 1, 1, 1]])
+    output = layer(embeddings, noise_mask, seed=99)
+    eps = standard_normal(embeddings.shape, 99)
+    expected = ((embeddings + layer.std * eps) * ~layer.mask + layer.mean).clamp(-2.0, 2.0)
+    selected = noise_mask != 0
+    torch.testing.assert_close(output[selected], expected[selected])
+    assert torch.equal(output[~selected], embeddings[~selected])
+    assert (layer.mask.sum(-1) == WIDTH // 4).all()
+    torch.testing.assert_close(layer.noise, layer.std.detach() * eps)
+    assert torch.equal(layer.output, output)
+
+
+def test_fixed_seeds_give_equal_streams_that_advance(embeddings):
+    first, second = make_layer(seed=5), make_layer(seed=5)
+    one, two = first(embeddings), first(embeddings)
+    assert not torch.equal(one, two)
+    assert torch.equal(second(embeddings), one)
+    assert torch.equal(second(embeddings), two)
+    assert not torch.equal(make_layer(seed=6)(embeddings), one)
+
+
+def test_without_a_seed_noise_follows_torch_generator(embeddings):
+    layer = make_layer()
+    torch.manual_seed(11)
+    one, two = layer(embeddings), layer(embeddings)
+    torch.manual_seed(11)
+    assert torch.equal(layer(embeddings), one)
+    assert not torch.equal(one, two)
+
+
+def test_mixed_seeds_differ():
+    seeds = {mix_seed(seed, count, rank) for seed in range(5) for count in range(50) for rank in range(4)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**64 for seed in seeds)
+
+
+def test_directly_learned_stds_start_where_rho_would(embeddings):
+    cloak, direct = make_layer(rhos_init=-2.0), make_layer(rhos_init=-2.0, directly_learn_stds=True)
+    cloak(embeddings)
+    direct(embeddings)
+    torch.testing.assert_close(direct.std, cloak.std)
+    direct.std.sum().backward()
+    assert (direct.std_estimator.head.bias.grad != 0).all()
+
+
+def test_estimators_take_their_own_depth_heads_and_dropout(embeddings):
+    layer = make_layer(mean_num_hidden_layers=2, std_num_attention_heads=4, mean_dropout=0.5)
+    assert len(layer.mean_estimator.body.layers) == 2
+    assert len(layer.std_estimator.body.layers) == 1
+    assert layer.std_estimator.body.config.num_attention_heads == 4
+    assert layer.std_estimator.body.config.head_dim == WIDTH // 4
+    assert layer.mean_estimator.body.config.attention_dropout == 0.5
+    assert layer.std_estimator.body.config.attention_dropout == 0.0
+    layer(embeddings)
+
+
+def test_what_follows_a_prefix_does_not_change_it(embeddings):
+    layer = make_layer(seed=1).eval()
+    torch.nn.init.normal_(layer.mean_estimator.head.weight)
+    layer(embeddings)
+    whole = layer.mean
+    layer(embeddings[:, :3])
+    torch.testing.assert_close(layer.mean, whole[:, :3], rtol=1e-5, atol=1e-6)
+
+
+def test_disabled_passes_through_and_clear_forgets(embeddings):
+    layer = make_layer()
+    with layer.disabled():
+        assert layer(embeddings) is embeddings
+    assert layer.enabled
+    layer(embeddings)
+    layer.clear()
+    assert [layer.input, layer.mean, layer.std, layer.mask, layer.noise, layer.output] == [None] * 6
+
+
+def test_copies_and_state_dicts_leave_the_last_forward_behind(embeddings):
+    layer = make_layer(seed=2)
+    layer(embeddings)
+    assert copy.deepcopy(layer).output is None
+    assert layer.output is not None
+    assert set(layer.state_dict()) == {name for name, _ in layer.named_parameters()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_settings_rebuild_the_layer(family, embeddings):
+    layer = make_layer(family, scale=(1e-3, 0.5), percent_to_mask=0.1, value_range=(None, 3.0), seed=12345).eval()
+    settings = json.loads(json.dumps(layer.settings()))
+    assert "12345" not in json.dumps(settings)
+    rebuilt = TransformerCloak.from_settings(settings).eval()
+    rebuilt.load_state_dict(layer.state_dict())
+    assert torch.equal(rebuilt(embeddings, seed=4), layer(embeddings, seed=4))
+
+
+def test_settings_naming_another_class_are_refused():
+    settings = make_layer().settings()
+    with pytest.raises(ValueError, match=r"must be one of .*LlamaModel.*; got 'pipeline'"):
+        TransformerCloak.from_settings(settings | {"transformer_type": "pipeline"})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scale": (1.0, 0.5)}, "0 <= min < max"),
+        ({"percent_to_mask": 2.0}, "percent_to_mask"),
+        ({"seed": -1}, "seed must be None or lie in"),
+        ({"std_num_attention_heads": 3}, "must divide the width 16; got 3"),
+        ({"mean_num_hidden_layers": 0}, "at least one hidden layer"),
+        ({"shallow": 0.0}, "shallow must be positive"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_layer(**arguments)
