@@ -1,0 +1,113 @@
+"""The terms that training losses are sums of, one function each.
+
+Notation: x clean and x~ transformed embeddings, sigma standard deviations, n the mask of transformed tokens, a of
+attended ones, l the loss mask. Transformation-strength terms average over n & a, utility terms over l & a. Every term
+is a float32 scalar (float64 for float64 inputs) whatever the model's dtype.
+"""
+
+import torch
+from torch import Tensor
+
+
+def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """sum(values where mask) / max(count, 1).
+
+    Args:
+        values: (B, T). What stands at masked positions (NaN too) reaches neither the value nor a gradient.
+        mask: (B, T) bool.
+        count: the denominator; None for the number of selected positions. An empty mask gives exactly 0.
+
+    Example:
+        >>> import torch
+        >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
+        tensor(2.)
+    """
+    total = torch.where(mask, values, 0).sum()
+    if count is None:
+        return total / mask.sum().clamp(min=1)
+    return total / max(count, 1) if isinstance(count, int | float) else total / count.clamp(min=1)
+
+
+def std_log_ratio(
+    std: Tensor,
+    max_scale: float,
+    selected: Tensor,
+    suppressed: Tensor | None = None,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """Mean of log(max_scale / sigma) over selected tokens and their unsuppressed features: 0 when every sigma is max.
+
+    Our choice of formula; the gradient 1/sigma lifts the weakest features hardest.
+
+    Args:
+        std: (B, T, D), positive where selected.
+        max_scale: upper end of the layer's scale.
+        selected: (B, T) bool, n & a.
+        suppressed: (B, T, D) bool, features that leave the mean; every token has equally many.
+        count: number of selected tokens, in place of the batch's own.
+    """
+    kept = selected[..., None] if suppressed is None else selected[..., None] & ~suppressed
+    ratios = -(torch.where(kept, std, max_scale) / max_scale).log()
+    features = std.shape[-1] if suppressed is None else (~suppressed).sum(-1).clamp(min=1)
+    return masked_mean(ratios.sum(-1) / features, selected, count)
+
+
+def input_embedding_similarity(
+    cosine_similarity: Tensor, selected: Tensor, count: Tensor | float | None = None
+) -> Tensor:
+    """Mean of cos(x, x~) over selected tokens.
+
+    Args:
+        cosine_similarity: (B, T), of `sgfast.ops.hidden_distances`.
+        selected: (B, T) bool, n & a.
+        count: number of selected tokens, in place of the batch's own.
+    """
+    return masked_mean(cosine_similarity, selected, count)
+
+
+def inverse_l2_power_law_catalyst(
+    l2: Tensor,
+    characteristic_length: float,
+    exponent: float,
+    selected: Tensor,
+    count: Tensor | float | None = None,
+) -> Tensor:
+    """Mean of ((‖x~−x‖² + (r/100)²) / r²)^(−p/2) over selected tokens: about 1 at distance r, falling as its power p.
+
+    The small constant (our choice) bounds it by 100^p at distance 0 and keeps its gradient alive.
+
+    Args:
+        l2: (B, T), ‖x~−x‖.
+        characteristic_length: r > 0.
+        exponent: p > 0.
+        selected: (B, T) bool, n & a.
+        count: number of selected tokens, in place of the batch's own.
+    """
+    squared = (l2 / characteristic_length).square() + 1e-4
+    return masked_mean(squared ** (-exponent / 2), selected, count)
+
+
+def distillation_layer_cosine_distance(
+    cosine_distance: Tensor, counted: Tensor, count: Tensor | float | None = None
+) -> Tensor:
+    """Mean of 1 − cos(noisy, clean) of the distilled layer over counted positions.
+
+    Args:
+        cosine_distance: (B, T), of `sgfast.ops.hidden_distances`.
+        counted: (B, T) bool, l & a.
+        count: number of counted positions, in place of the batch's own.
+    """
+    return masked_mean(cosine_distance, counted, count)
+
+
+def distillation_layer_l2_distance(
+    normalized_l2: Tensor, counted: Tensor, count: Tensor | float | None = None
+) -> Tensor:
+    """Mean of ‖noisy − clean‖ / ‖clean‖ of the distilled layer over counted positions (the normaliser is our choice).
+
+    Args:
+        normalized_l2: (B, T), of `sgfast.ops.hidden_distances`.
+        counted: (B, T) bool, l & a.
+        count: number of counted positions, in place of the batch's own.
+    """
+    return masked_mean(normalized_l2, counted, count)

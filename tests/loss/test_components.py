@@ -1,0 +1,89 @@
+"""Each component against a float64 rewrite, its masks, and its gradients."""
+
+import math
+
+import pytest
+import torch
+
+from sgfast.loss import components
+from sgfast.ops import hidden_distances
+
+
+@pytest.fixture
+def batch():
+    generator = torch.Generator().manual_seed(0)
+    clean, noisy = (torch.randn(3, 5, 8, generator=generator) for _ in range(2))
+    mask = torch.rand(3, 5, generator=generator) > 0.4
+    return clean, noisy, mask
+
+
+def rows(tensor, mask):
+    return tensor.double()[mask]
+
+
+def test_masked_mean_selects_before_it_sums():
+    values = torch.tensor([1.0, torch.nan, 5.0, torch.inf], requires_grad=True)
+    mean = components.masked_mean(values, torch.tensor([True, False, True, False]))
+    mean.backward()
+    assert mean.item() == 3.0
+    assert values.grad.tolist() == [0.5, 0.0, 0.5, 0.0]
+
+
+def test_masked_mean_of_nothing_is_zero_with_a_graph():
+    values = torch.full((2, 2), torch.nan, requires_grad=True)
+    mean = components.masked_mean(values, torch.zeros(2, 2, dtype=torch.bool))
+    mean.backward()
+    assert mean.item() == 0.0
+    assert (values.grad == 0).all()
+
+
+@pytest.mark.parametrize("count", [7, 7.0, torch.tensor(7)])
+def test_masked_mean_by_a_global_count(count):
+    assert components.masked_mean(torch.ones(4), torch.ones(4, dtype=torch.bool), count).item() == pytest.approx(4 / 7)
+
+
+def test_std_log_ratio(batch):
+    std, mask = batch[0].abs() + 0.1, batch[2]
+    expected = (math.log(3.0) - rows(std, mask).log()).mean()
+    assert components.std_log_ratio(std, 3.0, mask).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert components.std_log_ratio(torch.full_like(std, 3.0), 3.0, mask).item() == 0.0
+
+
+def test_std_log_ratio_leaves_out_suppressed_features(batch):
+    std, mask = batch[0].abs() + 0.1, batch[2]
+    suppressed = torch.zeros_like(std, dtype=torch.bool)
+    suppressed[..., :3] = True
+    std[..., :3] = torch.nan
+    std[~mask] = 0.0
+    std.requires_grad_()
+    value = components.std_log_ratio(std, 3.0, mask, suppressed)
+    expected = (math.log(3.0) - rows(std[..., 3:], mask).log()).mean()
+    assert value.item() == pytest.approx(expected.item(), rel=1e-6)
+    value.backward()
+    assert std.grad.isfinite().all()
+    assert (std.grad[mask][:, 3:] < 0).all()
+    assert (std.grad[~mask] == 0).all()
+
+
+def test_similarity_and_layer_distances(batch):
+    clean, noisy, mask = batch
+    distances = hidden_distances(noisy, clean, mask)
+    cosine = torch.nn.functional.cosine_similarity(rows(noisy, mask), rows(clean, mask), dim=-1)
+    value = components.input_embedding_similarity(distances.cosine_similarity, mask)
+    assert value.item() == pytest.approx(cosine.mean().item(), rel=1e-5)
+    value = components.distillation_layer_cosine_distance(distances.cosine_distance, mask)
+    assert value.item() == pytest.approx((1 - cosine).mean().item(), rel=1e-5)
+    ratio = (rows(noisy, mask) - rows(clean, mask)).norm(dim=-1) / rows(clean, mask).norm(dim=-1)
+    value = components.distillation_layer_l2_distance(distances.normalized_l2, mask)
+    assert value.item() == pytest.approx(ratio.mean().item(), rel=1e-5)
+
+
+def test_catalyst(batch):
+    clean, noisy, mask = batch
+    l2 = hidden_distances(noisy, clean, mask).l2
+    squared = (rows(noisy, mask) - rows(clean, mask)).square().sum(-1)
+    expected = ((squared + (1e-2 * 1.5) ** 2) / 1.5**2) ** (-2.0 / 2)
+    value = components.inverse_l2_power_law_catalyst(l2, 1.5, 2.0, mask)
+    assert value.item() == pytest.approx(expected.mean().item(), rel=1e-5)
+    at_zero = components.inverse_l2_power_law_catalyst(torch.zeros(1), 1.5, 2.0, torch.ones(1, dtype=torch.bool))
+    assert at_zero.item() == pytest.approx(100.0**2)
