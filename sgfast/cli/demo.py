@@ -1,0 +1,267 @@
+"""``sgfast demo``: the main job, told step by step."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from sgfast._version import __version__
+from sgfast.client import StainedGlassTransformForText
+from sgfast.demo.measuring import TOP_K, measure, nearest_neighbor_reading
+from sgfast.demo.plot import plot_training
+from sgfast.demo.text import Passages, read_text, split_passages
+from sgfast.demo.training import Step, train
+from sgfast.huggingface.assets import PACKAGED_MODEL, load_causal_lm
+from sgfast.huggingface.tokenization_utils import TokenizerWrapper
+from sgfast.loss.distillation import distillation_loss_factory
+from sgfast.metrics.utility import UTILITY_DIVERGENCES
+from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
+from sgfast.noise_layer.transformer_cloak import TransformerCloak
+from sgfast.utils.files import replacing
+
+DEFAULT_PROMPT = "My password is hunter2. Which Python keyword defines a function?"
+WORDS_PER_PASSAGE, HELD_OUT, MAX_LENGTH, BATCH_SIZE = 60, 32, 128, 8
+LEARNING_RATE = 2e-3
+SCALE = (1e-3, 1.0)
+RHOS_INIT = -2.0
+LOSS_WEIGHTS = {
+    "std_log_ratio_loss_weight": 0.3,
+    "input_embedding_similarity_loss_weight": 0.5,
+    "distillation_layer_cosine_distance_loss_weight": 10.0,
+}
+TRANSFORM_FILE = "transform.safetensors"
+
+_TABLE_ROWS = {
+    "next-token agreement": ("next_token_agreement", "{:.1%}"),
+    "perplexity, clean model": ("clean_perplexity", "{:.2f}"),
+    "perplexity, through the transform": ("noisy_perplexity", "{:.2f}"),
+    "mean sigma": ("mean_sigma", "{:.4f}"),
+    "nearest-neighbour failure rate, L2": ("nearest_neighbor_failure_rate", "{:.1%}"),
+    "nearest-neighbour failure rate, cosine": ("nearest_neighbor_failure_rate_cosine", "{:.1%}"),
+    "changed ids of the reconstruction": ("percentage_changed_ids", "{:.1%}"),
+}
+
+
+def run_demo(
+    *,
+    steps: int,
+    out: Path,
+    model: str | None,
+    seed: int,
+    data: Path | None,
+    layer: int,
+    alpha: float,
+    prompt: str,
+) -> None:
+    """Run it; wrong input raises ValueError before anything is written, Ctrl-C keeps the transform trained so far."""
+    console = Console()
+    passages = split_passages(read_text(data), WORDS_PER_PASSAGE, HELD_OUT, seed)
+    console.print(f"text: {data or 'Python documentation'}, {len(passages.train)} passages to train on, "
+                  f"{len(passages.held_out)} held out")  # fmt: skip
+    with console.status(f"loading {model or PACKAGED_MODEL}"):
+        base_model, tokenizer = load_causal_lm(model)
+    torch.manual_seed(seed)
+    noisy_model = NoiseMaskedNoisyTransformerModel(
+        TransformerCloak,
+        base_model,
+        target_layer=_embedding_path(base_model),
+        config_path=base_model.config,
+        transformer_type=type(base_model.base_model),
+        scale=SCALE,
+        rhos_init=RHOS_INIT,
+    )
+    loss_functions = distillation_loss_factory(noisy_model, layer, alpha, **LOSS_WEIGHTS)
+    hyperparameters = loss_functions[2]()
+    tokenizer_wrapper = TokenizerWrapper(tokenizer, type(base_model))
+    trainable = sum(parameter.numel() for parameter in noisy_model.noise_layer.parameters())
+    console.print(f"model: {model or PACKAGED_MODEL}, {base_model.num_parameters() / 1e6:.0f} M parameters, frozen; "
+                  f"transform: {trainable / 1e6:.1f} M parameters")  # fmt: skip
+    out.mkdir(parents=True, exist_ok=True)
+
+    def measured(label: str) -> dict[str, float]:
+        with console.status(f"measuring {label} on held-out text"):
+            return measure(
+                noisy_model,
+                tokenizer_wrapper,
+                passages.held_out,
+                batch_size=BATCH_SIZE,
+                max_length=MAX_LENGTH,
+                seed=seed,
+            )
+
+    client = StainedGlassTransformForText(noisy_model, tokenizer_wrapper, [f"{noisy_model.target_layer}.weight"])
+    before = measured("before training")
+    reading_before = _reading(client, prompt, seed)
+    history, finished = _train(console, noisy_model, loss_functions, tokenizer_wrapper, passages, steps, seed)
+    noisy_model.eval()
+    transform_path = out / TRANSFORM_FILE
+    client.save_pretrained(transform_path)
+    if not finished:
+        console.print(f"interrupted after {len(history)} of {steps} steps; what was trained is in {transform_path}")
+        raise SystemExit(130)
+    after = measured("after training")
+    _write_json(out / "metrics.json", {"before": before, "after": after})
+    _write_json(
+        out / "training.json",
+        {
+            "sgfast": __version__,
+            "torch": torch.__version__,
+            "model": model or PACKAGED_MODEL,
+            "seed": seed,
+            "steps": steps,
+            "hyperparameters": hyperparameters,
+            "components": [step.components for step in history],
+        },
+    )
+    with replacing(out / "training.png") as temporary:
+        plot_training(temporary, history, before, after)
+    console.print(_table(before, after))
+    with console.status("using the saved transform in a new process"):
+        embeddings, attention_mask = _transform_elsewhere(transform_path, prompt, seed)
+    conversation = _conversation(client, prompt, reading_before, embeddings, attention_mask, base_model)
+    for label, text in conversation.items():
+        console.print(f"[bold]{label}[/bold]")
+        console.print(Padding(Text(json.dumps(text, ensure_ascii=False)), (0, 0, 0, 4)))
+    console.print(f"in {out}: metrics.json, training.json, training.png, {TRANSFORM_FILE}")
+
+
+def _train(
+    console: Console,
+    noisy_model: NoiseMaskedNoisyTransformerModel,
+    loss_functions: Any,
+    tokenizer_wrapper: TokenizerWrapper,
+    passages: Passages,
+    steps: int,
+    seed: int,
+) -> tuple[list[Step], bool]:
+    """The steps taken, and whether they are all of them."""
+    history: list[Step] = []
+    columns = (
+        TextColumn("training"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=steps)
+        try:
+            for step in train(
+                noisy_model,
+                loss_functions,
+                tokenizer_wrapper,
+                passages.train,
+                steps=steps,
+                batch_size=BATCH_SIZE,
+                learning_rate=LEARNING_RATE,
+                max_length=MAX_LENGTH,
+                seed=seed,
+            ):
+                history.append(step)
+                progress.update(task, advance=1, description=_progress_text(step))
+        except KeyboardInterrupt:
+            return history, False
+    return history, True
+
+
+def _progress_text(step: Step) -> str:
+    short = {
+        "total": "loss",
+        "distillation_layer_cosine_distance": "cos",
+        "std_log_ratio": "std",
+        "input_embedding_similarity": "sim",
+    }
+    parts = [f"{label} {step.components[name]:.3f}" for name, label in short.items() if name in step.components]
+    return " ".join([*parts, f"{step.tokens_per_second:.0f} tokens/s"])
+
+
+def _table(before: dict[str, float], after: dict[str, float]) -> Table:
+    table = Table(title="held-out text", title_justify="left")
+    table.add_column("")
+    table.add_column("untrained transform", justify="right")
+    table.add_column("trained transform", justify="right")
+    for name in UTILITY_DIVERGENCES:
+        label = name.removeprefix("next_token_utility/").replace("_", " ")
+        for suffix, where in (("", "full"), (f"_top_{TOP_K}", f"top {TOP_K}")):
+            table.add_row(f"{label}, {where}", f"{before[name + suffix]:.4f}", f"{after[name + suffix]:.4f}")
+    for label, (name, form) in _TABLE_ROWS.items():
+        table.add_row(label, form.format(before[name]), form.format(after[name]))
+    return table
+
+
+def _reading(client: StainedGlassTransformForText, prompt: str, seed: int) -> str:
+    embeddings = client([{"role": "user", "content": prompt}], seed=seed)
+    return _attacker_reads(client, prompt, embeddings)
+
+
+def _attacker_reads(client: StainedGlassTransformForText, prompt: str, embeddings: torch.Tensor) -> str:
+    tokens = client.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    return nearest_neighbor_reading(
+        embeddings,
+        client.parameters[client.embedding_name] * client.embedding_scale,
+        tokens["input_ids"],
+        tokens["noise_mask"],
+        client.tokenizer_wrapper.tokenizer,
+    )
+
+
+def _transform_elsewhere(transform_path: Path, prompt: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a client process, which has the file and nothing else, would send."""
+    from safetensors.torch import load_file
+
+    with tempfile.TemporaryDirectory() as folder:
+        sent = Path(folder) / "prompt.safetensors"
+        command = [sys.executable, "-m", "sgfast", "transform", str(transform_path)]
+        command += ["--prompt", prompt, "--out", str(sent), "--seed", str(seed)]
+        finished = subprocess.run(command, capture_output=True, text=True, check=False)
+        if finished.returncode:
+            raise ValueError(f"the client process failed: {finished.stderr.strip()}")
+        tensors = load_file(sent)
+    return tensors["inputs_embeds"], tensors["attention_mask"]
+
+
+def _conversation(
+    client: StainedGlassTransformForText,
+    prompt: str,
+    reading_before: str,
+    embeddings: torch.Tensor,
+    attention_mask: torch.Tensor,
+    base_model: Any,
+) -> dict[str, str]:
+    tokenizer = client.tokenizer_wrapper.tokenizer
+    tokens = client.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    options = {
+        "max_new_tokens": 48,
+        "do_sample": False,
+        "pad_token_id": tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }
+    prompt_length = tokens["input_ids"].shape[1]
+    clean = base_model.generate(tokens["input_ids"], attention_mask=tokens["attention_mask"], **options)
+    through = base_model.generate(inputs_embeds=embeddings, attention_mask=attention_mask, **options)
+    return {
+        "prompt": prompt,
+        "an attacker reads, untrained transform": reading_before,
+        "an attacker reads, trained transform": _attacker_reads(client, prompt, embeddings),
+        "answer, clean": tokenizer.decode(clean[0, prompt_length:], skip_special_tokens=True),
+        "answer, from transformed embeddings": tokenizer.decode(through[0], skip_special_tokens=True),
+    }
+
+
+def _embedding_path(base_model: Any) -> str:
+    embedding = base_model.get_input_embeddings()
+    return next(str(name) for name, module in base_model.named_modules() if module is embedding)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,31 @@
+"""``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2."""
+
+import os
+import sys
+
+_EXTRAS = {"typer", "rich", "transformers", "tokenizers", "safetensors", "matplotlib", "gguf"}
+
+
+def main() -> None:
+    """Run the command line."""
+    # Progress bars of libraries would break into ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        from sgfast.cli.app import app
+
+        app()
+    except (ValueError, OSError) as error:
+        _fail(" ".join(str(error).split()))
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        _fail(f"this command needs {error.name}: pip install 'sgfast[demo]'")
+
+
+def _fail(message: str) -> None:
+    print(f"sgfast: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""The demo's picture: how training went, and what it changed."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sgfast.demo.training import Step
+
+_CURVES = {
+    "distillation_layer_cosine_distance": "layer cosine distance (utility)",
+    "input_embedding_similarity": "input similarity (strength)",
+    "std_log_ratio": "log(max sigma / sigma) (strength)",
+}
+_BARS = {
+    "next_token_agreement": "next token\nunchanged",
+    "next_token_utility/total_variation": "total variation\nof next token",
+    "nearest_neighbor_failure_rate": "attack fails\n(nearest, L2)",
+    "nearest_neighbor_failure_rate_cosine": "attack fails\n(nearest, cosine)",
+}
+
+
+def plot_training(path: Path, steps: Sequence[Step], before: dict[str, float], after: dict[str, float]) -> None:
+    """Write a PNG: the loss components over steps, and held-out metrics before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.1))
+    numbers = [step.number for step in steps]
+    for name, label in _CURVES.items():
+        if steps and name in steps[0].components:
+            curves.plot(numbers, [step.components[name] for step in steps], label=label)
+    curves.set(xlabel="step", title="training: unweighted loss components")
+    curves.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    curves.legend(fontsize=8)
+    width = 0.38
+    for offset, label, values, color in ((-1, "before", before, "0.7"), (1, "after", after, "tab:green")):
+        heights = [values[name] for name in _BARS]
+        places = [index + offset * width / 2 for index in range(len(_BARS))]
+        drawn = bars.bar(places, heights, width, label=label, color=color)
+        bars.bar_label(drawn, [f"{height:.2f}" for height in heights], fontsize=8)
+    bars.set(ylim=(0, 1.12), title="held-out text")
+    bars.set_xticks(range(len(_BARS)), _BARS.values(), fontsize=8)
+    bars.legend(loc="upper left", fontsize=8)
+    for axes in (curves, bars):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=120)
+    pyplot.close(figure)
