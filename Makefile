@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# CPU wheels come from PyTorch's own index; an index that already holds them is used as it is.
+# Where pip's index offers several builds of torch, PIP_EXTRA_INDEX_URL chooses (the CPU build is enough).
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 ARGS ?=
 
@@ -14,7 +14,7 @@ demo: $(VENV)/installed
 
 # Everything CI runs.
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
-from sgfast.noise_layer.transformer_cloak import TransformerCloak
+from sgfast.noise_layer.transformer_cloak import KNOWN_BODIES, TransformerCloak
 from sgfast.utils.files import replacing
 
 FORMAT = "sgfast text transform"
@@ -37,7 +37,8 @@ class StainedGlassTransformForText:
             of the model's target layer (the embedding table) must be among them.
 
     Raises:
-        ValueError: a name the base model does not have, or the embedding table is missing.
+        ValueError: a name the base model does not have, the embedding table is missing, or a noise layer that a file
+            cannot describe.
 
     Nothing else of the base model is included, and no seed: each call draws its noise from the operating system's
     randomness, unless it is given a seed.
@@ -63,6 +64,9 @@ class StainedGlassTransformForText:
             raise ValueError(
                 f"only a TransformerCloak can be saved for a client; got {type(model.noise_layer).__name__}"
             )
+        body = model.noise_layer.settings()["transformer_type"]
+        if body not in KNOWN_BODIES:
+            raise ValueError(f"a client file can hold the bodies {', '.join(KNOWN_BODIES)}; got {body}")
         self.noise_layer = model.noise_layer
         self.tokenizer_wrapper = tokenizer_wrapper
         self.parameters: dict[str, Tensor] = parameters

@@ -67,8 +67,8 @@ def run_demo(
     passages = split_passages(read_text(data), WORDS_PER_PASSAGE, HELD_OUT, seed)
     console.print(f"text: {data or 'Python documentation'}, {len(passages.train)} passages to train on, "
                   f"{len(passages.held_out)} held out")  # fmt: skip
-    with console.status(f"loading {model or PACKAGED_MODEL}"):
-        base_model, tokenizer = load_causal_lm(model)
+    console.print(f"loading {model or PACKAGED_MODEL}")
+    base_model, tokenizer = load_causal_lm(model)
     torch.manual_seed(seed)
     noisy_model = NoiseMaskedNoisyTransformerModel(
         TransformerCloak,

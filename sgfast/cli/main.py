@@ -1,6 +1,5 @@
 """``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2."""
 
-import os
 import sys
 
 _EXTRAS = {"typer", "rich", "transformers", "tokenizers", "safetensors", "matplotlib", "gguf"}
@@ -8,8 +7,6 @@ _EXTRAS = {"typer", "rich", "transformers", "tokenizers", "safetensors", "matplo
 
 def main() -> None:
     """Run the command line."""
-    # Progress bars of libraries would break into ours.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         from sgfast.cli.app import app
 

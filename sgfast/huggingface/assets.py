@@ -1,6 +1,8 @@
 """Models and text to work with: any hub id or local path, or what ships in packages."""
 
+import contextlib
 import importlib.util
+import io
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +27,19 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
         ValueError: the model cannot be found or read, or the package is not installed; the message names it.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
     source, options = model, {}
     if model is None:
         source, options = str(_packaged_folder()), {"gguf_file": _PACKAGED_FILE}
-    progress_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    # Reading a packaged file takes seconds and draws two bars for it; a download's bar stays.
+    silence = contextlib.redirect_stderr(io.StringIO()) if model is None else contextlib.nullcontext()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        with silence:
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise ValueError(f"the model {model or PACKAGED_MODEL!r} cannot be loaded: {first_line}") from error
-    finally:
-        if progress_bars:
-            logging.enable_progress_bar()
     if getattr(loaded, "hf_quantizer", None) is not None:
         # A GGUF file's weights are ordinary tensors by now; what says otherwise only keeps the model from being saved.
         loaded.hf_quantizer, loaded.is_quantized = None, False

@@ -107,8 +107,8 @@ def _triton_refusal(noisy_logits: Tensor, clean_logits: Tensor, *_: Any, **__: A
     return "there is no Triton kernel for divergences yet"
 
 
-# Temporaries of one row, in float32: measured by tests/ops/test_divergence.py.
-_TEMPORARIES = 16
+# Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
+_TEMPORARIES = 25
 
 
 @torch.library.custom_op("sgfast::divergences", mutates_args=())

