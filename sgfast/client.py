@@ -106,26 +106,32 @@ class StainedGlassTransformForText:
         Returns:
             ``inputs_embeds`` (B, T, D) and ``attention_mask`` (B, T), padded on the left, as generation needs.
         """
-        side = self.tokenizer_wrapper.tokenizer.padding_side
-        self.tokenizer_wrapper.tokenizer.padding_side = "left"
-        try:
-            tokens = self.tokenizer_wrapper(examples, add_generation_prompt=add_generation_prompt)
-        finally:
-            self.tokenizer_wrapper.tokenizer.padding_side = side
+        tokens = self._tokenize(examples, add_generation_prompt)
         table = self.parameters[self.embedding_name]
-        embeddings = table[tokens["input_ids"].to(table.device)] * self.embedding_scale
-        attention_mask = tokens["attention_mask"].to(table.device)
-        training = self.noise_layer.training
+        tokens = {name: tensor.to(table.device) for name, tensor in tokens.items()}
+        was_training = self.noise_layer.training
         self.noise_layer.eval()  # no dropout in what is sent
-        transformed = self.noise_layer(
-            embeddings,
-            tokens["noise_mask"].to(table.device),
-            attention_mask=attention_mask,
-            seed=secrets.randbits(64) if seed is None else seed,
-        )
-        self.noise_layer.train(training)
-        self.noise_layer.clear()  # the clean embeddings must not outlive the call
-        return {"inputs_embeds": transformed, "attention_mask": attention_mask}
+        try:
+            transformed = self.noise_layer(
+                table[tokens["input_ids"]] * self.embedding_scale,
+                tokens["noise_mask"],
+                attention_mask=tokens["attention_mask"],
+                seed=secrets.randbits(64) if seed is None else seed,
+            )
+        finally:
+            self.noise_layer.train(was_training)
+            self.noise_layer.clear()  # the clean embeddings must not outlive the call
+        return {"inputs_embeds": transformed, "attention_mask": tokens["attention_mask"]}
+
+    def _tokenize(self, examples: Sequence[Any] | Mapping[str, str], add_generation_prompt: bool) -> dict[str, Tensor]:
+        """Tokens and masks, padded on the left: generation continues at the right end."""
+        tokenizer = self.tokenizer_wrapper.tokenizer
+        side = tokenizer.padding_side
+        tokenizer.padding_side = "left"
+        try:
+            return self.tokenizer_wrapper(examples, add_generation_prompt=add_generation_prompt)
+        finally:
+            tokenizer.padding_side = side
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, replacing what is there only once it is whole."""

@@ -65,42 +65,23 @@ def run_demo(
     """Run it; wrong input raises ValueError before anything is written, Ctrl-C keeps the transform trained so far."""
     console = Console()
     passages = split_passages(read_text(data), WORDS_PER_PASSAGE, HELD_OUT, seed)
-    console.print(f"text: {data or 'Python documentation'}, {len(passages.train)} passages to train on, "
-                  f"{len(passages.held_out)} held out")  # fmt: skip
-    console.print(f"loading {model or PACKAGED_MODEL}")
+    console.print(
+        f"text: {data or 'Python documentation'}, {len(passages.train)} passages, {len(passages.held_out)} more"
+    )
+    name = model or PACKAGED_MODEL
+    console.print(f"loading {name}")
     base_model, tokenizer = load_causal_lm(model)
     torch.manual_seed(seed)
-    noisy_model = NoiseMaskedNoisyTransformerModel(
-        TransformerCloak,
-        base_model,
-        target_layer=_embedding_path(base_model),
-        config_path=base_model.config,
-        transformer_type=type(base_model.base_model),
-        scale=SCALE,
-        rhos_init=RHOS_INIT,
-    )
+    noisy_model = _under_noise(base_model)
     loss_functions = distillation_loss_factory(noisy_model, layer, alpha, **LOSS_WEIGHTS)
-    hyperparameters = loss_functions[2]()
     tokenizer_wrapper = TokenizerWrapper(tokenizer, type(base_model))
-    trainable = sum(parameter.numel() for parameter in noisy_model.noise_layer.parameters())
-    console.print(f"model: {model or PACKAGED_MODEL}, {base_model.num_parameters() / 1e6:.0f} M parameters, frozen; "
-                  f"transform: {trainable / 1e6:.1f} M parameters")  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-
-    def measured(label: str) -> dict[str, float]:
-        with console.status(f"measuring {label} on held-out text"):
-            return measure(
-                noisy_model,
-                tokenizer_wrapper,
-                passages.held_out,
-                batch_size=BATCH_SIZE,
-                max_length=MAX_LENGTH,
-                seed=seed,
-            )
-
     client = StainedGlassTransformForText(noisy_model, tokenizer_wrapper, [f"{noisy_model.target_layer}.weight"])
-    before = measured("before training")
-    reading_before = _reading(client, prompt, seed)
+    out.mkdir(parents=True, exist_ok=True)
+    measuring = {"batch_size": BATCH_SIZE, "max_length": MAX_LENGTH, "seed": seed}
+    with console.status("measuring the untrained transform on held-out text"):
+        before = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
+    reading_before = _attacker_reads(client, prompt, client([{"role": "user", "content": prompt}], seed=seed))
+
     history, finished = _train(console, noisy_model, loss_functions, tokenizer_wrapper, passages, steps, seed)
     noisy_model.eval()
     transform_path = out / TRANSFORM_FILE
@@ -108,20 +89,14 @@ def run_demo(
     if not finished:
         console.print(f"interrupted after {len(history)} of {steps} steps; what was trained is in {transform_path}")
         raise SystemExit(130)
-    after = measured("after training")
+
+    with console.status("measuring the trained transform on held-out text"):
+        after = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
+    hyperparameters = loss_functions[2]()
+    run = {"model": name, "seed": seed, "steps": steps, "sgfast": __version__, "torch": torch.__version__}
+    components = [step.components for step in history]
+    _write_json(out / "training.json", {**run, "hyperparameters": hyperparameters, "components": components})
     _write_json(out / "metrics.json", {"before": before, "after": after})
-    _write_json(
-        out / "training.json",
-        {
-            "sgfast": __version__,
-            "torch": torch.__version__,
-            "model": model or PACKAGED_MODEL,
-            "seed": seed,
-            "steps": steps,
-            "hyperparameters": hyperparameters,
-            "components": [step.components for step in history],
-        },
-    )
     with replacing(out / "training.png") as temporary:
         plot_training(temporary, history, before, after)
     console.print(_table(before, after))
@@ -132,6 +107,20 @@ def run_demo(
         console.print(f"[bold]{label}[/bold]")
         console.print(Padding(Text(json.dumps(text, ensure_ascii=False)), (0, 0, 0, 4)))
     console.print(f"in {out}: metrics.json, training.json, training.png, {TRANSFORM_FILE}")
+
+
+def _under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:
+    embedding = base_model.get_input_embeddings()
+    target_layer = next(str(name) for name, module in base_model.named_modules() if module is embedding)
+    return NoiseMaskedNoisyTransformerModel(
+        TransformerCloak,
+        base_model,
+        target_layer=target_layer,
+        config_path=base_model.config,
+        transformer_type=type(base_model.base_model),
+        scale=SCALE,
+        rhos_init=RHOS_INIT,
+    )
 
 
 def _train(
@@ -199,11 +188,6 @@ def _table(before: dict[str, float], after: dict[str, float]) -> Table:
     return table
 
 
-def _reading(client: StainedGlassTransformForText, prompt: str, seed: int) -> str:
-    embeddings = client([{"role": "user", "content": prompt}], seed=seed)
-    return _attacker_reads(client, prompt, embeddings)
-
-
 def _attacker_reads(client: StainedGlassTransformForText, prompt: str, embeddings: torch.Tensor) -> str:
     tokens = client.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
     return nearest_neighbor_reading(
@@ -255,11 +239,6 @@ def _conversation(
         "answer, clean": tokenizer.decode(clean[0, prompt_length:], skip_special_tokens=True),
         "answer, from transformed embeddings": tokenizer.decode(through[0], skip_special_tokens=True),
     }
-
-
-def _embedding_path(base_model: Any) -> str:
-    embedding = base_model.get_input_embeddings()
-    return next(str(name) for name, module in base_model.named_modules() if module is embedding)
 
 
 def _write_json(path: Path, content: Any) -> None:

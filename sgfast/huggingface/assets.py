@@ -31,8 +31,9 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
     source, options = model, {}
     if model is None:
         source, options = str(_packaged_folder()), {"gguf_file": _PACKAGED_FILE}
-    # Reading a packaged file takes seconds and draws two bars for it; a download's bar stays.
-    silence = contextlib.redirect_stderr(io.StringIO()) if model is None else contextlib.nullcontext()
+    # Reading local files takes seconds and draws two bars for it; a download's bar stays.
+    local = model is None or Path(model).exists()
+    silence = contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext()
     try:
         with silence:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
