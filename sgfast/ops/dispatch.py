@@ -16,6 +16,7 @@ runs, so that a graph compiled once obeys a later ``use_impl``.
 """
 
 import functools
+import importlib
 import importlib.util
 import inspect
 import os
@@ -128,12 +129,17 @@ def _wanted(impl: str | None) -> tuple[str, str]:
 
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def kernels() -> Any:
+    """The package ``sgfast_kernels``, imported when a kernel is about to run: it needs triton."""
+    return importlib.import_module("sgfast_kernels")
 
 
 def triton_device_refusal(*tensors: Tensor | None) -> str | None:
     """Why no Triton kernel can run on these tensors' devices, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "triton is not installed"
     if interpreting():
         return None
@@ -142,6 +148,27 @@ def triton_device_refusal(*tensors: Tensor | None) -> str | None:
         if tensor is not None and tensor.device.type not in ("cuda", "xpu"):
             return f"{tensor.device.type} tensors (Triton needs a GPU, or TRITON_INTERPRET=1 before the first import)"
     return None
+
+
+def triton_rows_refusal(**tensors: Tensor) -> str | None:
+    """Why no Triton kernel can read the rows of these (..., D) tensors, named as the user names them, or None.
+
+    Ask only where ``triton_device_refusal`` has no objection.
+    """
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.float64:
+            return f"{name} is float64 (the kernels compute in float32)"
+        if kernels().row_layout(tensor) is None:
+            return (
+                f"{name} has strides {tensor.stride()} (the kernels read rows of contiguous elements, "
+                "at most two strides between the rows; .contiguous() makes them so)"
+            )
+    return None
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def implementation_of(body: _Function, implementation: str) -> _Function:

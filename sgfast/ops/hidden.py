@@ -8,14 +8,15 @@ For rows a (noisy) and b (clean) of width D:
     cosine_similarity  1 − cosine_distance
 
 The cosine is formed from differences because 1 − a·b/(‖a‖‖b‖) has lost all its digits when a ≈ b, which is where
-distillation spends its time. Where a row is zero the similarity is 0 and its gradient 0; at a = b the gradient of l2
-is 0. Gradients, for upstream values g and δ = ‖a‖−‖b‖, are combinations of a − b and of the row itself:
+distillation spends its time. Where a row is zero (its squared norm underflows: below 1.1e-19 in float32) the similarity
+is 0 and its gradient 0; at a = b the gradient of l2 is 0. Gradients, for δ = ‖a‖−‖b‖, are combinations of a − b and of
+the row itself:
 
     ∂cosine_distance/∂a = (a−b) / (‖a‖‖b‖) − a · (δ/(‖a‖‖b‖) + cosine_distance/‖a‖) / ‖a‖
     ∂l2/∂a = (a−b) / l2,   ∂normalized_l2/∂b = (b−a) / (l2·‖b‖) − b · l2 / ‖b‖³   (second term 0 if ‖b‖ ≤ eps)
 
 Inputs (..., D) in float32, bfloat16, float16 or float64; arithmetic and outputs in float32 (float64 if an input is).
-Kept for backward besides the inputs: four scalars a row.
+Kept for backward besides the inputs: four scalars a row. The Triton kernels are in ``sgfast_kernels.hidden``.
 """
 
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ def reference(noisy: Tensor, clean: Tensor, eps: float) -> Tensor:
     squared_l2 = difference.square().sum(-1)
     a_norm, b_norm = _safe_sqrt(a.square().sum(-1)), _safe_sqrt(b.square().sum(-1))
     l2 = _safe_sqrt(squared_l2)
-    both = (a_norm > 0) & (b_norm > 0)
+    both = _both_nonzero(a_norm, b_norm)
     norm_difference = (difference * (a + b)).sum(-1) / torch.where(both, a_norm + b_norm, 1)
     product = torch.where(both, 2 * a_norm * b_norm, 1)
     cosine_distance = torch.where(both, (squared_l2 - norm_difference.square()) / product, 1)
@@ -56,13 +57,21 @@ def _safe_sqrt(squares: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0)
 
 
+def _both_nonzero(a_norm: Tensor, b_norm: Tensor) -> Tensor:
+    """Where both squared norms are normal numbers, so that they have digits and 1/(‖a‖‖b‖) is finite."""
+    tiny = torch.finfo(a_norm.dtype).tiny
+    return (a_norm.square() >= tiny) & (b_norm.square() >= tiny)
+
+
 def _forward_rows(noisy: Tensor, clean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """(rows, D) twice → values (4, rows) and the row scalars (4, rows) that backward needs."""
     a, b = (side.to(rows.compute_dtype(noisy, clean)) for side in (noisy, clean))
     difference = a - b
-    l2, a_norm, b_norm = (torch.linalg.vector_norm(side, dim=-1) for side in (difference, a, b))
-    both = (a_norm > 0) & (b_norm > 0)
-    norm_difference = torch.linalg.vecdot(difference, a + b) / torch.where(both, a_norm + b_norm, 1)
+    # sum() adds in pairs; vector_norm and vecdot add in sequence, which costs a digit by D = 16384.
+    l2, a_norm, b_norm = (side.square().sum(-1).sqrt() for side in (difference, a, b))
+    both = _both_nonzero(a_norm, b_norm)
+    norm_difference = (difference * (a + b)).sum(-1) / torch.where(both, a_norm + b_norm, 1)
+    norm_difference = torch.where(both, norm_difference, 0)
     # The numerator is ≥ 0 by the triangle inequality; rounding may leave −1 ulp.
     numerator = (l2.square() - norm_difference.square()).clamp(min=0)
     cosine_distance = torch.where(both, numerator / torch.where(both, 2 * a_norm * b_norm, 1), 1)
@@ -70,36 +79,41 @@ def _forward_rows(noisy: Tensor, clean: Tensor, eps: float) -> tuple[Tensor, Ten
     return values, torch.stack([l2, a_norm, b_norm, norm_difference])
 
 
-def _row_coefficients(upstream: Tensor, row_scalars: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Coefficients of (a − b, a) in the gradient to a, then of (b − a, b) in the gradient to b."""
+def _row_coefficients(upstream: Tensor, row_scalars: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(t, r, s) of the gradients t·(a − b) + r·a to a and t·(b − a) + s·b to b."""
     g_cosine, g_l2, g_normalized, g_similarity = upstream
     l2, a_norm, b_norm, norm_difference = row_scalars
-    both, apart = (a_norm > 0) & (b_norm > 0), l2 > 0
+    both, apart = _both_nonzero(a_norm, b_norm), l2 > 0
     a_safe, b_safe, l2_safe = (torch.where(ok, norm, 1) for ok, norm in ((both, a_norm), (both, b_norm), (apart, l2)))
     g_cosine = torch.where(both, g_cosine - g_similarity, 0)
     inverse = 1 / (a_safe * b_safe)
     cosine_distance = (l2.square() - norm_difference.square()).clamp(min=0) * inverse / 2
-    towards = torch.where(apart, (g_l2 + g_normalized / b_norm.clamp(min=eps)) / l2_safe, 0) + g_cosine * inverse
+    clamped = b_norm.clamp(min=eps)
+    towards = torch.where(apart, (g_l2 + g_normalized / clamped) / l2_safe, 0) + g_cosine * inverse
     along_a = -g_cosine * (norm_difference * inverse + cosine_distance / a_safe) / a_safe
     along_b = -g_cosine * (-norm_difference * inverse + cosine_distance / b_safe) / b_safe
-    shrinking = torch.where(b_norm > eps, g_normalized * l2 / b_norm.clamp(min=eps) ** 3, 0)
-    return towards, along_a, towards, along_b - shrinking
+    shrinking = torch.where(b_norm > eps, g_normalized * l2 / clamped / clamped / clamped, 0)
+    return towards, along_a, along_b - shrinking
 
 
 def _backward_rows(
-    noisy: Tensor, clean: Tensor, upstream: Tensor, row_scalars: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """Gradients (rows, D) to both sides, in the arithmetic's dtype."""
+    noisy: Tensor,
+    clean: Tensor,
+    upstream: Tensor,
+    row_scalars: Tensor,
+    eps: float,
+    needs_noisy: bool,
+    needs_clean: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients (rows, D) to the sides that need one, in the arithmetic's dtype."""
     a, b = (side.to(rows.compute_dtype(noisy, clean)) for side in (noisy, clean))
-    a_towards, a_along, b_towards, b_along = (
-        coefficient[:, None] for coefficient in _row_coefficients(upstream, row_scalars, eps)
-    )
-    difference = a - b
-    return a_towards * difference + a_along * a, b_along * b - b_towards * difference
+    towards, along_a, along_b = (one[:, None] for one in _row_coefficients(upstream, row_scalars, eps))
+    step = towards * (a - b)
+    return step + along_a * a if needs_noisy else None, along_b * b - step if needs_clean else None
 
 
 def _triton_refusal(noisy: Tensor, clean: Tensor, mask: Tensor | None = None, **_: Any) -> str | None:
-    return "there is no Triton kernel for hidden_distances yet"
+    return dispatch.triton_device_refusal(noisy, clean, mask) or dispatch.triton_rows_refusal(noisy=noisy, clean=clean)
 
 
 # Temporaries of one row: both sides in the arithmetic's dtype, difference, sum, products, gradients.
@@ -109,6 +123,8 @@ _TEMPORARIES = 6
 @torch.library.custom_op("sgfast::hidden_distances", mutates_args=())
 def _forward(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
     choice = dispatch.select(impl, _triton_refusal(noisy, clean, mask))
+    if choice.implementation == "triton":
+        return dispatch.kernels().hidden_forward(noisy, clean, mask, eps)  # type: ignore[no-any-return]
     body = dispatch.implementation_of(_forward_rows, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape = noisy.shape[:-1]
@@ -136,12 +152,22 @@ def _backward(
     upstream: Tensor,
     row_scalars: Tensor,
     eps: float,
+    needs_noisy: bool,
+    needs_clean: bool,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
+    """Gradients to both sides; one that is not needed is an empty tensor, for an op cannot return None."""
     choice = dispatch.select(impl, _triton_refusal(noisy, clean, mask))
+    needs = (needs_noisy, needs_clean)
+    if choice.implementation == "triton":
+        gradients = dispatch.kernels().hidden_backward(noisy, clean, mask, upstream, row_scalars, eps, *needs)
+        noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in gradients)
+        return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(_backward_rows, choice.implementation)
-    noisy_gradient = torch.zeros_like(noisy, memory_format=torch.contiguous_format)
-    clean_gradient = torch.zeros_like(clean, memory_format=torch.contiguous_format)
+    noisy_gradient, clean_gradient = (
+        torch.zeros_like(side, memory_format=torch.contiguous_format) if needed else side.new_empty(0)
+        for side, needed in zip((noisy, clean), needs, strict=True)
+    )
     row_bytes = noisy.shape[-1] * row_scalars.dtype.itemsize * _TEMPORARIES
     for chunk in rows.row_chunks(noisy.shape[:-1], mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
         chunk_gradients = body(
@@ -150,10 +176,12 @@ def _backward(
             upstream.reshape(4, -1)[:, chunk],
             row_scalars.view(4, -1)[:, chunk],
             eps,
+            *needs,
         )
         for gradient, chunk_gradient in zip((noisy_gradient, clean_gradient), chunk_gradients, strict=True):
-            selected = rows.zero_masked(chunk_gradient, mask, chunk)
-            gradient.view(-1, gradient.shape[-1])[chunk] = selected.to(gradient.dtype)
+            if chunk_gradient is not None:
+                selected = rows.zero_masked(chunk_gradient, mask, chunk)
+                gradient.view(-1, gradient.shape[-1])[chunk] = selected.to(gradient.dtype)
     return noisy_gradient, clean_gradient
 
 
@@ -165,30 +193,45 @@ def _(
     upstream: Tensor,
     row_scalars: Tensor,
     eps: float,
+    needs_noisy: bool,
+    needs_clean: bool,
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
-    contiguous = torch.contiguous_format
-    return torch.empty_like(noisy, memory_format=contiguous), torch.empty_like(clean, memory_format=contiguous)
+    noisy_gradient, clean_gradient = (
+        torch.empty_like(side, memory_format=torch.contiguous_format) if needed else side.new_empty(0)
+        for side, needed in ((noisy, needs_noisy), (clean, needs_clean))
+    )
+    return noisy_gradient, clean_gradient
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     noisy, clean, mask, ctx.eps, ctx.impl = inputs
     _, row_scalars = output
     ctx.mark_non_differentiable(row_scalars)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(noisy, clean, mask, row_scalars)
 
 
-def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor, Tensor, None, None, None]:
+def _gradients(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+    if upstream is None:
+        return None, None, None, None, None
     noisy, clean, mask, row_scalars = ctx.saved_tensors
-    return *_backward(noisy, clean, mask, upstream, row_scalars, ctx.eps, ctx.impl), None, None, None
+    needs = ctx.needs_input_grad[:2]
+    gradients = _backward(noisy, clean, mask, upstream, row_scalars, ctx.eps, *needs, ctx.impl)
+    noisy_gradient, clean_gradient = (one if needed else None for one, needed in zip(gradients, needs, strict=True))
+    return noisy_gradient, clean_gradient, None, None, None
 
 
 def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    noisy, clean, mask, upstream, _, ctx.eps, ctx.impl = inputs
+    noisy, clean, mask, upstream, _, ctx.eps, *needs, ctx.impl = inputs
+    ctx.mark_non_differentiable(*(one for one, needed in zip(output, needs, strict=True) if not needed))
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(noisy, clean, mask, upstream)
 
 
 def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    if all(outer is None for outer in upstream_of_gradients):
+        return (None,) * 9
     noisy, clean, mask, upstream = ctx.saved_tensors
 
     def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
@@ -207,7 +250,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
         upstream,
         upstream_of_gradients,
     )
-    return noisy_gradient, clean_gradient, None, upstream_gradient, None, None, None
+    return noisy_gradient, clean_gradient, None, upstream_gradient, None, None, None, None, None
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)

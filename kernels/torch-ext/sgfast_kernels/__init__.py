@@ -1,0 +1,11 @@
+"""Triton kernels of sgfast: device code and the functions that launch it.
+
+This package imports torch, triton and itself, nothing of sgfast, so that it can be published alone. Each function takes
+tensors of any rank, treats all dimensions but the last as rows, and returns per-row values; checks, dispatch and
+autograd belong to the caller.
+"""
+
+from ._rows import row_layout
+from .hidden import hidden_backward, hidden_forward
+
+__all__ = ["hidden_backward", "hidden_forward", "row_layout"]

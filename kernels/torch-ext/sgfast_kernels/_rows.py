@@ -1,0 +1,72 @@
+"""How kernels address the rows of a tensor of any rank, and what every launch has in common."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Contracting a·b + c into one instruction is Triton's default up to 3.9 and no longer from 3.10 on; the digits and the
+# instruction counts here are those with it.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+
+class RowLayout(NamedTuple):
+    """Row ``i`` starts at element ``i // inner * outer_stride + i % inner * inner_stride``."""
+
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def row_layout(tensor: Tensor) -> RowLayout | None:
+    """Return where the rows of a (..., D) tensor lie, or None if two strides over the rows do not describe it.
+
+    Two strides cover contiguous tensors, slices such as ``logits[:, :-1]`` and one transposition of the leading
+    dimensions. The elements of a row must be contiguous.
+    """
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        return None
+    levels: list[tuple[int, int]] = []
+    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return None
+    inner, inner_stride = levels[-1] if levels else (1, 0)
+    return RowLayout(inner, levels[0][1] if len(levels) == 2 else 0, inner_stride)
+
+
+def vector_columns(*tensors: Tensor) -> int:
+    """Return how many columns one 16-byte load covers if every row of every tensor starts aligned, else 1."""
+    for tensor in tensors:
+        layout = row_layout(tensor)
+        # Triton takes an integer argument as aligned when it is a multiple of 16.
+        if tensor.data_ptr() % 16 or any(n % 16 for n in (tensor.shape[-1], layout.outer_stride, layout.inner_stride)):
+            return 1
+    return 16 // max(tensor.element_size() for tensor in tensors)
+
+
+def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Return a context in which kernels launch on the tensor's device: Triton launches on the current one."""
+    if tensor.device.type in ("cuda", "xpu"):
+        return torch.get_device_module(tensor.device).device(tensor.device)
+    return nullcontext()
+
+
+@triton.jit
+def row_start(i_row, inner, outer_stride, inner_stride):
+    """Offset of a row's first element; ``i_row`` is int64, since a tensor may hold more than 2³¹ elements."""
+    return i_row // inner * outer_stride + i_row % inner * inner_stride
+
+
+@triton.jit
+def sum_neighbours(b_x, BN: tl.constexpr, BD: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """Sum neighbouring columns that one thread holds, [BN, BD] → [BN, BD // NEIGHBOURS], so that it keeps one sum."""
+    return tl.sum(tl.reshape(b_x, [BN, BD // NEIGHBOURS, NEIGHBOURS]), axis=2)
