@@ -1,0 +1,1 @@
+"""Measurements: what the kernels compile to, what they move, how fast they run."""
