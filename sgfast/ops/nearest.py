@@ -13,14 +13,14 @@ two rows alone, bit for bit, so that equal rows tie and the division into chunks
 The scan works on a = q − c and b = t − c rounded to float32, c near the table's mean. With s = ‖a‖² + ‖b‖² − 2 a·b in
 float32, N = ‖a‖ + ‖b‖ and u = 2⁻²⁴,
 
-    |s − d²| ≤ (0.6 D + 16) u N² + 2⁻¹²⁴ D
+    |s − d²| ≤ (1.2 D + 16) u N² + 2⁻¹²⁴ D
 
-Rounding a and b moves their distance, at most N, by u N at most, hence d² by 2 u N² + u² N². The product of length D,
-in any order of summation, is off by D u/(1 − D u) ‖a‖‖b‖ ≤ 0.3 D u N² (for D < 2.8 million) and counts twice. Norms,
-sums and the bound itself round a handful of times, and every underflow costs less than 2⁻¹²⁶. Only rows whose interval
-[s − bound, s + bound] cannot reach the result are dropped; the others, and whatever overflowed or is NaN, are compared
-directly. Where most rows fall within the bound, a table of equal rows for one, results are as exact and memory as
-bounded, in the time of Q·V direct distances.
+Rounding a and b moves their distance, at most N, by u N at most, hence d² by 2 u N² + u² N². The three sums of D
+products, in any order of summation, are off by D u/(1 − D u) times ‖a‖², ‖b‖² and 2 ‖a‖‖b‖, together 1.2 D u N² (for
+D < 2.8 million). Their sum and the bound itself round a handful of times, and every underflow costs less than 2⁻¹²⁶.
+Only rows whose interval [s − bound, s + bound] cannot reach the result are dropped; the others, and whatever overflowed
+or is NaN, are compared directly. Where most rows fall within the bound, a table of equal rows for one, results are as
+exact and memory as bounded, in the time of Q·V direct distances.
 
 Inputs float32, bfloat16, float16 or float64; distances in float32 (float64 if an input is), indices and ranks in
 int64. There is no gradient.
@@ -57,7 +57,7 @@ class _Side(NamedTuple):
     points: Tensor  # (n, D) float32, centred
     squares: Tensor  # (n,) float32, their squared norms
     norms: Tensor  # (n,) float32, infinite where squares may overflow
-    zero: Tensor  # (n,) bool, zero vectors
+    zero: Tensor | None  # (n,) bool, zero vectors; None for l2, where they are like any other
 
 
 def _row_sums(values: Tensor) -> Tensor:
@@ -100,13 +100,13 @@ def _direct(
 
 
 def _side(vectors: Tensor, center: Tensor, metric: str) -> _Side:
-    # A float32 difference of float32 vectors is rounded once, as its float64 value would be.
+    # A float32 difference of float32 vectors is rounded once, as their float64 difference would be.
     points = _points(vectors, metric) if metric == "cosine" else vectors.to(center.dtype)
-    zero = (points == 0).all(-1)
     centred = (points - center).to(torch.float32)
-    norms = torch.linalg.vector_norm(centred, dim=-1, dtype=torch.float64)
-    squares = norms.square().to(torch.float32)
-    return _Side(centred, squares, torch.where(norms < _LARGEST_NORM, norms, math.inf).to(torch.float32), zero)
+    squares = centred.square().sum(-1)
+    norms = squares.sqrt()
+    norms = torch.where(norms < _LARGEST_NORM, norms, math.inf)
+    return _Side(centred, squares, norms, (points == 0).all(-1) if metric == "cosine" else None)
 
 
 def _center(queries: Tensor, table: Tensor, metric: str, max_bytes: int) -> Tensor:
@@ -116,12 +116,13 @@ def _center(queries: Tensor, table: Tensor, metric: str, max_bytes: int) -> Tens
     return points.mean(0).nan_to_num(0, 0, 0).to(rows.compute_dtype(queries, table))
 
 
-def _intervals(queries: _Side, vectors: _Side, metric: str) -> tuple[Tensor, Tensor]:
+def _intervals(queries: _Side, vectors: _Side) -> tuple[Tensor, Tensor]:
     """Lower and upper bounds of d² for every pair: (queries, rows) twice. NaN where there is none."""
     width = queries.points.shape[-1]
-    squares = queries.squares[:, None] + vectors.squares - 2 * (queries.points @ vectors.points.T)
-    bound = (queries.norms[:, None] + vectors.norms).square() * ((0.6 * width + 16) * 2.0**-24) + width * 2.0**-124
-    if metric == "cosine":
+    squares = torch.addmm(vectors.squares, queries.points, vectors.points.T, alpha=-2) + queries.squares[:, None]
+    relative = (1.2 * width + 16) * 2.0**-24
+    bound = (queries.norms[:, None] + vectors.norms).square() * relative + width * 2.0**-124
+    if queries.zero is not None and vectors.zero is not None:
         zero = queries.zero[:, None] | vectors.zero
         squares, bound = torch.where(zero, 2, squares), torch.where(zero, 0, bound)
     return squares - bound, squares + bound
@@ -155,7 +156,7 @@ def _scan(
         table_slice = slice(first_row, min(first_row + sizes.table, table.shape[0]))
         vectors = _side(table[table_slice], center, metric)
         for query_slice, some in _query_blocks(queries, sizes):
-            yield query_slice, table_slice, some, *body(_side(some, center, metric), vectors, metric)
+            yield query_slice, table_slice, some, *body(_side(some, center, metric), vectors)
 
 
 def _query_blocks(queries: Tensor, sizes: _Sizes) -> Iterator[tuple[slice, Tensor]]:

@@ -32,7 +32,7 @@ def test_the_packaged_model_can_be_saved_and_loaded(smollm2, tmp_path):
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(ValueError, match="the model .*absent.* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"the model .*absent.* cannot be loaded"):
         load_causal_lm(str(tmp_path / "absent"))
 
 
