@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
+from sgfast.model.decoder import embedding_scale_of
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.transformer_cloak import KNOWN_BODIES, TransformerCloak
 from sgfast.utils.files import replacing
@@ -71,8 +72,7 @@ class StainedGlassTransformForText:
         self.tokenizer_wrapper = tokenizer_wrapper
         self.parameters: dict[str, Tensor] = parameters
         self.embedding_name = embedding_name
-        # Some families scale their embeddings inside the module.
-        self.embedding_scale = float(getattr(embedding, "embed_scale", 1.0))
+        self.embedding_scale = embedding_scale_of(embedding)
 
     def __call__(
         self,
@@ -105,7 +105,12 @@ class StainedGlassTransformForText:
 
         Returns:
             ``inputs_embeds`` (B, T, D) and ``attention_mask`` (B, T), padded on the left, as generation needs.
+
+        Raises:
+            RuntimeError: the noise layer is disabled.
         """
+        if not self.noise_layer.enabled:
+            raise RuntimeError("the noise layer is disabled: what would be sent is the clean text")
         tokens = self._tokenize(examples, add_generation_prompt)
         table = self.parameters[self.embedding_name]
         tokens = {name: tensor.to(table.device) for name, tensor in tokens.items()}
@@ -133,13 +138,21 @@ class StainedGlassTransformForText:
         finally:
             tokenizer.padding_side = side
 
+    def embedding_table(self) -> Tensor:
+        """The clean embeddings of all tokens, (V, D)."""
+        return self.parameters[self.embedding_name] * self.embedding_scale
+
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, replacing what is there only once it is whole."""
         from safetensors.torch import save_file
 
-        tensors = {_NOISE_LAYER_PREFIX + name: tensor for name, tensor in self.noise_layer.state_dict().items()}
+        # Of the layer's state only the parameters: how often it ran is nobody's business.
+        tensors: dict[str, Tensor] = {
+            _NOISE_LAYER_PREFIX + name: parameter for name, parameter in self.noise_layer.named_parameters()
+        }
         tensors |= {_PARAMETER_PREFIX + name: tensor for name, tensor in self.parameters.items()}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        # Tied parameters share memory, which the format refuses.
+        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
         content = json.dumps(
             {
                 "format_version": FORMAT_VERSION,
@@ -176,16 +189,14 @@ class StainedGlassTransformForText:
             if version != FORMAT_VERSION:
                 raise ValueError(f"its format version is {version}, this sgfast reads {FORMAT_VERSION}")
             transform = cls.__new__(cls)
-            transform.noise_layer = TransformerCloak.from_settings(description["noise_layer"])
-            transform.noise_layer.load_state_dict(_without_prefix(tensors, _NOISE_LAYER_PREFIX))
-            transform.noise_layer.eval().requires_grad_(False)
+            transform.noise_layer = _rebuild(description["noise_layer"], _without_prefix(tensors, _NOISE_LAYER_PREFIX))
             transform.tokenizer_wrapper = TokenizerWrapper.from_json(description["tokenizer_wrapper"])
             transform.parameters = _without_prefix(tensors, _PARAMETER_PREFIX)
             transform.embedding_name = description["embedding_name"]
             transform.embedding_scale = float(description["embedding_scale"])
             if transform.embedding_name not in transform.parameters:
                 raise ValueError("its embedding table is missing")
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except Exception as error:  # whatever a file from elsewhere provokes in tokenizers and transformers
             raise ValueError(f"{path} cannot be used: {error}") from error
         return transform
 
@@ -195,11 +206,25 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     if not path.exists():
         raise FileNotFoundError(f"there is no file {path}")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a text transform")
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _rebuild(settings: dict[str, Any], parameters: Mapping[str, Tensor]) -> TransformerCloak:
+    """The noise layer with its parameters, in their dtype (buffers too), ready to use."""
+    layer = TransformerCloak.from_settings(settings)
+    dtypes = {tensor.dtype for tensor in parameters.values()}
+    if len(dtypes) == 1:
+        layer.to(dtypes.pop())
+    missing, unexpected = layer.load_state_dict(parameters, strict=False)
+    if unexpected or set(missing) - {"forward_count"}:
+        raise ValueError("its tensors are not those of its noise layer")
+    return layer.eval().requires_grad_(False)
 
 
 def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:

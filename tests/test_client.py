@@ -64,6 +64,50 @@ def test_saved_loaded_and_applied_under_one_seed_is_bit_equal(client, saved, noi
     assert torch.equal(loaded(CHAT, seed=5), own)
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bit_equal_in_every_dtype_and_attention(dtype, attention, tmp_path):
+    tokenizer = tiny_tokenizer()
+    base_model, body, target_layer = tiny_causal_lm("llama", vocab_size=len(tokenizer))
+    base_model.set_attn_implementation(attention)
+    model = NoiseMaskedNoisyTransformerModel(
+        TransformerCloak, base_model, None, target_layer, config_path=base_model.config, transformer_type=body
+    ).to(dtype)
+    for estimator in (model.noise_layer.mean_estimator, model.noise_layer.std_estimator):
+        torch.nn.init.normal_(estimator.head.weight)
+    client = StainedGlassTransformForText(model, TokenizerWrapper(tokenizer, "LlamaForCausalLM"), [EMBEDDING])
+    client.save_pretrained(tmp_path / "t")
+    loaded = StainedGlassTransformForText.from_pretrained(tmp_path / "t")
+    assert client(CHAT, seed=5).dtype == dtype
+    assert torch.equal(loaded(CHAT, seed=5), client(CHAT, seed=5))
+
+
+def test_a_disabled_layer_never_sends_clean_text(client, noisy_model):
+    with noisy_model.noise_disabled(), pytest.raises(RuntimeError, match="the noise layer is disabled"):
+        client(CHAT)
+
+
+def test_dropout_is_for_training(noisy_model):
+    base_model = noisy_model.base_model
+    layer = TransformerCloak(base_model.config, type(base_model.model), mean_dropout=0.9, rhos_init=-9.0)
+    torch.nn.init.normal_(layer.mean_estimator.head.weight)
+    model = NoiseMaskedNoisyTransformerModel(None, base_model, noise_layer=layer).train()
+    client = StainedGlassTransformForText(model, TokenizerWrapper(tiny_tokenizer(), "LlamaForCausalLM"), [EMBEDDING])
+    assert torch.equal(client(CHAT, seed=1), client(CHAT, seed=1))
+    assert layer.training
+
+
+def test_tied_parameters_can_be_saved(tmp_path):
+    base_model, body, target_layer = tiny_causal_lm("llama", vocab_size=300, tie_word_embeddings=True)
+    model = NoiseMaskedNoisyTransformerModel(
+        TransformerCloak, base_model, None, target_layer, config_path=base_model.config, transformer_type=body
+    )
+    wrapper = TokenizerWrapper(tiny_tokenizer(), "LlamaForCausalLM")
+    StainedGlassTransformForText(model, wrapper, [EMBEDDING, "lm_head.weight"]).save_pretrained(tmp_path / "t")
+    loaded = StainedGlassTransformForText.from_pretrained(tmp_path / "t")
+    assert torch.equal(loaded.parameters["lm_head.weight"], loaded.parameters[EMBEDDING])
+
+
 def test_only_content_is_transformed_and_batches_pad_on_the_left(client, noisy_model):
     encoded = client.encode([CHAT, CHAT[1:]], seed=1)
     clean = noisy_model.base_model.get_input_embeddings()
@@ -88,7 +132,7 @@ def test_the_file_holds_the_transform_and_nothing_else(saved, noisy_model):
     with safe_open(saved, framework="pt") as file:
         names, metadata = set(file.keys()), file.metadata()
         embedding = file.get_tensor(f"base_model.{EMBEDDING}")
-    expected = {f"noise_layer.{name}" for name in noisy_model.noise_layer.state_dict()}
+    expected = {f"noise_layer.{name}" for name, _ in noisy_model.noise_layer.named_parameters()}
     assert names == expected | {f"base_model.{EMBEDDING}"}
     assert torch.equal(embedding, noisy_model.base_model.get_input_embeddings().weight)
     content = json.loads(metadata["content"])
@@ -149,6 +193,13 @@ def test_foreign_and_missing_files_are_refused(tmp_path):
         StainedGlassTransformForText.from_pretrained(foreign)
     with pytest.raises(FileNotFoundError, match="there is no file"):
         StainedGlassTransformForText.from_pretrained(tmp_path / "absent")
+    with pytest.raises(ValueError, match="is a folder"):
+        StainedGlassTransformForText.from_pretrained(tmp_path)
+
+
+def test_saving_into_a_folder_that_is_not_there_names_the_path(client, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"absent/t cannot be written: there is no folder"):
+        client.save_pretrained(tmp_path / "absent" / "t")
 
 
 def test_an_interrupted_save_leaves_the_old_file(client, saved, monkeypatch):

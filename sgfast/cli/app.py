@@ -26,7 +26,7 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Same seed, same numbers on one machine.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same numbers on one machine.")] = 0,
     data: Annotated[
         Path | None, typer.Option(help="UTF-8 text to train and measure on; default: Python's documentation.")
     ] = None,
@@ -55,7 +55,8 @@ def transform(
     prompt: Annotated[str, typer.Option(help="The user's message.")],
     out: Annotated[Path, typer.Option(help="Where to write inputs_embeds and attention_mask (safetensors).")],
     seed: Annotated[
-        int | None, typer.Option(min=0, help="To repeat an output; default: fresh randomness.", show_default=False)
+        int | None,
+        typer.Option(min=0, max=2**64 - 1, help="To repeat an output; default: fresh randomness.", show_default=False),
     ] = None,
 ) -> None:
     """Transform a prompt into embeddings for a server: the client's half."""

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from sgfast._version import __version__
 from sgfast.client import StainedGlassTransformForText
 from sgfast.demo.measuring import TOP_K, measure, nearest_neighbor_reading
 from sgfast.demo.plot import plot_training
-from sgfast.demo.text import Passages, read_text, split_passages
+from sgfast.demo.text import read_text, split_passages
 from sgfast.demo.training import Step, train
 from sgfast.huggingface.assets import PACKAGED_MODEL, load_causal_lm
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
@@ -76,13 +77,23 @@ def run_demo(
     loss_functions = distillation_loss_factory(noisy_model, layer, alpha, **LOSS_WEIGHTS)
     tokenizer_wrapper = TokenizerWrapper(tokenizer, type(base_model))
     client = StainedGlassTransformForText(noisy_model, tokenizer_wrapper, [f"{noisy_model.target_layer}.weight"])
-    out.mkdir(parents=True, exist_ok=True)
-    measuring = {"batch_size": BATCH_SIZE, "max_length": MAX_LENGTH, "seed": seed}
+    positions = getattr(base_model.config, "max_position_embeddings", None) or MAX_LENGTH
+    measuring = {"batch_size": BATCH_SIZE, "max_length": min(MAX_LENGTH, positions), "seed": seed}
     with console.status("measuring the untrained transform on held-out text"):
         before = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
     reading_before = _attacker_reads(client, prompt, client([{"role": "user", "content": prompt}], seed=seed))
+    out.mkdir(parents=True, exist_ok=True)
 
-    history, finished = _train(console, noisy_model, loss_functions, tokenizer_wrapper, passages, steps, seed)
+    training = train(
+        noisy_model,
+        loss_functions,
+        tokenizer_wrapper,
+        passages.train,
+        steps=steps,
+        learning_rate=LEARNING_RATE,
+        **measuring,
+    )
+    history, finished = _follow(console, training, steps)
     noisy_model.eval()
     transform_path = out / TRANSFORM_FILE
     client.save_pretrained(transform_path)
@@ -123,16 +134,8 @@ def _under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:
     )
 
 
-def _train(
-    console: Console,
-    noisy_model: NoiseMaskedNoisyTransformerModel,
-    loss_functions: Any,
-    tokenizer_wrapper: TokenizerWrapper,
-    passages: Passages,
-    steps: int,
-    seed: int,
-) -> tuple[list[Step], bool]:
-    """The steps taken, and whether they are all of them."""
+def _follow(console: Console, training: Iterator[Step], steps: int) -> tuple[list[Step], bool]:
+    """Show the training; return the steps taken, and whether they are all of them."""
     history: list[Step] = []
     columns = (
         TextColumn("training"),
@@ -145,17 +148,7 @@ def _train(
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=steps)
         try:
-            for step in train(
-                noisy_model,
-                loss_functions,
-                tokenizer_wrapper,
-                passages.train,
-                steps=steps,
-                batch_size=BATCH_SIZE,
-                learning_rate=LEARNING_RATE,
-                max_length=MAX_LENGTH,
-                seed=seed,
-            ):
+            for step in training:
                 history.append(step)
                 progress.update(task, advance=1, description=_progress_text(step))
         except KeyboardInterrupt:
@@ -192,7 +185,7 @@ def _attacker_reads(client: StainedGlassTransformForText, prompt: str, embedding
     tokens = client.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
     return nearest_neighbor_reading(
         embeddings,
-        client.parameters[client.embedding_name] * client.embedding_scale,
+        client.embedding_table(),
         tokens["input_ids"],
         tokens["noise_mask"],
         client.tokenizer_wrapper.tokenizer,

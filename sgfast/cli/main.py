@@ -7,11 +7,13 @@ _EXTRAS = {"typer", "rich", "transformers", "tokenizers", "safetensors", "matplo
 
 def main() -> None:
     """Run the command line."""
+    from sgfast.ops.dispatch import ImplementationError
+
     try:
         from sgfast.cli.app import app
 
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImplementationError) as error:
         _fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:

@@ -1,6 +1,7 @@
 """What the demo reports: utility and privacy on held-out text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.metrics.privacy import nearest_neighbor_failure_rate
 from sgfast.metrics.reconstruction import percentage_changed_ids
 from sgfast.metrics.utility import UTILITY_DIVERGENCES, mean_over_sequences, token_divergences
+from sgfast.model.decoder import embedding_table_of
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.ops.nearest import nearest_embeddings
 
@@ -35,49 +37,56 @@ def measure(
         ``mean_sigma``, ``nearest_neighbor_failure_rate`` and ``nearest_neighbor_failure_rate_cosine``,
         ``percentage_changed_ids`` (of the nearest-neighbour reconstruction, a fraction).
     """
-    table = noisy_model.base_model.get_input_embeddings().weight
+    table = embedding_table_of(noisy_model.base_model)
     sums: dict[str, float] = {}
     weights: dict[str, float] = {}
 
     def add(name: str, value: Tensor | float, weight: float) -> None:
-        sums[name] = sums.get(name, 0.0) + float(value) * weight
-        weights[name] = weights.get(name, 0.0) + weight
+        if weight:  # a batch without a transformed token has no value
+            sums[name] = sums.get(name, 0.0) + float(value) * weight
+            weights[name] = weights.get(name, 0.0) + weight
 
-    was_training = noisy_model.training
-    noisy_model.eval()
-    generator_state = torch.random.get_rng_state()
-    torch.manual_seed(seed)
-    for start in range(0, len(passages), batch_size):
-        chats = as_chats(passages[start : start + batch_size])
-        inputs = tokenizer_wrapper(chats, truncation=True, max_length=max_length)
-        output = noisy_model(**inputs)
-        clean_logits, noisy_logits = output.base_model_output.clean_logits, output.base_model_output.noisy_logits
-        attended = inputs["attention_mask"] != 0
-        for suffix, num_logits in (("", None), (f"_top_{TOP_K}", TOP_K)):
-            per_token = token_divergences(noisy_logits, clean_logits, attended, num_logits)
-            for name in UTILITY_DIVERGENCES:
-                add(name + suffix, mean_over_sequences(per_token[name], attended), len(chats))
-        selected = inputs["noise_mask"]
-        tokens, transformed = inputs["input_ids"][selected], output.transformed[selected]
-        add("mean_sigma", output.std[selected].mean(), len(tokens))
-        for metric, suffix in (("l2", ""), ("cosine", "_cosine")):
-            rate = nearest_neighbor_failure_rate(transformed, table, tokens, metric=metric)  # type: ignore[arg-type]
-            add(f"nearest_neighbor_failure_rate{suffix}", rate, len(tokens))
-        _, nearest = nearest_embeddings(transformed, table)
-        changed = percentage_changed_ids(tokens[None], nearest.T, torch.ones_like(tokens[None], dtype=torch.bool))
-        add("percentage_changed_ids", changed, len(tokens))
-        predicting, targets = selected[:, 1:], inputs["input_ids"][:, 1:]
-        agreement = clean_logits.argmax(-1) == noisy_logits.argmax(-1)
-        add("next_token_agreement", agreement[selected].float().mean(), len(tokens))
-        for name, logits in (("clean", clean_logits), ("noisy", noisy_logits)):
-            loss = torch.nn.functional.cross_entropy(logits[:, :-1][predicting].float(), targets[predicting])
-            add(f"{name}_perplexity", loss, int(predicting.sum()))
-    torch.random.set_rng_state(generator_state)
-    noisy_model.train(was_training)
+    with _evaluating(noisy_model), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for start in range(0, len(passages), batch_size):
+            chats = as_chats(passages[start : start + batch_size])
+            inputs = tokenizer_wrapper(chats, truncation=True, max_length=max_length)
+            output = noisy_model(**inputs)
+            clean_logits, noisy_logits = output.base_model_output.clean_logits, output.base_model_output.noisy_logits
+            attended = inputs["attention_mask"] != 0
+            for suffix, num_logits in (("", None), (f"_top_{TOP_K}", TOP_K)):
+                per_token = token_divergences(noisy_logits, clean_logits, attended, num_logits)
+                for name in UTILITY_DIVERGENCES:
+                    add(name + suffix, mean_over_sequences(per_token[name], attended), len(chats))
+            selected = inputs["noise_mask"]
+            tokens, transformed = inputs["input_ids"][selected], output.transformed[selected]
+            add("mean_sigma", output.std[selected].mean(), len(tokens))
+            for metric, suffix in (("l2", ""), ("cosine", "_cosine")):
+                rate = nearest_neighbor_failure_rate(transformed, table, tokens, metric=metric)  # type: ignore[arg-type]
+                add(f"nearest_neighbor_failure_rate{suffix}", rate, len(tokens))
+            _, nearest = nearest_embeddings(transformed, table)
+            changed = percentage_changed_ids(tokens[None], nearest.T, torch.ones_like(tokens[None], dtype=torch.bool))
+            add("percentage_changed_ids", changed, len(tokens))
+            predicting, targets = selected[:, 1:], inputs["input_ids"][:, 1:]
+            agreement = clean_logits.argmax(-1) == noisy_logits.argmax(-1)
+            add("next_token_agreement", agreement[selected].float().mean(), len(tokens))
+            for name, logits in (("clean", clean_logits), ("noisy", noisy_logits)):
+                loss = torch.nn.functional.cross_entropy(logits[:, :-1][predicting].float(), targets[predicting])
+                add(f"{name}_perplexity", loss, int(predicting.sum()))
     means = {name: sums[name] / weights[name] for name in sums}
     for name in ("clean_perplexity", "noisy_perplexity"):
         means[name] = float(torch.tensor(means[name]).exp())
     return means
+
+
+@contextmanager
+def _evaluating(noisy_model: NoiseMaskedNoisyTransformerModel) -> Iterator[None]:
+    was_training = noisy_model.training
+    noisy_model.eval()
+    try:
+        yield
+    finally:
+        noisy_model.train(was_training)
 
 
 @torch.no_grad()

@@ -38,8 +38,8 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
         with silence:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0]
+    except Exception as error:  # a hub, a file and a tokenizer fail in many ways
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model {model or PACKAGED_MODEL!r} cannot be loaded: {first_line}") from error
     if getattr(loaded, "hf_quantizer", None) is not None:
         # A GGUF file's weights are ordinary tensors by now; what says otherwise only keeps the model from being saved.

@@ -9,6 +9,11 @@ import torch
 from torch import Tensor
 
 
+def wide(values: Tensor) -> Tensor:
+    """Float32, or float64 for float64 values."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = None) -> Tensor:
     """sum(values where mask) / max(count, 1).
 
@@ -22,7 +27,7 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = Non
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(2.)
     """
-    total = torch.where(mask, values, 0).sum()
+    total = torch.where(mask, wide(values), 0).sum()
     if count is None:
         return total / mask.sum().clamp(min=1)
     return total / max(count, 1) if isinstance(count, int | float) else total / count.clamp(min=1)
@@ -46,6 +51,7 @@ def std_log_ratio(
         suppressed: (B, T, D) bool, features that leave the mean; every token has equally many.
         count: number of selected tokens, in place of the batch's own.
     """
+    std = wide(std)
     kept = selected[..., None] if suppressed is None else selected[..., None] & ~suppressed
     ratios = -(torch.where(kept, std, max_scale) / max_scale).log()
     features = std.shape[-1] if suppressed is None else (~suppressed).sum(-1).clamp(min=1)

@@ -11,6 +11,7 @@ from sgfast.loss.factory import (
     check_alpha,
     check_log_scale,
     check_positive,
+    check_something_weighs,
     check_weights,
     loss_functions,
     weighted_sum,
@@ -66,7 +67,7 @@ def distillation_loss_factory(
 
     Raises:
         ValueError: alpha outside [0, 1], a negative weight, a length or exponent that is not positive, no such layer,
-            no positive weight, or a noise layer whose scale starts at 0 (log sigma would be infinite).
+            nothing left to minimise, or a noise layer whose scale starts at 0 (log sigma would be infinite).
         TypeError: the cosine weight is missing or given under both names.
     """
     if (distillation_layer_cosine_distance_loss_weight is None) == (distillation_layer_distance_loss_weight is None):
@@ -109,6 +110,11 @@ def distillation_loss_factory(
         "input_embedding_similarity": input_embedding_similarity_loss_weight,
         "inverse_l2_power_law_catalyst": inverse_l2_power_law_catalyst_loss_weight,
     }
+    interpolated = {
+        name: (1 - alpha if name.startswith("distillation_layer") else alpha) * weight
+        for name, weight in weights.items()
+    }
+    check_something_weighs(interpolated)
     if weights["std_log_ratio"]:
         check_log_scale(noisy_model.noise_layer.scale)
     layer = None
@@ -149,10 +155,6 @@ def distillation_loss_factory(
                     noise_tokens,
                 )
         noisy_model.noise_layer.release_graph()
-        interpolated = {
-            name: (1 - alpha if name.startswith("distillation_layer") else alpha) * weight
-            for name, weight in weights.items()
-        }
         return weighted_sum(losses, interpolated), losses
 
     consumer = noisy_model.attach(layers=frozenset() if layer is None else frozenset({layer}), logits=layer is None)

@@ -1,5 +1,6 @@
 """What every loss factory shares: the three functions it returns, the types of their values, argument checks."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Protocol, TypedDict, cast
 
@@ -61,21 +62,18 @@ def loss_functions(
     state = _State()
 
     def loss(loss_mask: Tensor, *, normalizers: Normalizers | None = None) -> Tensor:
-        capture = consumer.take("the loss")
-        shape = capture.attention_mask.shape
-        if loss_mask.shape != shape:
-            raise ValueError(
-                f"loss_mask must have the shape of the tokens, {tuple(shape)}; got {tuple(loss_mask.shape)}"
-            )
-        total, components = compute(capture, (loss_mask != 0) & capture.attention_mask, normalizers or {})
+        attended = consumer.pending("the loss").attention_mask
+        _check_loss_arguments(loss_mask, attended, normalizers)
+        total, components = compute(consumer.take("the loss"), (loss_mask != 0) & attended, normalizers or {})
         values = cast(dict[str, Tensor], components) | {"total": total}
         state.components = cast(ComponentLossesDict, {name: value.detach() for name, value in values.items()})
+        state.computed_at = consumer.forwards
         return total
 
     def get_losses() -> ComponentLossesDict:
-        if state.components is None:
-            raise RuntimeError("get_losses needs a call of the loss since its own last call")
         components, state.components = state.components, None
+        if components is None or state.computed_at != consumer.forwards:
+            raise RuntimeError("get_losses needs a call of the loss since its own last call and the last forward")
         return components
 
     def get_hyperparameters() -> HyperparametersDict:
@@ -87,15 +85,27 @@ def loss_functions(
     return loss, get_losses, get_hyperparameters
 
 
+class _State:
+    components: ComponentLossesDict | None = None
+    computed_at = reported_at = -1
+
+
+def _check_loss_arguments(loss_mask: Tensor, attended: Tensor, normalizers: Normalizers | None) -> None:
+    if not isinstance(loss_mask, Tensor):
+        raise TypeError(f"loss_mask must be a torch.Tensor; got {type(loss_mask).__name__}")
+    if loss_mask.shape != attended.shape:
+        raise ValueError(
+            f"loss_mask must have the shape of the tokens, {tuple(attended.shape)}; got {tuple(loss_mask.shape)}"
+        )
+    unknown = set(normalizers or ()) - {"loss_tokens", "noise_tokens"}
+    if unknown:
+        raise ValueError(f"normalizers may hold loss_tokens and noise_tokens; got {', '.join(sorted(unknown))}")
+
+
 def weighted_sum(losses: ComponentLossesDict, weights: Mapping[str, float]) -> Tensor:
     """Σ weight · loss. A component of weight 0 is left out, so that an infinite one cannot make the sum NaN."""
     terms = [weights[name] * value for name, value in cast(dict[str, Tensor], losses).items() if weights[name]]
     return torch.stack(terms).sum()
-
-
-class _State:
-    components: ComponentLossesDict | None = None
-    reported_at = -1
 
 
 def check_alpha(alpha: float) -> None:
@@ -105,12 +115,16 @@ def check_alpha(alpha: float) -> None:
 
 
 def check_weights(weights: Mapping[str, float]) -> None:
-    """Check that no weight is negative and one is positive."""
+    """Check that every weight is finite and none is negative."""
     for name, weight in weights.items():
-        if not weight >= 0:
-            raise ValueError(f"{name} must not be negative; got {weight}")
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name} must be finite and not negative; got {weight}")
+
+
+def check_something_weighs(weights: Mapping[str, float]) -> None:
+    """Check that the components' final weights, alpha included, leave something to minimise."""
     if not any(weights.values()):
-        raise ValueError(f"at least one of {', '.join(weights)} must be positive")
+        raise ValueError(f"alpha and the weights leave nothing to minimise: {', '.join(weights)} all weigh 0")
 
 
 def check_positive(values: Mapping[str, float]) -> None:

@@ -59,13 +59,18 @@ class Consumer:
         if capture is not None:
             self.forwards += 1
 
-    def take(self, caller: str) -> Capture:
-        """Return the last forward and let go of it.
+    def pending(self, caller: str) -> Capture:
+        """Return the last forward.
 
         Raises:
-            RuntimeError: there was no forward since the last call.
+            RuntimeError: there was no forward since it was let go of.
         """
         if self._capture is None:
             raise RuntimeError(f"{caller} needs a forward pass of the noisy model since its last call")
-        capture, self._capture = self._capture, None
+        return self._capture
+
+    def take(self, caller: str) -> Capture:
+        """Return the last forward and let go of it."""
+        capture = self.pending(caller)
+        self._capture = None
         return capture

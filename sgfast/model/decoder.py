@@ -50,7 +50,7 @@ def resolve_layer_index(base_model: nn.Module, index: int) -> int:
 def shallow_trunk(base_model: nn.Module, depth: int) -> nn.Module:
     """A backbone that shares the base model's modules and stops after ``depth`` layers, without the final norm.
 
-    The base model itself is not touched: another thread, a hook or a generation may use it meanwhile.
+    The base model itself is not touched.
     """
     backbone = backbone_of(base_model)
     name, layers = _layer_list(backbone)
@@ -62,6 +62,19 @@ def shallow_trunk(base_model: nn.Module, depth: int) -> nn.Module:
             modules[norm] = nn.Identity()
     trunk._modules = modules
     return trunk
+
+
+def embedding_scale_of(embedding: nn.Module) -> float:
+    """What an embedding module multiplies its table by (Gemma: √D); 1 for most."""
+    return float(getattr(embedding, "embed_scale", 1.0))
+
+
+def embedding_table_of(base_model: Any) -> Tensor:
+    """The embeddings of all tokens as the model sees them, (V, D), without graph."""
+    embedding = base_model.get_input_embeddings()
+    scale = embedding_scale_of(embedding)
+    table: Tensor = embedding.weight.detach()
+    return table if scale == 1 else table * scale
 
 
 def hidden_states_of(layer_output: Any) -> Tensor:

@@ -1,6 +1,5 @@
 """Causal language models under a noise layer: every forward runs the base model on clean and on noisy embeddings."""
 
-import functools
 import inspect
 import weakref
 from collections.abc import Iterator
@@ -31,7 +30,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     attached reads logits, it runs whole.
 
     The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. The
-    transform applies to this model's own calls only: ``base_model(...)`` is the clean model.
+    transform applies to this model's own calls only: ``base_model(...)`` is the clean model. One thread at a time may
+    use a noisy model and its base.
 
     Args:
         noise_layer_class: a `BaseNoiseLayer` class, `TransformerCloak` for language models.
@@ -86,7 +86,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if clean_pass not in ("separate", "joint"):
             raise ValueError(f"clean_pass must be 'separate' or 'joint'; got {clean_pass!r}")
         try:
-            target = base_model.get_submodule(target_layer)
+            base_model.get_submodule(target_layer)
         except AttributeError as error:
             raise ValueError(f"base_model has no module {target_layer!r} (target_layer)") from error
         self.base_model = base_model
@@ -98,6 +98,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             if noise_layer_class is None:
                 raise ValueError("give noise_layer_class, or a ready noise_layer")
             noise_layer = noise_layer_class(**noise_layer_kwargs)
+        elif noise_layer_kwargs:
+            raise TypeError(f"a ready noise_layer takes no arguments; got {', '.join(noise_layer_kwargs)}")
         self.noise_layer = noise_layer.to(device=embedding_weight.device)
         self.base_model.requires_grad_(False).eval()
         self.target_layer = target_layer
@@ -107,9 +109,28 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self._trunks: dict[int, list[nn.Module]] = {}  # in lists: a trunk is no submodule, its modules are the base's
         # The pass that is running, for the hooks; None outside this model's own calls.
         self._running: _Pass | None = None
-        target.register_forward_hook(self._transform_hook)
-        for index, layer in enumerate(decoder_layers(base_model)):
-            layer.register_forward_hook(functools.partial(self._keep_layer, index))
+        self._register_hooks()
+
+    def _register_hooks(self) -> None:
+        """Hook the target layer and all decoder layers, for as long as this model lives.
+
+        Once, for torch.compile does not see hooks that come later.
+        """
+        hooked = [(self.base_model.get_submodule(self.target_layer), _Hook(self, "_transform_hook"))]
+        for index, layer in enumerate(decoder_layers(self.base_model)):
+            hooked.append((layer, _Hook(self, "_keep_layer", index)))
+        for module, hook in hooked:
+            weakref.finalize(self, module.register_forward_hook(hook).remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin without losses, metrics and captured forwards."""
+        return dict(self.__dict__) | {"_consumers": None, "_trunks": {}, "_running": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hook the copied base model anew: the hooks that came with it are dead."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._consumers = weakref.WeakSet()
+        self._register_hooks()
 
     def train(self, mode: bool = True) -> "NoiseMaskedNoisyTransformerModel":
         """Set the noise layer's mode; the frozen base stays in eval mode."""
@@ -152,15 +173,19 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         Raises:
             ValueError: neither or both of input_ids and inputs_embeds, or masks of another shape.
         """
-        arguments, attended, selected = self._prepare(input_ids, attention_mask, noise_mask, kwargs)
         for consumer in self._consumers:
             consumer.offer(None)  # lets go of the last forward's graph before this one builds its own
+        arguments, attended, selected = self._prepare(input_ids, attention_mask, noise_mask, kwargs)
         layers, logits_wanted = self._wanted()
         run = self._run_joint if self.clean_pass == "joint" else self._run_separate
         current = _Pass(attended, selected, layers)
         clean_logits, noisy_logits = run(current, arguments, None if logits_wanted else max(layers))
         layer_outputs = {index: (current.clean_layers[index], current.noisy_layers[index]) for index in layers}
-        transform = self._last_transform()
+        transform = current.transform
+        if transform is None and self.noise_layer.enabled:
+            raise RuntimeError(
+                f"target_layer {self.target_layer!r} did not run: it lies deeper than what the attached losses read"
+            )
         both = clean_logits is not None and noisy_logits is not None
         capture = Capture(
             attention_mask=attended,
@@ -195,7 +220,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             input_ids: (B, T), the prompt; pad on the left.
             attention_mask: as in `forward`.
             noise_mask: as in `forward`.
-            kwargs: options of the base model's ``generate``.
+            kwargs: options of the base model's ``generate``; a tokenizer wrapper's ``loss_mask`` and ``labels`` are
+                dropped.
 
         Returns:
             Token ids, prompt included, as the base model's ``generate`` gives them.
@@ -203,6 +229,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         embeddings = self.transform(input_ids, attention_mask, noise_mask)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("loss_mask", "labels")}
         generate = self.base_model.generate
         return cast(
             Tensor, generate(input_ids, inputs_embeds=embeddings, attention_mask=attention_mask.long(), **kwargs)
@@ -240,7 +267,11 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
         device = inputs_embeds.device if input_ids is None else input_ids.device
+        if arguments.get("past_key_values") is not None:
+            raise ValueError("past_key_values cannot be given: the clean and the noisy pass would share one cache")
         for name, mask in (("attention_mask", attention_mask), ("noise_mask", noise_mask)):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
             if mask is not None and mask.shape != shape:
                 raise ValueError(f"{name} must have the shape of the tokens, {tuple(shape)}; got {tuple(mask.shape)}")
         everything = torch.ones(shape, dtype=torch.bool, device=device)
@@ -252,19 +283,12 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             arguments["input_ids"] = input_ids
         arguments["attention_mask"] = attended.long()
         if "position_ids" in self._base_arguments:
-            arguments.setdefault("position_ids", position_ids_of(attended))
+            position_ids = arguments.get("position_ids")
+            arguments["position_ids"] = (
+                position_ids_of(attended) if position_ids is None else position_ids.expand(shape)
+            )
         arguments.setdefault("use_cache", False)
         return arguments, attended, selected
-
-    def _last_transform(self) -> Transform | None:
-        layer = self.noise_layer
-        if not layer.enabled:
-            return None
-        assert layer.input is not None
-        assert layer.mean is not None
-        assert layer.std is not None
-        assert layer.output is not None
-        return Transform(layer.input, layer.mean, layer.std, layer.mask, layer.output)
 
     def _wanted(self) -> tuple[frozenset[int], bool]:
         """Which layers' outputs to keep, and whether the model must run whole."""
@@ -283,8 +307,10 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     def _run_joint(
         self, current: "_Pass", arguments: dict[str, Tensor], last_layer: int | None
     ) -> tuple[Tensor | None, Tensor | None]:
+        rows = len(current.attended)
         doubled = {
-            name: torch.cat([value, value]) if isinstance(value, Tensor) else value for name, value in arguments.items()
+            name: torch.cat([value, value]) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+            for name, value in arguments.items()
         }
         with self._during(current, "joint"):
             logits = self._call_base(doubled, last_layer)
@@ -334,7 +360,10 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if current is None or current.half == "clean":
             return hidden
         clean = hidden.chunk(2)[0] if current.half == "joint" else hidden
-        transformed = cast(Tensor, self.noise_layer(clean, current.selected, attention_mask=current.attended.long()))
+        layer = self.noise_layer
+        transformed = cast(Tensor, layer(clean, current.selected, attention_mask=current.attended.long()))
+        if layer.mean is not None and layer.std is not None:  # None while the layer is disabled
+            current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed)
         return torch.cat([clean, transformed]) if current.half == "joint" else transformed
 
     def _keep_layer(self, index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -357,5 +386,22 @@ class _Pass:
         self.selected = selected
         self.layers = layers
         self.half = "clean"
+        self.transform: Transform | None = None
         self.clean_layers: dict[int, Tensor] = {}
         self.noisy_layers: dict[int, Tensor] = {}
+
+
+class _Hook:
+    """A forward hook that neither keeps its model alive nor follows the hooked module into copies and pickles."""
+
+    def __init__(self, model: NoiseMaskedNoisyTransformerModel, method: str, *arguments: Any) -> None:
+        self.model: weakref.ref[NoiseMaskedNoisyTransformerModel] | None = weakref.ref(model)
+        self.method = method
+        self.arguments = arguments
+
+    def __call__(self, *inputs_and_output: Any) -> Any:
+        model = self.model() if self.model is not None else None
+        return getattr(model, self.method)(*self.arguments, *inputs_and_output) if model is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": None, "method": self.method, "arguments": self.arguments}

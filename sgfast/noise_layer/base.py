@@ -25,7 +25,7 @@ class BaseNoiseLayer(nn.Module, ABC):
     After a forward these attributes hold its values, until the next one: ``input``, ``mean``, ``std``, ``mask``
     (True = suppressed feature, or None), ``noise_mask`` (True = transformed, or None), ``noise`` (std·eps) and
     ``output``. ``mean``, ``std`` and ``output`` keep their graph until a loss consumes them. None of them, and no
-    seed, enters the state_dict.
+    seed, enters the state_dict; the number of forwards does.
 
     Args:
         scale: (min, max) of the standard deviations.
@@ -40,6 +40,7 @@ class BaseNoiseLayer(nn.Module, ABC):
     mask: Tensor | None
     noise_mask: Tensor | None
     output: Tensor | None
+    forward_count: Tensor
     _forward_seed: int | Tensor | None
 
     def __init__(
@@ -51,6 +52,8 @@ class BaseNoiseLayer(nn.Module, ABC):
         seed: int | None = None,
     ) -> None:
         super().__init__()
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"seed must be an int or None; got {type(seed).__name__}")
         if seed is not None and not 0 <= seed < 2**64:
             raise ValueError(f"seed must be None or lie in [0, 2**64); got {seed}")
         self.scale = check_scale(scale)
@@ -58,7 +61,9 @@ class BaseNoiseLayer(nn.Module, ABC):
         self.value_range = value_range
         self.seed = seed
         self.enabled = True
-        self.forward_count = 0
+        # In the state_dict, so that a resumed training does not repeat the noise it began with; a tensor, so that
+        # torch.compile does not specialise on it.
+        self.register_buffer("forward_count", torch.zeros((), dtype=torch.int64))
         self.clear()
 
     @abstractmethod
@@ -78,23 +83,28 @@ class BaseNoiseLayer(nn.Module, ABC):
 
         Returns:
             The transformed input, in its dtype; the input itself while ``enabled`` is False.
+
+        Raises:
+            RuntimeError: the layer has a ``seed`` of its own and is recomputed under activation checkpointing: its
+                stream has moved on. Give ``seed`` for the forward, or leave the layer's None.
         """
         if not self.enabled:
+            self.clear()
             return input
         mean, std = self.estimate(input, **kwargs)
         mask = self.masker(std) if self.masker is not None else None
-        self._forward_seed = self._next_seed(input.device) if seed is None else seed
+        forward_seed = self._next_seed(input.device) if seed is None else seed
         output = apply_noise(
             input,
             mean,
             std,
-            seed=self._forward_seed,
+            seed=forward_seed,
             noise_mask=noise_mask,
             keep_mask=None if mask is None else ~mask,
             value_range=self.value_range,
         )
         self.input, self.mean, self.std = input, mean, std
-        self.mask, self.noise_mask, self.output = mask, noise_mask, output
+        self.mask, self.noise_mask, self.output, self._forward_seed = mask, noise_mask, output, forward_seed
         return output
 
     @property
@@ -125,13 +135,18 @@ class BaseNoiseLayer(nn.Module, ABC):
         finally:
             self.enabled = enabled
 
-    def _next_seed(self, device: torch.device) -> int | Tensor:
-        self.forward_count += 1
+    def _next_seed(self, device: torch.device) -> Tensor:
         if self.seed is None:
             # On the device, so that nothing waits for it; from torch's generator, so that manual_seed and the
             # restoring of RNG states (activation checkpointing, resumed training) replay it.
             return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-        return mix_seed(self.seed, self.forward_count, _process_rank())
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # inside a backward
+            raise RuntimeError(
+                "a noise layer with a fixed seed cannot be recomputed under activation checkpointing: it would draw "
+                "other noise. Pass seed= to its forward, or build it with seed=None"
+            )
+        self.forward_count.add_(1)
+        return fold_in(mix_seed(self.seed, _process_rank()), self.forward_count.to(device, copy=True))
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry parameters and settings, not the last forward's graph."""
@@ -150,6 +165,22 @@ def mix_seed(*words: int) -> int:
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
         state ^= state >> 31
     return state
+
+
+def fold_in(seed: int, count: Tensor) -> Tensor:
+    """Fold an int64 tensor into a seed as `mix_seed` folds a word, on the tensor's device."""
+
+    def signed(value: int) -> int:  # the int64 with the lower 64 bits; products of int64 wrap as those of words do
+        return (value + 2**63) % 2**64 - 2**63
+
+    def shifted(words: Tensor, bits: int) -> Tensor:  # a logical shift: zeros come in from the left
+        return words.bitwise_right_shift(bits).bitwise_and(2 ** (64 - bits) - 1)
+
+    words = count + signed(seed + 0x9E3779B97F4A7C15)
+    words = (words ^ shifted(words, 30)) * signed(0xBF58476D1CE4E5B9)
+    words = (words ^ shifted(words, 27)) * signed(0x94D049BB133111EB)
+    mixed: Tensor = words ^ shifted(words, 31)
+    return mixed
 
 
 def _process_rank() -> int:

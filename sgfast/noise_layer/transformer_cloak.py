@@ -86,6 +86,7 @@ class TransformerCloak(BaseNoiseLayer):
         self._settings = {
             "transformer_type": transformer_type.__name__,
             "config": _plain_config(config),
+            "attention": _attention_of(config),
             "scale": list(self.scale),
             "shallow": shallow,
             "percent_to_mask": percent_to_mask,
@@ -142,7 +143,8 @@ class TransformerCloak(BaseNoiseLayer):
         import transformers
 
         body = getattr(transformers, body_name)
-        config = body.config_class.from_dict(arguments.pop("config"))
+        config = body.config_class.from_dict(_without_attention(arguments.pop("config")))
+        config._attn_implementation = _known_attention(arguments.pop("attention"))
         arguments["scale"] = tuple(arguments["scale"])
         if arguments["value_range"] is not None:
             arguments["value_range"] = tuple(arguments["value_range"])
@@ -185,9 +187,25 @@ class _Estimator(nn.Module):
 def _plain_config(config: Any) -> dict[str, Any]:
     """The config as JSON types, without where it came from or how the base model's weights were stored."""
     plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    for name in ("quantization_config", "_name_or_path", "_model_name_or_path"):
+    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "auto_map"):
         plain.pop(name, None)
-    return plain
+    return _without_attention(plain)
+
+
+def _without_attention(config: dict[str, Any]) -> dict[str, Any]:
+    # In a config this may name a repository, which transformers would fetch code from.
+    return {name: value for name, value in config.items() if "attn_implementation" not in name}
+
+
+def _attention_of(config: Any) -> str:
+    """The attention that gives the same numbers on a client's machine."""
+    return "eager" if config._attn_implementation == "eager" else "sdpa"
+
+
+def _known_attention(name: str) -> str:
+    if name not in ("eager", "sdpa"):
+        raise ValueError(f"attention must be eager or sdpa; got {name!r}")
+    return name
 
 
 def _load_config(config_path: str | PathLike[str] | Any) -> Any:

@@ -40,6 +40,10 @@ _triton_refusals: dict[Callable[..., Any], Callable[..., str | None]] = {}
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+class ImplementationError(RuntimeError):
+    """An implementation that was asked for by name cannot run."""
+
+
 class Choice(NamedTuple):
     """What runs, and why."""
 
@@ -107,7 +111,7 @@ def select(impl: str | None, triton_refusal: str | None) -> Choice:
         return Choice("compile", source)
     if wanted == "triton":
         if triton_refusal is not None:
-            raise RuntimeError(f"{source} cannot run: {triton_refusal}")
+            raise ImplementationError(f"{source} cannot run: {triton_refusal}")
         return Choice("triton", source)
     if triton_refusal is not None:
         return Choice("torch", triton_refusal)
@@ -121,10 +125,15 @@ def _wanted(impl: str | None) -> tuple[str, str]:
         return impl, f"impl={impl!r}"
     if (from_context := _context.get()) is not None:
         return from_context, f"use_impl({from_context!r})"
-    if (from_environment := os.environ.get("SGFAST_IMPL")) is not None:
+    if from_environment := os.environ.get("SGFAST_IMPL"):
         check_impl(from_environment, "the environment variable SGFAST_IMPL")
         return from_environment, f"SGFAST_IMPL={from_environment}"
     return "auto", "auto"
+
+
+def pinned(impl: str | None) -> str | None:
+    """What a forward was asked for, for its backward: autograd may run that in a thread that no context reaches."""
+    return impl if torch.compiler.is_compiling() else _wanted(impl)[0]
 
 
 def interpreting() -> bool:
@@ -191,7 +200,7 @@ def compiled(body: _Function) -> _Function:
             compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")
             missing = "" if compiler else " (no C++ compiler was found)"
             first_line = str(error).strip().splitlines()[0]
-            raise RuntimeError(f"impl='compile' cannot run{missing}: {first_line}") from error
+            raise ImplementationError(f"impl='compile' cannot run{missing}: {first_line}") from error
 
     return run  # type: ignore[return-value]
 

@@ -257,7 +257,8 @@ def _unpack_support(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    noisy, clean, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, ctx.impl = inputs
+    noisy, clean, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs
+    ctx.impl = dispatch.pinned(impl)
     kept_indices = output[1]
     ctx.mark_non_differentiable(kept_indices)
     ctx.save_for_backward(noisy, clean, kept_indices, mask, temperature)

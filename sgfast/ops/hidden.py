@@ -205,7 +205,8 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    noisy, clean, mask, ctx.eps, ctx.impl = inputs
+    noisy, clean, mask, ctx.eps, impl = inputs
+    ctx.impl = dispatch.pinned(impl)
     _, row_scalars = output
     ctx.mark_non_differentiable(row_scalars)
     ctx.set_materialize_grads(False)

@@ -87,3 +87,10 @@ def test_catalyst(batch):
     assert value.item() == pytest.approx(expected.mean().item(), rel=1e-5)
     at_zero = components.inverse_l2_power_law_catalyst(torch.zeros(1), 1.5, 2.0, torch.ones(1, dtype=torch.bool))
     assert at_zero.item() == pytest.approx(100.0**2)
+
+
+def test_components_of_half_precision_values_are_float32():
+    std, mask = torch.full((2, 3), 0.3, dtype=torch.bfloat16), torch.ones(2, dtype=torch.bool)
+    assert components.std_log_ratio(std, 3.0, mask).dtype == torch.float32
+    assert components.masked_mean(std[:, 0], mask).dtype == torch.float32
+    assert components.masked_mean(std[:, 0].double(), mask).dtype == torch.float64

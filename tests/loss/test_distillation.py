@@ -57,6 +57,58 @@ def test_against_a_float64_rewrite(layer, make_noisy_model, tokens):
     assert not losses["total"].requires_grad
 
 
+def test_padding_never_counts(make_noisy_model, tokens):
+    values = []
+    for mask in (tokens["loss_mask"], torch.ones_like(tokens["loss_mask"])):
+        noisy_model = make_noisy_model().train()
+        loss_function, _, _ = distillation_loss_factory(noisy_model, 1, 0.4, **WEIGHTS)
+        noisy_model(**tokens)
+        values.append(loss_function(mask).item())
+    assert values[0] == values[1]
+
+
+def test_suppressed_features_leave_the_log_ratio(make_noisy_model, tokens):
+    noisy_model = make_noisy_model(percent_to_mask=0.25).train()
+    loss_function, get_losses, _ = distillation_loss_factory(noisy_model, 1, 0.4, **WEIGHTS)
+    output = noisy_model(**tokens)
+    kept = tokens["noise_mask"][..., None] & ~output.mask
+    expected = (math.log(2.0) - output.std.double()[kept].log()).mean().item()
+    loss_function(tokens["loss_mask"])
+    assert get_losses()["std_log_ratio"].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_refused_mask_leaves_the_forward_to_a_second_try(make_noisy_model, tokens):
+    noisy_model = make_noisy_model().train()
+    loss_function, get_losses, _ = distillation_loss_factory(noisy_model, 1, 0.4, **REQUIRED)
+    noisy_model(**tokens)
+    for wrong, error in ((tokens["loss_mask"][:, :4], ValueError), (None, TypeError)):
+        with pytest.raises(error, match="loss_mask must"):
+            loss_function(wrong)
+    with pytest.raises(ValueError, match="normalizers may hold loss_tokens and noise_tokens; got loss_token"):
+        loss_function(tokens["loss_mask"], normalizers={"loss_token": 3})
+    loss_function(tokens["loss_mask"])
+    noisy_model(**tokens)
+    with pytest.raises(RuntimeError, match="get_losses needs a call"):
+        get_losses()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_the_ends_of_alpha(alpha, make_noisy_model, tokens):
+    noisy_model = make_noisy_model().train()
+    loss_function, get_losses, _ = distillation_loss_factory(noisy_model, 1, alpha, **REQUIRED)
+    noisy_model(**tokens)
+    loss = loss_function(tokens["loss_mask"])
+    loss.backward()
+    losses = get_losses()
+    strength = 0.1 * losses["std_log_ratio"] + 0.5 * losses["input_embedding_similarity"]
+    expected = strength if alpha else 2 * losses["distillation_layer_cosine_distance"]
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    only_strength = REQUIRED | {"distillation_layer_cosine_distance_loss_weight": 0.0}
+    if alpha == 0:
+        with pytest.raises(ValueError, match="leave nothing to minimise"):
+            distillation_loss_factory(noisy_model, 1, alpha, **only_strength)
+
+
 def test_calls_out_of_order_raise(make_noisy_model, tokens):
     noisy_model = make_noisy_model().train()
     loss_function, get_losses, get_hyperparameters = distillation_loss_factory(noisy_model, 1, 0.4, **REQUIRED)
@@ -164,13 +216,18 @@ def test_loss_without_a_transform_is_refused(make_noisy_model, tokens):
     [
         ({"alpha": 2.0}, ValueError, r"alpha must lie in \[0, 1\]; got 2.0"),
         ({"alpha": -0.1}, ValueError, "alpha"),
-        ({"std_log_ratio_loss_weight": -1.0}, ValueError, "std_log_ratio_loss_weight must not be negative; got -1.0"),
+        (
+            {"std_log_ratio_loss_weight": -1.0},
+            ValueError,
+            "std_log_ratio_loss_weight must be finite and not negative; got -1.0",
+        ),
         ({"inverse_l2_power_law_characteristic_length": 0.0}, ValueError, "characteristic_length must be positive"),
         ({"inverse_l2_power_law_exponent_of_decay": -1.0}, ValueError, "exponent_of_decay must be positive"),
         ({"distillation_layer_index": 4}, ValueError, r"must lie in \[-4, 3\] for this model; got 4"),
         ({"distillation_layer_index": 1.5}, TypeError, "must be an int"),
         ({"distillation_layer_distance_loss_weight": 1.0}, TypeError, "once"),
-        (dict.fromkeys(REQUIRED, 0.0), ValueError, "at least one of"),
+        (dict.fromkeys(REQUIRED, 0.0), ValueError, "leave nothing to minimise"),
+        ({"std_log_ratio_loss_weight": math.inf}, ValueError, "must be finite"),
     ],
 )
 def test_errors_at_factory_time(arguments, error, message, make_noisy_model):

@@ -1,6 +1,9 @@
 """The noisy model on tiny models of every supported family."""
 
 import copy
+import gc
+import pickle
+import weakref
 
 import pytest
 import torch
@@ -23,7 +26,7 @@ WEIGHTS = {
 def loss_and_gradients(noisy_model, tokens, layer=1):
     loss_function, get_losses, _ = distillation_loss_factory(noisy_model, layer, 0.4, **WEIGHTS)
     noisy_model.train()
-    noisy_model.noise_layer.forward_count = 0
+    noisy_model.noise_layer.forward_count.zero_()
     noisy_model(**tokens)
     loss = loss_function(tokens["loss_mask"])
     loss.backward()
@@ -137,8 +140,9 @@ def test_unselected_tokens_pass_bit_equal_and_padding_is_never_transformed(make_
     selected = tokens["noise_mask"]
     assert torch.equal(output.transformed[~selected], output.input[~selected])
     assert ((output.transformed != output.input).any(-1) == selected).all()
-    everything = noisy_model(tokens["input_ids"], tokens["attention_mask"])
-    assert ((everything.transformed != everything.input).any(-1) == (tokens["attention_mask"] != 0)).all()
+    for noise_mask in (None, torch.ones_like(tokens["attention_mask"])):
+        everything = noisy_model(tokens["input_ids"], tokens["attention_mask"], noise_mask)
+        assert ((everything.transformed != everything.input).any(-1) == (tokens["attention_mask"] != 0)).all()
 
 
 def test_padding_tokens_do_not_influence_the_loss(make_noisy_model, tokens):
@@ -176,8 +180,9 @@ def test_generate_transforms_the_prompt_only(family, make_noisy_model, tokens):
     assert calls == [(1, 9, WIDTH)]
     assert generated.shape == (1, 13)
     assert torch.equal(generated[:, :9], prompt)
-    noisy_model.noise_layer.forward_count = 0
+    noisy_model.noise_layer.forward_count.zero_()
     embeddings = noisy_model.transform(prompt)
+    noisy_model.generate(prompt, loss_mask=prompt != 0, labels=prompt, max_new_tokens=1, pad_token_id=0)
     expected = noisy_model.base_model.generate(
         inputs_embeds=embeddings, max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=None
     )
@@ -187,7 +192,7 @@ def test_generate_transforms_the_prompt_only(family, make_noisy_model, tokens):
 def test_inputs_embeds_are_transformed_too(make_noisy_model, tokens):
     noisy_model = make_noisy_model().eval()
     first = noisy_model(**tokens)
-    noisy_model.noise_layer.forward_count = 0
+    noisy_model.noise_layer.forward_count.zero_()
     embeddings = noisy_model.base_model.get_input_embeddings()(tokens["input_ids"])
     rest = {name: value for name, value in tokens.items() if name != "input_ids"}
     second = noisy_model(inputs_embeds=embeddings, **rest)
@@ -200,10 +205,79 @@ def test_a_deep_copy_is_independent(make_noisy_model, tokens):
     copied = copy.deepcopy(noisy_model)
     with torch.no_grad():
         copied.noise_layer.mean_estimator.head.bias.add_(1.0)
-    noisy_model.noise_layer.forward_count = copied.noise_layer.forward_count = 0
+    noisy_model.noise_layer.forward_count.zero_()
+    copied.noise_layer.forward_count.zero_()
     original, changed = noisy_model(**tokens), copied(**tokens)
     shift = (changed.transformed - original.transformed)[tokens["noise_mask"]]
     assert shift.mean().item() == pytest.approx(1.0, abs=1e-5)
+
+
+def test_copies_begin_without_losses_and_captured_forwards(make_noisy_model, tokens):
+    noisy_model = make_noisy_model().train()
+    loss_function, _, _ = distillation_loss_factory(noisy_model, 1, 0.4, **WEIGHTS)
+    noisy_model(**tokens)
+    copied = copy.deepcopy(noisy_model)
+    copied(**tokens)
+    loss_function(tokens["loss_mask"]).backward()
+    assert all(parameter.grad is None for parameter in copied.noise_layer.parameters())
+    assert any(parameter.grad is not None for parameter in noisy_model.noise_layer.parameters())
+    own = distillation_loss_factory(copied, 1, 0.4, **WEIGHTS)[0]
+    copied(**tokens)
+    own(tokens["loss_mask"]).backward()
+    assert any(parameter.grad is not None for parameter in copied.noise_layer.parameters())
+
+
+def test_models_can_be_pickled(make_noisy_model, tokens):
+    noisy_model = make_noisy_model().eval()
+    consumer = noisy_model.attach(logits=True)
+    noisy_model(**tokens)
+    loaded = pickle.loads(pickle.dumps(noisy_model))
+    pickle.dumps(noisy_model.base_model)
+    copy.deepcopy(noisy_model.base_model)
+    assert consumer.forwards == 1
+    torch.testing.assert_close(
+        loaded(**tokens).base_model_output.logits, noisy_model(**tokens).base_model_output.logits, rtol=0, atol=0
+    )
+
+
+def test_a_base_model_outlives_its_noisy_models(make_noisy_model, tokens):
+    noisy_model = make_noisy_model()
+    base_model, layer = noisy_model.base_model, weakref.ref(noisy_model.noise_layer)
+    noisy_model(**tokens)
+    del noisy_model
+    gc.collect()
+    assert layer() is None
+    assert not any(module._forward_hooks for module in base_model.modules())
+
+
+def test_a_target_deeper_than_the_loss_reads_is_refused(make_noisy_model, tokens):
+    base = make_noisy_model()
+    noisy_model = NoiseMaskedNoisyTransformerModel(
+        None, base.base_model, None, "model.layers.2", noise_layer=base.noise_layer
+    ).train()
+    loss = distillation_loss_factory(noisy_model, 1, 0.4, **WEIGHTS)
+    with pytest.raises(RuntimeError, match=r"target_layer 'model\.layers\.2' did not run"):
+        noisy_model(**tokens)
+    del loss
+    deep = loss_and_gradients(noisy_model, tokens, 3)
+    assert deep[2]["distillation_layer_cosine_distance"] > 0
+
+
+def test_compiled_model_gives_the_same_loss(make_noisy_model, tokens):
+    eager = loss_and_gradients(make_noisy_model(), tokens)
+    noisy_model = make_noisy_model()
+    loss_function, _, _ = distillation_loss_factory(noisy_model, 1, 0.4, **WEIGHTS)
+    torch.compile(noisy_model.train(), backend="aot_eager")(**tokens)
+    torch.testing.assert_close(loss_function(tokens["loss_mask"]).detach(), eager[0], rtol=1e-5, atol=1e-6)
+
+
+def test_half_precision_base_model(make_noisy_model, tokens):
+    noisy_model = make_noisy_model()
+    noisy_model.base_model.to(torch.bfloat16)
+    loss, gradients, _ = loss_and_gradients(noisy_model, tokens)
+    assert loss.dtype == torch.float32
+    assert all(gradient.isfinite().all() and gradient.dtype == torch.float32 for gradient in gradients.values())
+    torch.testing.assert_close(loss, loss_and_gradients(make_noisy_model(), tokens)[0], rtol=0.03, atol=0)
 
 
 def test_state_dict_round_trip(make_noisy_model, tokens):
@@ -214,7 +288,6 @@ def test_state_dict_round_trip(make_noisy_model, tokens):
     noisy_model(**tokens)
     assert not [name for name in noisy_model.noise_layer.state_dict() if name in ("input", "mean", "std", "output")]
     other.noise_layer.load_state_dict(noisy_model.noise_layer.state_dict())
-    noisy_model.noise_layer.forward_count = 0
     torch.testing.assert_close(other(**tokens).transformed, noisy_model(**tokens).transformed, rtol=0, atol=0)
 
 
@@ -245,6 +318,14 @@ def test_errors(make_noisy_model, tokens):
         noisy_model(tokens["input_ids"], tokens["attention_mask"], tokens["noise_mask"][:, 1:])
     with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
         noisy_model(attention_mask=tokens["attention_mask"])
+    with pytest.raises(ValueError, match="past_key_values cannot be given"):
+        noisy_model(tokens["input_ids"], past_key_values=object())
+    with pytest.raises(TypeError, match=r"attention_mask must be a torch\.Tensor or None; got list"):
+        noisy_model(tokens["input_ids"], attention_mask=[[1]])
+    with pytest.raises(TypeError, match="takes no arguments; got scale"):
+        NoiseMaskedNoisyTransformerModel(
+            None, noisy_model.base_model, noise_layer=noisy_model.noise_layer, scale=(1, 2)
+        )
     base_model, body, _ = tiny_causal_lm("llama")
     settings = {"config_path": base_model.config, "transformer_type": body}
     with pytest.raises(ValueError, match=r"no module 'model\.embed'"):

@@ -5,9 +5,10 @@ import json
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from sgfast.noise_layer import TransformerCloak
-from sgfast.noise_layer.base import mix_seed
+from sgfast.noise_layer.base import fold_in, mix_seed
 from sgfast.ops.noise import standard_normal
 from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, tiny_causal_lm
 
@@ -116,7 +117,66 @@ def test_copies_and_state_dicts_leave_the_last_forward_behind(embeddings):
     layer(embeddings)
     assert copy.deepcopy(layer).output is None
     assert layer.output is not None
-    assert set(layer.state_dict()) == {name for name, _ in layer.named_parameters()}
+    assert set(layer.state_dict()) == {name for name, _ in layer.named_parameters()} | {"forward_count"}
+
+
+def test_a_resumed_layer_does_not_repeat_its_noise(embeddings):
+    layer, resumed = make_layer(seed=5), make_layer(seed=5)
+    first = layer(embeddings)
+    resumed.load_state_dict(layer.state_dict())
+    second = resumed(embeddings)
+    assert not torch.equal(second, first)
+    assert torch.equal(layer(embeddings), second)
+
+
+def test_the_process_rank_is_folded_in(embeddings, monkeypatch):
+    first = make_layer(seed=5)(embeddings)
+    monkeypatch.setattr("sgfast.noise_layer.base._process_rank", lambda: 1)
+    assert not torch.equal(make_layer(seed=5)(embeddings), first)
+
+
+def test_the_count_is_folded_in_as_a_word_is():
+    for seed in (0, 1, 2**63, 2**64 - 1):
+        for count in (0, 1, 12345, 2**40):
+            folded = fold_in(seed, torch.tensor(count)).item() % 2**64
+            assert folded == mix_seed_step(seed, count)
+
+
+def mix_seed_step(state, word):
+    """One SplitMix64 step in Python's unbounded integers."""
+    z = (state + word + 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+@pytest.mark.parametrize("seed", [None, 7])
+def test_compiled_layers_do_not_recompile_for_every_forward(seed, embeddings):
+    layer, eager = make_layer(seed=seed), make_layer(seed=seed)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    for _ in range(12):
+        torch.manual_seed(0)
+        output = compiled(embeddings)
+        torch.manual_seed(0)
+        torch.testing.assert_close(output, eager(embeddings))
+
+
+def test_activation_checkpointing_replays_the_noise_or_is_refused(embeddings):
+    torch.manual_seed(3)
+    layer = make_layer(rhos_init=-1.0)
+    torch.nn.init.normal_(layer.std_estimator.head.weight)
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(4)
+        layer.zero_grad()
+        run = (lambda x: torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)) if checkpointed else layer
+        run(embeddings).square().sum().backward()
+        gradients.append(layer.std_estimator.head.weight.grad.clone())
+    torch.testing.assert_close(*gradients)
+    seeded = make_layer(seed=7)
+    output = torch.utils.checkpoint.checkpoint(seeded, embeddings, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="fixed seed cannot be recomputed under activation checkpointing"):
+        output.sum().backward()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -133,6 +193,21 @@ def test_settings_naming_another_class_are_refused():
     settings = make_layer().settings()
     with pytest.raises(ValueError, match=r"must be one of .*LlamaModel.*; got 'pipeline'"):
         TransformerCloak.from_settings(settings | {"transformer_type": "pipeline"})
+
+
+def test_settings_cannot_name_an_attention_to_fetch(embeddings):
+    settings = make_layer().settings()
+    assert settings["attention"] == "sdpa"
+    with pytest.raises(ValueError, match="attention must be eager or sdpa; got 'someone/kernel'"):
+        TransformerCloak.from_settings(settings | {"attention": "someone/kernel"})
+    for name in ("attn_implementation", "_attn_implementation"):
+        forged = settings | {"config": settings["config"] | {name: "someone/kernel"}}
+        assert TransformerCloak.from_settings(forged).mean_estimator.body.config._attn_implementation == "sdpa"
+
+
+def test_a_seed_that_is_no_int_is_refused():
+    with pytest.raises(TypeError, match="seed must be an int or None; got float"):
+        make_layer(seed=1.5)
 
 
 @pytest.mark.parametrize(
