@@ -21,7 +21,7 @@ def _options() -> None:
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 160,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-output"),
     model: Annotated[
         str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")

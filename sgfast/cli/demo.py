@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -29,13 +29,13 @@ from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransfo
 from sgfast.noise_layer.transformer_cloak import TransformerCloak
 from sgfast.utils.files import replacing
 
-DEFAULT_PROMPT = "My password is hunter2. Which Python keyword defines a function?"
+DEFAULT_PROMPT = "I am Ada Lovelace. Explain in one sentence what a Python function is."
 WORDS_PER_PASSAGE, HELD_OUT, MAX_LENGTH, BATCH_SIZE = 60, 32, 128, 8
 LEARNING_RATE = 2e-3
 SCALE = (1e-3, 1.0)
 RHOS_INIT = -2.0
 LOSS_WEIGHTS = {
-    "std_log_ratio_loss_weight": 0.3,
+    "std_log_ratio_loss_weight": 0.2,
     "input_embedding_similarity_loss_weight": 0.5,
     "distillation_layer_cosine_distance_loss_weight": 10.0,
 }
@@ -46,9 +46,9 @@ _TABLE_ROWS = {
     "perplexity, clean model": ("clean_perplexity", "{:.2f}"),
     "perplexity, through the transform": ("noisy_perplexity", "{:.2f}"),
     "mean sigma": ("mean_sigma", "{:.4f}"),
-    "nearest-neighbour failure rate, L2": ("nearest_neighbor_failure_rate", "{:.1%}"),
-    "nearest-neighbour failure rate, cosine": ("nearest_neighbor_failure_rate_cosine", "{:.1%}"),
-    "changed ids of the reconstruction": ("percentage_changed_ids", "{:.1%}"),
+    "nearest-neighbour failure, L2": ("nearest_neighbor_failure_rate", "{:.1%}"),
+    "nearest-neighbour failure, cosine": ("nearest_neighbor_failure_rate_cosine", "{:.1%}"),
+    "changed ids of its reconstruction": ("percentage_changed_ids", "{:.1%}"),
 }
 
 
@@ -138,11 +138,9 @@ def _follow(console: Console, training: Iterator[Step], steps: int) -> tuple[lis
     """Show the training; return the steps taken, and whether they are all of them."""
     history: list[Step] = []
     columns = (
-        TextColumn("training"),
-        BarColumn(bar_width=20),
+        BarColumn(bar_width=10),
         MofNCompleteColumn(),
         TextColumn("{task.description}"),
-        TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
@@ -164,16 +162,16 @@ def _progress_text(step: Step) -> str:
         "input_embedding_similarity": "sim",
     }
     parts = [f"{label} {step.components[name]:.3f}" for name, label in short.items() if name in step.components]
-    return " ".join([*parts, f"{step.tokens_per_second:.0f} tokens/s"])
+    return " ".join([*parts, f"{step.tokens_per_second:.0f} tok/s"])
 
 
 def _table(before: dict[str, float], after: dict[str, float]) -> Table:
-    table = Table(title="held-out text", title_justify="left")
+    table = Table(title="the transform on held-out text", title_justify="left")
     table.add_column("")
-    table.add_column("untrained transform", justify="right")
-    table.add_column("trained transform", justify="right")
+    table.add_column("untrained", justify="right")
+    table.add_column("trained", justify="right")
     for name in UTILITY_DIVERGENCES:
-        label = name.removeprefix("next_token_utility/").replace("_", " ")
+        label = name.removeprefix("next_token_utility/").removesuffix("_distance").replace("_", " ")
         for suffix, where in (("", "full"), (f"_top_{TOP_K}", f"top {TOP_K}")):
             table.add_row(f"{label}, {where}", f"{before[name + suffix]:.4f}", f"{after[name + suffix]:.4f}")
     for label, (name, form) in _TABLE_ROWS.items():

@@ -137,13 +137,16 @@ class _Sizes(NamedTuple):
 
 
 def _sizes(width: int, k: int, max_bytes: int) -> _Sizes:
-    """A quarter of the bytes each for table rows, queries, their pairs and the direct comparisons."""
-    quarter = max_bytes // 4
-    pairs = quarter // _PAIR_BYTES
-    # At most four times as many rows as queries: a flat product is slow.
-    table = max(1, min(quarter // (_SCAN_BYTES * width), 2 * math.isqrt(pairs)))
-    queries = max(1, min(quarter // (_SCAN_BYTES * width), pairs // (table + k)))
-    return _Sizes(queries, table, quarter)
+    """Half of the bytes for rows on their way to float32, a quarter each for pairs and for direct comparisons.
+
+    Table rows and queries are converted one after the other, and what stays of both is an eighth of that.
+    """
+    converted = max_bytes // 2 // (_SCAN_BYTES * width)
+    pairs = max_bytes // 4 // _PAIR_BYTES
+    # At most four times as many table rows as queries: a flat product is slow.
+    table = max(1, min(converted, 2 * math.isqrt(pairs)))
+    queries = max(1, min(converted, pairs // (table + k)))
+    return _Sizes(queries, table, max_bytes // 4)
 
 
 def _scan(

@@ -69,13 +69,13 @@ def draws(keys: Tensor, offset: int, start: int, count: int, implementation: str
     body = dispatch.implementation_of(normals, implementation)
     skipped = start % 4
     counters = (skipped + count + 3) // 4
-    # The counter is 64 bits wide; offset is its two's complement. Wrapping here keeps the argument an int64.
+    # Beyond 2⁶³ the argument keeps the counter's bits, as the int64 addition inside does.
     return body(as_int64(start // 4 + offset), counters, keys)[skipped : skipped + count]
 
 
 def as_int64(value: int) -> int:
-    """The int64 with the lower 64 bits of ``value``."""
-    return (value + 2**63) % 2**64 - 2**63
+    """The int64 with the bits of an integer in [0, 2⁶⁴)."""
+    return value - 2**64 if value >= 2**63 else value
 
 
 def seed_tensor(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
