@@ -7,10 +7,11 @@ from sgfast.demo.measuring import measure
 from sgfast.huggingface import TokenizerWrapper
 from sgfast.model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.decoder import embedding_table_of
-from sgfast.noise_layer import TransformerCloak
+from sgfast.noise_layer import CloakStandardDeviationParameterization, TransformerCloak
 from tests.tiny_models import tiny_causal_lm
 from tests.tiny_tokenizer import tiny_tokenizer
 
+SCALE = (1e-3, 1.0)
 PASSAGES = ["the class and the function", "a keyword", "in the module the keyword of the class", "an end"]
 
 
@@ -25,8 +26,9 @@ def test_figures(family):
         target_layer,
         config_path=base_model.config,
         transformer_type=body,
-        scale=(1e-3, 1.0),
-        rhos_init=-1.8 if family == "llama" else -1.0,
+        scale=SCALE,
+        # Noise of the table's own size, so that the attack fails for some tokens and not for others.
+        rhos_init=CloakStandardDeviationParameterization(SCALE).inverse(embedding_table_of(base_model).std()).item(),
     ).train()
     wrapper = TokenizerWrapper(tokenizer, "LlamaForCausalLM")
     torch.manual_seed(8)
