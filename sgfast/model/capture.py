@@ -55,9 +55,11 @@ class Consumer:
 
     def offer(self, capture: Capture | None) -> None:
         """Hand over a new forward; None drops the last one before the next begins."""
-        self._capture = capture
         if capture is not None:
             self.forwards += 1
+            if not self.logits:
+                capture = capture._replace(logits=None)  # far larger than all that it reads
+        self._capture = capture
 
     def pending(self, caller: str) -> Capture:
         """Return the last forward.
