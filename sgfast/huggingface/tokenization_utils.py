@@ -276,8 +276,6 @@ class TokenizerWrapper:
                 "the tokenizer has no chat template: set tokenizer.chat_template to the Jinja template of the base "
                 "model, or tokenize text without a template by encode_text"
             )
-        # transformers renders by jinja2 and requires it only for that.
-        from jinja2 import TemplateError
 
         def render(contents: Sequence[str]) -> str:
             messages = [
@@ -291,7 +289,7 @@ class TokenizerWrapper:
 
         try:
             return locate_contents(render, [message.content for message in conversation])
-        except TemplateError as error:
+        except Exception as error:  # a template is a program of its own: it raises what it likes
             raise ValueError(f"the chat template refused {where}: {error}") from error
 
     def _row(

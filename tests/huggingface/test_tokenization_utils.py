@@ -278,6 +278,8 @@ class TestOtherTemplates:
         template = "{% if messages[0].role != 'user' %}{{ raise_exception('no system role') }}{% endif %}"
         with pytest.raises(ValueError, match="chat template refused example 0: no system role"):
             render(template, [message("system", "a")])
+        with pytest.raises(ValueError, match="chat template refused example 0: unsupported operand"):
+            render("{{ 1 + messages[0].content }}", [message("user", "a")])
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
