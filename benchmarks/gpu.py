@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import hidden
+from sgfast.ops.divergence_terms import divergence, make_atoms, partials
 
 _ROOT = Path(__file__).parents[1]
 _RESULTS = Path(__file__).parent / "results"
@@ -36,8 +37,71 @@ def _hidden_backward(
     return tuple(None if one is None else torch.where(mask[:, None], one, 0).to(noisy.dtype) for one in gradients)
 
 
+def _lse_pair(noisy: Tensor, clean: Tensor, mask: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+    scalars = []
+    for side in (noisy, clean):
+        maximum = side.float().amax(-1, keepdim=True)
+        weights = ((side.float() - maximum) / temperature[:, None]).exp()
+        scalars += [maximum.squeeze(-1), weights.sum(-1)]
+    return tuple(torch.where(mask, one, 0) for one in scalars)
+
+
+def _atoms(noisy: Tensor, clean: Tensor, temperature: Tensor, scalars: Sequence[Tensor]) -> Any:
+    x, y = (side.float() / temperature[:, None] for side in (noisy, clean))
+    x_max, x_sum, y_max, y_sum = (one[:, None] for one in scalars)
+    log_p = x - x_max / temperature[:, None] - x_sum.log()
+    log_q = y - y_max / temperature[:, None] - y_sum.log()
+    return make_atoms(log_p.exp(), log_q.exp(), log_p, log_p - log_q)
+
+
+def _divergence_forward(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor,
+    temperature: Tensor,
+    kinds: Sequence[str],
+    beta: float,
+    skew: float,
+) -> tuple[Tensor, Tensor]:
+    lse = _lse_pair(noisy, clean, mask, temperature)
+    atoms = _atoms(noisy, clean, temperature, lse)
+    values = torch.stack([divergence(kind, atoms, beta, skew, False) for kind in kinds])
+    sums = [partial.sum(-1) for kind in kinds for partial in partials(kind, atoms, beta, skew, False)]
+    return torch.where(mask, values, 0), torch.where(mask, torch.stack([*lse, *sums]), 0)
+
+
+def _divergence_backward(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor,
+    temperature: Tensor,
+    upstream: Tensor,
+    row_scalars: Tensor,
+    kinds: Sequence[str],
+    beta: float,
+    skew: float,
+    *needs: bool,
+) -> tuple[Tensor | None, ...]:
+    atoms = _atoms(noisy, clean, temperature, row_scalars[:4].unbind(0))
+    totals = [torch.zeros_like(atoms.p), torch.zeros_like(atoms.q)]
+    for i, kind in enumerate(kinds):
+        for side, partial in enumerate(partials(kind, atoms, beta, skew, False)):
+            probability, taken_off = (atoms.p, atoms.q)[side], row_scalars[4 + 2 * i + side][:, None]
+            totals[side] = totals[side] + upstream[i][:, None] * (partial - probability * taken_off)
+    return tuple(
+        torch.where(mask[:, None], total / temperature[:, None], 0).to(noisy.dtype) if needed else None
+        for total, needed in zip(totals, needs, strict=True)
+    )
+
+
 # What torch.compile is given for each function that cases launch: the PyTorch implementation of the same result.
-BASELINES: dict[str, Callable[..., Any]] = {"hidden_forward": _hidden_forward, "hidden_backward": _hidden_backward}
+BASELINES: dict[str, Callable[..., Any]] = {
+    "hidden_forward": _hidden_forward,
+    "hidden_backward": _hidden_backward,
+    "lse_pair": lambda *arguments: torch.stack(_lse_pair(*arguments)),
+    "divergence_forward": _divergence_forward,
+    "divergence_backward": _divergence_backward,
+}
 
 
 def run_tests() -> str:

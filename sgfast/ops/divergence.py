@@ -22,7 +22,7 @@ For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and tempe
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
 logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits.
+forms that keep their digits. The Triton kernels, for the whole vocabulary, are in ``sgfast_kernels.divergence``.
 """
 
 from collections.abc import Sequence
@@ -103,8 +103,19 @@ def _definition(kind: str, a: Tensor, b: Tensor, settings: Settings) -> Tensor:
     raise AssertionError(kind)
 
 
-def _triton_refusal(noisy_logits: Tensor, clean_logits: Tensor, *_: Any, **__: Any) -> str | None:
-    return "there is no Triton kernel for divergences yet"
+def _triton_refusal(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    kinds: object = None,
+    *,
+    top_k: int | None = None,
+    mask: Tensor | None = None,
+    **_: Any,
+) -> str | None:
+    refusal = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
+    if refusal is None and top_k:
+        return "the Triton kernels cover the whole vocabulary; top_k runs in PyTorch"
+    return refusal or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
 
 
 # Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
@@ -124,9 +135,16 @@ def _forward(
     skew: float,
     max_chunk_bytes: int,
     impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    """Values (kinds, ...) and, for top_k > 0, the support's int32 indices (..., min(2k, V)), −1 where invalid."""
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (kinds, ...), the support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
+
+    The row scalars (4 + 2·kinds, ...) are for the Triton backward: zeros where PyTorch ran, none with top_k.
+    """
+    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask))
+    if choice.implementation == "triton":
+        options = (kinds.split(","), beta, skew)
+        values, row_scalars = dispatch.kernels().divergence_forward(noisy, clean, mask, temperature, *options)
+        return values, noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32), row_scalars
     body = dispatch.implementation_of(forward_rows, choice.implementation)
     find_support = dispatch.implementation_of(topk.union_of_top_k, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
@@ -142,7 +160,7 @@ def _forward(
         values.view(len(settings.kinds), -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
         if top_k:
             kept_indices.view(-1, kept_indices.shape[-1])[chunk] = indices.masked_fill(~valid, -1).int()
-    return values, kept_indices
+    return values, kept_indices, values.new_zeros(_row_scalars_shape(noisy, kinds, top_k))
 
 
 @_forward.register_fake
@@ -158,10 +176,15 @@ def _(
     skew: float,
     max_chunk_bytes: int,
     impl: str | None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     shape, size = noisy.shape[:-1], noisy.shape[-1]
     values = noisy.new_empty((len(kinds.split(",")), *shape), dtype=rows.compute_dtype(noisy, clean))
-    return values, noisy.new_empty((*shape, min(2 * top_k, size)), dtype=torch.int32)
+    kept_indices = noisy.new_empty((*shape, min(2 * top_k, size)), dtype=torch.int32)
+    return values, kept_indices, values.new_empty(_row_scalars_shape(noisy, kinds, top_k))
+
+
+def _row_scalars_shape(noisy: Tensor, kinds: str, top_k: int) -> tuple[int, ...]:
+    return (0 if top_k else 4 + 2 * len(kinds.split(",")), *noisy.shape[:-1])
 
 
 @torch.library.custom_op("sgfast::divergences_backward", mutates_args=())
@@ -170,6 +193,7 @@ def _backward(
     clean: Tensor,
     upstream: Tensor,
     kept_indices: Tensor,
+    row_scalars: Tensor | None,
     kinds: str,
     top_k: int,
     support: str,
@@ -183,12 +207,19 @@ def _backward(
     clean_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the sides wanted; an unwanted one comes back empty."""
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean))
+    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask))
+    wanted = (noisy_wanted, clean_wanted)
+    if choice.implementation == "triton":
+        kernels, options = dispatch.kernels(), (kinds.split(","), beta, skew)
+        if row_scalars is None:  # when the graph was traced, PyTorch was to run
+            row_scalars = kernels.divergence_forward(noisy, clean, mask, temperature, *options)[1]
+        found = kernels.divergence_backward(noisy, clean, mask, temperature, upstream, row_scalars, *options, *wanted)
+        noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
+        return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(backward_rows, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
     settings = Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew)
-    wanted = (noisy_wanted, clean_wanted)
     gradients = _empty_gradients(noisy, clean, wanted)
     if mask is not None:
         for gradient in gradients:
@@ -219,6 +250,7 @@ def _(
     clean: Tensor,
     upstream: Tensor,
     kept_indices: Tensor,
+    row_scalars: Tensor | None,
     kinds: str,
     top_k: int,
     support: str,
@@ -256,22 +288,25 @@ def _unpack_support(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(valid, kept_indices, last_valid).long(), valid
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     noisy, clean, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs
     ctx.impl = dispatch.pinned(impl)
-    kept_indices = output[1]
-    ctx.mark_non_differentiable(kept_indices)
-    ctx.save_for_backward(noisy, clean, kept_indices, mask, temperature)
+    _, kept_indices, row_scalars = output
+    ctx.mark_non_differentiable(kept_indices, row_scalars)
+    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=ctx.options[1], mask=mask))
+    kept_scalars = row_scalars if choice.implementation == "triton" else None
+    ctx.save_for_backward(noisy, clean, kept_indices, kept_scalars, mask, temperature)
 
 
-def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    noisy, clean, kept_indices, mask, temperature = ctx.saved_tensors
+def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    noisy, clean, kept_indices, row_scalars, mask, temperature = ctx.saved_tensors
     noisy_wanted, clean_wanted = ctx.needs_input_grad[:2]
     noisy_gradient, clean_gradient = _backward(
         noisy,
         clean,
         upstream,
         kept_indices,
+        row_scalars,
         *ctx.options,
         mask,
         temperature,
@@ -287,8 +322,8 @@ def _gradients(ctx: Any, upstream: Tensor, _: Tensor | None) -> tuple[Tensor | N
 
 
 def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    noisy, clean, upstream, kept_indices, *ctx.options, mask, temperature, ctx.beta, ctx.skew = inputs[:11]
-    _, ctx.impl, *ctx.wanted = inputs[11:]
+    noisy, clean, upstream, kept_indices, _, *ctx.options, mask, temperature, ctx.beta, ctx.skew = inputs[:12]
+    _, ctx.impl, *ctx.wanted = inputs[12:]
     ctx.save_for_backward(noisy, clean, upstream, kept_indices, mask, temperature)
 
 
@@ -311,13 +346,13 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
     gradients = double_backward(
         "divergences",
         ctx.impl,
-        _triton_refusal(noisy, clean),
+        _triton_refusal(noisy, clean, top_k=top_k, mask=mask),
         masked_reference,
         (noisy, clean),
         upstream,
         [outer if side_wanted else None for outer, side_wanted in zip(upstream_of_gradients, ctx.wanted, strict=True)],
     )
-    return *gradients, *(None,) * 12
+    return *gradients, *(None,) * 13
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
@@ -365,8 +400,8 @@ def divergences(
 
     Returns:
         For each kind, values of shape (...) in float32 (float64 if an input is), differentiable with respect to both
-        sides; gradients are in the inputs' dtypes. Kept for backward beyond the inputs: at most 2k int32 indices a
-        row.
+        sides; gradients are in the inputs' dtypes. Kept for backward beyond the inputs: with
+        ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars and 2 per kind a row.
 
     Raises:
         TypeError: an argument's type.
@@ -396,7 +431,7 @@ def divergences(
         raise ValueError(f"skew must be at least 0 and less than 1; got {skew}")
     dispatch.check_impl(impl)
     dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
-    values, _ = _forward(
+    values, *_ = _forward(
         noisy_logits,
         clean_logits,
         ",".join(names),

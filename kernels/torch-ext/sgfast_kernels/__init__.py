@@ -6,6 +6,7 @@ autograd belong to the caller.
 """
 
 from ._rows import row_layout
+from .divergence import divergence_backward, divergence_forward, lse_pair
 from .hidden import hidden_backward, hidden_forward
 
-__all__ = ["hidden_backward", "hidden_forward", "row_layout"]
+__all__ = ["divergence_backward", "divergence_forward", "hidden_backward", "hidden_forward", "lse_pair", "row_layout"]

@@ -4,11 +4,13 @@ A case calls a launching function of this package with real arguments, so that w
 specialisations and the tile of a real launch. To add a kernel, add its cases.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
+from .divergence import KINDS, divergence_backward, divergence_forward, lse_pair
 from .hidden import hidden_backward, hidden_forward
 
 
@@ -46,7 +48,62 @@ def _hidden(dtype: torch.dtype, width: int, *gradients: bool) -> Callable[[int, 
     return arguments
 
 
+def _logits(dtype: torch.dtype, width: int, rows: int, device: str) -> tuple[Tensor, ...]:
+    """Both sides, mask and temperature."""
+    noisy, clean = (3 * torch.randn(rows, width, dtype=dtype, device=device) for _ in range(2))
+    mask = torch.ones(rows, dtype=torch.bool, device=device)
+    return noisy, clean, mask, torch.full((), 1.5, device=device).expand(rows)
+
+
+def _lse(dtype: torch.dtype, width: int) -> Callable[[int, str], tuple[Any, ...]]:
+    """Arguments of lse_pair."""
+    return lambda rows, device: _logits(dtype, width, rows, device)
+
+
+def _divergence(
+    dtype: torch.dtype, width: int, kinds: Sequence[str], *gradients: bool
+) -> Callable[[int, str], tuple[Any, ...]]:
+    """Arguments of divergence_forward, or of divergence_backward if it is said which gradients are needed."""
+
+    def arguments(rows: int, device: str) -> tuple[Any, ...]:
+        logits = _logits(dtype, width, rows, device)
+        if not gradients:
+            return *logits, kinds, 0.5, 0.1
+        # Maxima and sums must be the logits'; what the partials add up to may be anything.
+        row_scalars = torch.rand(4 + 2 * len(kinds), rows, device=device)
+        for i, side in enumerate(logits[:2]):
+            row_scalars[2 * i] = side.amax(-1)
+            weights = (side.float() - row_scalars[2 * i][:, None]).div_(1.5).exp_()
+            row_scalars[2 * i + 1] = weights.sum(-1)
+        return *logits, torch.rand(len(kinds), rows, device=device), row_scalars, kinds, 0.5, 0.1, *gradients
+
+    return arguments
+
+
 _bf16, _fp32 = torch.bfloat16, torch.float32
+_KINDS = {
+    "kl": ("forward_kl",),
+    "js": ("jensen_shannon",),
+    "rest": ("jeffreys", "total_variation", "squared_hellinger"),
+    "all": KINDS,
+}
+
+
+def _forward(dtype: torch.dtype, width: int, kinds: str, **limits: Any) -> Case:
+    """A case whose floor is one read of both sides: two passes move twice that."""
+    name = f"divergence_forward {'bf16' if dtype == _bf16 else 'fp32'} {width} {kinds}"
+    arguments = _divergence(dtype, width, _KINDS[kinds])
+    return Case(name, divergence_forward, arguments, width, 2 * dtype.itemsize, traffic=2.05, rows=2048, **limits)
+
+
+def _backward(dtype: torch.dtype, width: int, kinds: str, *needs: bool, **limits: Any) -> Case:
+    """A case that reads both sides and writes the gradients needed."""
+    sides = "both" if all(needs) else "noisy"
+    name = f"divergence_backward {'bf16' if dtype == _bf16 else 'fp32'} {width} {kinds} {sides}"
+    arguments = _divergence(dtype, width, _KINDS[kinds], *needs)
+    floor = (2 + sum(needs)) * dtype.itemsize
+    return Case(name, divergence_backward, arguments, width, floor, rows=2048, **{"vector_loads": 4} | limits)
+
 
 CASES = [
     Case("hidden_forward bf16 64", hidden_forward, _hidden(_bf16, 64), 64, 4, traffic=1.13, vector_loads=4),
@@ -60,4 +117,15 @@ CASES = [
     ),
     Case("hidden_backward bf16 4096 both", hidden_backward, _hidden(_bf16, 4096, True, True), 4096, 8, vector_loads=4),
     Case("hidden_backward fp32 4096 both", hidden_backward, _hidden(_fp32, 4096, True, True), 4096, 16, vector_loads=8),
+    Case("lse_pair bf16 32000", lse_pair, _lse(_bf16, 32000), 32000, 4, rows=8192, vector_loads=4),
+    _forward(_bf16, 151936, "kl"),
+    _forward(_bf16, 32000, "js", registers=128),
+    _forward(_bf16, 32000, "rest", registers=128),
+    _forward(_bf16, 32001, "kl", registers=128),
+    _forward(_fp32, 32000, "js", registers=80),
+    _backward(_bf16, 151936, "kl", True, False),
+    _backward(_bf16, 32000, "js", True, False, registers=96),
+    # 16 bytes a load would take more registers than there are; on AMD the loads have 8.
+    _backward(_bf16, 32000, "all", True, True, registers=192, vector_loads=0),
+    _backward(_fp32, 32000, "js", True, False),
 ]

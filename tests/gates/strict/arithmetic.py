@@ -105,10 +105,13 @@ def _unary(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _fma(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
-        if not _is_bfloat16(z):
+        if z.dtype.scalar not in (tl.bfloat16, tl.float32):
             return original(self, x, y, z)
-        x, y, z = (from_bits(one.data).astype(np.float64) for one in (x, y, z))
-        return _rounded((x * y + z).astype(np.float32))
+        # A product of two float32 is exact in float64: what is left is rounded once, but for rare double roundings.
+        narrow = _is_bfloat16(z)
+        x, y, z = (_widened(one).data.astype(np.float64) for one in (x, y, z))
+        result = (x * y + z).astype(np.float32)
+        return _rounded(result) if narrow else Handle(result, tl.float32)
 
     return create_fma
 
