@@ -22,7 +22,8 @@ For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and tempe
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
 logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits. The Triton kernels, for the whole vocabulary, are in ``sgfast_kernels.divergence``.
+forms that keep their digits. The Triton kernels, for the whole vocabulary, are ``lse``, ``divergence`` and
+``divergence_backward`` of ``sgfast_kernels``.
 """
 
 from collections.abc import Sequence

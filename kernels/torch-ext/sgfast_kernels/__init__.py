@@ -6,7 +6,9 @@ autograd belong to the caller.
 """
 
 from ._rows import row_layout
-from .divergence import divergence_backward, divergence_forward, lse_pair
+from .divergence import divergence_forward
+from .divergence_backward import divergence_backward
 from .hidden import hidden_backward, hidden_forward
+from .lse import lse_pair
 
 __all__ = ["divergence_backward", "divergence_forward", "hidden_backward", "hidden_forward", "lse_pair", "row_layout"]

@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .divergence import KINDS, divergence_backward, divergence_forward, lse_pair
+from ._divergence_launch import KINDS
+from .divergence import divergence_forward
+from .divergence_backward import divergence_backward
 from .hidden import hidden_backward, hidden_forward
+from .lse import lse_pair
 
 
 class Case(NamedTuple):

@@ -1,0 +1,151 @@
+"""Row maxima and sums of both sides from one read.
+
+For logits x (noisy) and y (clean) over a temperature T, in units of bits: k = log2(e) / T.
+
+``lse_pair``  per row and side the maximum m and S = Σ 2^(kx − fl(k·m)): (4, ...) = m_x, S_x, m_y, S_y. A log-sum-exp
+              would be rounded to its own size; the largest term here is 1 to the last bit.
+
+Where few rows would leave processors idle, programs share a row and a small kernel joins their parts. A row with a NaN
+or +inf logit, or of −inf alone, has a sum that is NaN, infinite or 0. Masked rows are not read.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._divergence_launch import LOG2_E, row_count, rows_of, split_rows, temperature_rows, tile
+from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+
+
+def lse_pair(noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Tensor) -> Tensor:
+    """Return (4, ...) float32: per row m and S of the noisy side, then of the clean side (see the module).
+
+    Args:
+        noisy: (..., V) in float32, bfloat16 or float16, laid out as ``row_layout`` can describe.
+        clean: of the same shape.
+        mask: (...) bool, True = selected, or None.
+        temperature: (...), positive; a number expanded to that shape is read as a number.
+    """
+    rows, width = row_count(noisy), noisy.shape[-1]
+    scalars = noisy.new_empty((4, *noisy.shape[:-1]), dtype=torch.float32)
+    if rows > 0:
+        sizes = tile(noisy, clean, 0, backward=False)
+        shares, span = split_rows(noisy, rows, sizes["BV"])
+        parts = scalars if shares == 1 else noisy.new_empty((4, shares, rows), dtype=torch.float32)
+        with on_device_of(noisy):
+            _lse_kernel[(rows, shares)](
+                noisy,
+                clean,
+                rows_of(mask),
+                *temperature_rows(temperature),
+                parts,
+                rows,
+                width,
+                span,
+                *row_layout(noisy),
+                *row_layout(clean),
+                **sizes,
+                **LAUNCH_OPTIONS,
+            )
+            if shares > 1:
+                _merge_kernel[(triton.cdiv(rows, 128),)](
+                    *temperature_rows(temperature),
+                    parts,
+                    scalars,
+                    rows,
+                    shares,
+                    BN=128,
+                    num_warps=4,
+                    **LAUNCH_OPTIONS,
+                )
+    return scalars
+
+
+@triton.jit
+def _accumulate(b_x, b_m, b_s, slope, BV: tl.constexpr, NEIGHBOURS: tl.constexpr):
+    """Add a tile of one side to the running maxima and sums, one of each for neighbouring columns."""
+    b_x = tl.reshape(b_x, [1, BV // NEIGHBOURS, NEIGHBOURS])
+    b_next = tl.maximum(b_m, tl.max(b_x, axis=2))
+    b_c = b_next * slope
+    # Fused: what c was rounded by stays in S.
+    b_e = tl.exp2(tl.fma(b_x, slope, -b_c[:, :, None]))
+    return b_next, b_s * tl.exp2(b_m * slope - b_c) + tl.sum(b_e, axis=2)
+
+
+@triton.jit(do_not_specialize=["rows", "t_step", "a_inner", "b_inner"])
+def _lse_kernel(
+    a_ptr,
+    b_ptr,
+    mask_ptr,
+    t_ptr,
+    t_step,
+    parts_ptr,
+    rows,
+    width,
+    span,
+    a_inner,
+    a_outer_stride,
+    a_inner_stride,
+    b_inner,
+    b_outer_stride,
+    b_inner_stride,
+    BV: tl.constexpr,
+    NEIGHBOURS: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, width)
+    if mask_ptr is not None:
+        # No trip and no tail where the row is masked.
+        stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
+    slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
+    a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
+    b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
+    o_col = tl.arange(0, BV)[None, :]
+
+    b_ma = tl.full([1, BV // NEIGHBOURS], -1e30, tl.float32)
+    b_mb = tl.full([1, BV // NEIGHBOURS], -1e30, tl.float32)
+    b_sa = tl.zeros([1, BV // NEIGHBOURS], tl.float32)
+    b_sb = tl.zeros([1, BV // NEIGHBOURS], tl.float32)
+    tail = start + (stop - start) // BV * BV
+    for i_col in tl.range(start, tail, BV, num_stages=3):
+        b_a = tl.load(a_row + i_col + o_col).to(tl.float32)
+        b_b = tl.load(b_row + i_col + o_col).to(tl.float32)
+        b_ma, b_sa = _accumulate(b_a, b_ma, b_sa, slope, BV, NEIGHBOURS)
+        b_mb, b_sb = _accumulate(b_b, b_mb, b_sb, slope, BV, NEIGHBOURS)
+    if tail < stop:
+        m_col = tail + o_col < stop
+        b_a = tl.load(a_row + tail + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
+        b_b = tl.load(b_row + tail + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
+        b_ma, b_sa = _accumulate(b_a, b_ma, b_sa, slope, BV, NEIGHBOURS)
+        b_mb, b_sb = _accumulate(b_b, b_mb, b_sb, slope, BV, NEIGHBOURS)
+
+    m_a, m_b = tl.max(b_ma), tl.max(b_mb)
+    field = tl.num_programs(1) * rows.to(tl.int64)
+    o_part = parts_ptr + tl.program_id(1) * rows.to(tl.int64) + i_row
+    tl.store(o_part, m_a)
+    tl.store(o_part + field, tl.sum(b_sa * tl.exp2(b_ma * slope - m_a * slope)))
+    tl.store(o_part + 2 * field, m_b)
+    tl.store(o_part + 3 * field, tl.sum(b_sb * tl.exp2(b_mb * slope - m_b * slope)))
+
+
+@triton.jit(do_not_specialize=["t_step", "rows", "splits"])
+def _merge_kernel(t_ptr, t_step, parts_ptr, scalars_ptr, rows, splits, BN: tl.constexpr):
+    o_row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
+    m_row = o_row < rows
+    field = rows.to(tl.int64)
+    b_slope = LOG2_E / tl.load(t_ptr + o_row * t_step, mask=m_row, other=1.0)
+    for side in tl.static_range(2):
+        b_m = tl.full([BN], -1e30, tl.float32)
+        b_s = tl.zeros([BN], tl.float32)
+        for i_split in range(splits):
+            o_part = parts_ptr + (2 * side * splits + i_split) * field + o_row
+            b_part = tl.load(o_part, mask=m_row, other=0.0)
+            b_sum = tl.load(o_part + splits * field, mask=m_row, other=0.0)
+            b_next = tl.maximum(b_m, b_part)
+            b_c = b_next * b_slope
+            b_s = b_s * tl.exp2(b_m * b_slope - b_c) + b_sum * tl.exp2(b_part * b_slope - b_c)
+            b_m = b_next
+        tl.store(scalars_ptr + 2 * side * field + o_row, b_m, mask=m_row)
+        tl.store(scalars_ptr + (2 * side + 1) * field + o_row, b_s, mask=m_row)
