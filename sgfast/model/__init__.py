@@ -2,5 +2,11 @@
 
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
+from sgfast.model.peft_noisy_transformer_masking_model import PeftNoiseMaskedNoisyTransformerModel
 
-__all__ = ["NoiseMaskedNoisyTransformerModel", "NoisyModelOutput", "SuperBatchOutput"]
+__all__ = [
+    "NoiseMaskedNoisyTransformerModel",
+    "NoisyModelOutput",
+    "PeftNoiseMaskedNoisyTransformerModel",
+    "SuperBatchOutput",
+]

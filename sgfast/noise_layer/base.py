@@ -108,6 +108,11 @@ class BaseNoiseLayer(nn.Module, ABC):
         return output
 
     @property
+    def forward_seed(self) -> int | Tensor | None:
+        """The seed of the last forward's noise; an int64 tensor where it was drawn on the device."""
+        return self._forward_seed
+
+    @property
     def noise(self) -> Tensor | None:
         """std·eps of the last forward, regenerated from its seed."""
         if self.input is None or self.std is None or self._forward_seed is None:
