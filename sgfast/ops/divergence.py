@@ -27,18 +27,15 @@ forms that keep their digits. The Triton kernels, for the whole vocabulary, are 
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, topk, validation
 from sgfast.ops.autograd import double_backward
+from sgfast.ops.divergence_options import Support, check_options, row_temperature
 from sgfast.ops.divergence_rows import Settings, backward_rows, forward_rows
-from sgfast.ops.divergence_terms import KINDS
-
-Support = Literal["truncate", "renormalize", "tail"]
-SUPPORTS = ("truncate", "renormalize", "tail")
 
 
 def reference(
@@ -418,19 +415,9 @@ def divergences(
     """
     validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
     mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
-    names = _check_kinds(kinds)
-    if support not in SUPPORTS:
-        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}; got {support!r}")
+    names = check_options(kinds, support, beta, skew, impl)
     if top_k is not None:
         topk.check_k("top_k", top_k, noisy_logits.shape[-1])
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"beta must lie between 0 and 1, both excluded; got {beta}. "
-            "At the ends ask for the kinds forward_kl or reverse_kl instead"
-        )
-    if not 0 <= skew < 1:
-        raise ValueError(f"skew must be at least 0 and less than 1; got {skew}")
-    dispatch.check_impl(impl)
     dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
     values, *_ = _forward(
         noisy_logits,
@@ -439,37 +426,10 @@ def divergences(
         top_k or 0,
         support,
         mask,
-        _row_temperature(temperature, noisy_logits),
+        row_temperature(temperature, noisy_logits),
         float(beta),
         float(skew),
         validation.chunk_bytes(max_chunk_bytes),
         impl,
     )
     return dict(zip(names, values.unbind(0), strict=True))
-
-
-def _check_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
-    names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not names:
-        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)}")
-    for name in names:
-        if name not in KINDS:
-            raise ValueError(f"kinds must be among {', '.join(KINDS)}; got {name!r}")
-    return tuple(dict.fromkeys(names))
-
-
-def _row_temperature(temperature: float | Tensor, logits: Tensor) -> Tensor:
-    """The temperature as a tensor of the row shape; a number is expanded without memory."""
-    dtype = rows.compute_dtype(logits)
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature must not require a gradient: it is a constant of the divergence")
-        if temperature.shape not in (logits.shape[:-1], torch.Size([])):
-            raise ValueError(
-                f"temperature must be a number or have the row shape {tuple(logits.shape[:-1])}; "
-                f"got {tuple(temperature.shape)}"
-            )
-        return temperature.to(logits.device, dtype).expand(logits.shape[:-1])
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite; got {temperature}")
-    return torch.full((), temperature, dtype=dtype, device=logits.device).expand(logits.shape[:-1])
