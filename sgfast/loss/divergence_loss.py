@@ -9,7 +9,7 @@ from sgfast.loss.components import masked_mean
 from sgfast.ops import validation
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences
-from sgfast.ops.divergence_options import Support, check_options, check_temperature
+from sgfast.ops.divergence_options import Support, check_labels, check_options, check_temperature
 from sgfast.ops.topk import check_k
 
 Reduction = Literal["mean", "sum", "none"]
@@ -98,6 +98,8 @@ class DivergenceLoss(nn.Module):
         if not isinstance(kind, str):
             raise TypeError(f"kind must be a string; got {type(kind).__name__}")
         check_options(kind, support, beta, skew, impl)
+        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+            raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
         check_temperature(temperature)
         for name, count in (("top_k", top_k), ("shared_vocab", shared_vocab)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
@@ -168,12 +170,69 @@ class DivergenceLoss(nn.Module):
             return per_position.sum()
         if mask is None:
             mask = torch.ones_like(per_position, dtype=torch.bool)
-        return masked_mean(per_position, mask, num_items)
+        return masked_mean(per_position, mask, num_items).reshape(())
 
     def extra_repr(self) -> str:
-        """The settings that differ from the defaults, for ``repr``."""
-        defaults = DivergenceLoss(self.kind).__dict__ if self.__dict__ else {}
-        changed = [
-            f"{name}={value!r}" for name, value in self._settings() if name != "kind" and defaults[name] != value
-        ]
-        return ", ".join([repr(self.kind), *changed])
+        """The settings that choose the formula, for ``repr``."""
+        return (
+            f"{self.kind!r}, top_k={self.top_k}, temperature={self.temperature}, "
+            f"hard_label_weight={self.hard_label_weight}, reduction={self.reduction!r}"
+        )
+
+    def _shared_columns(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
+        for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+            validation.check_floating(name, logits)
+            if self.shared_vocab is not None and logits.dim() > 0 and logits.shape[-1] < self.shared_vocab:
+                raise ValueError(f"{name} needs shared_vocab={self.shared_vocab} columns; got {logits.shape[-1]}")
+        if self.shared_vocab is not None:
+            student_logits, teacher_logits = (
+                side if side.dim() == 0 else side[..., : self.shared_vocab] for side in (student_logits, teacher_logits)
+            )
+        elif student_logits.shape[:-1] == teacher_logits.shape[:-1] and student_logits.shape != teacher_logits.shape:
+            raise ValueError(
+                f"student_logits and teacher_logits have {student_logits.shape[-1]} and {teacher_logits.shape[-1]} "
+                "columns; shared_vocab=n compares the first n"
+            )
+        validation.check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
+        return student_logits, teacher_logits
+
+    def _check_labels(self, labels: Tensor | None, logits: Tensor) -> Tensor | None:
+        if labels is None and self.hard_label_weight > 0:
+            raise ValueError(f"hard_label_weight={self.hard_label_weight} needs labels; got None")
+        return check_labels(labels, "student_logits", logits)
+
+    def _check_num_items(self, num_items: int | float | Tensor | None) -> None:
+        if num_items is None:
+            return
+        if self.reduction != "mean":
+            raise ValueError(f"num_items belongs to reduction='mean'; got reduction={self.reduction!r}")
+        if not isinstance(num_items, int | float | Tensor):
+            raise TypeError(f"num_items must be a number, a one-element tensor or None; got {type(num_items).__name__}")
+        if isinstance(num_items, Tensor) and num_items.numel() != 1:
+            raise ValueError(f"num_items must have one element; got shape {tuple(num_items.shape)}")
+
+    def _per_position(
+        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        weight = self.hard_label_weight
+        values = divergences(
+            student_logits,
+            teacher_logits,
+            (self.kind,) if weight < 1 else (),
+            top_k=self.top_k,
+            support=self.support,
+            mask=mask,
+            # A negative label is what the operation ignores.
+            **(
+                {} if labels is None or weight == 0 else {"labels": labels.masked_fill(labels == self.ignore_index, -1)}
+            ),
+            temperature=self.temperature,
+            beta=self.beta,
+            skew=self.skew,
+            impl=self.impl,
+        )
+        if weight == 1:
+            return values["label_cross_entropy"]
+        scale = self.temperature**2 if self.scale_by_temperature_squared else 1.0
+        soft = values[self.kind] * ((1 - weight) * scale)
+        return soft if weight == 0 else soft + weight * values["label_cross_entropy"]

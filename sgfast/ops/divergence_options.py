@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sgfast.ops import dispatch, rows
+from sgfast.ops import dispatch, rows, validation
 from sgfast.ops.divergence_terms import KINDS
 
 Support = Literal["truncate", "renormalize", "tail"]
@@ -38,6 +38,20 @@ def check_options(
         raise ValueError(f"skew must be at least 0 and less than 1; got {skew}")
     dispatch.check_impl(impl)
     return tuple(dict.fromkeys(names))
+
+
+def check_labels(labels: Tensor | None, like_name: str, like: Tensor) -> Tensor | None:
+    """Check hard labels of the row shape of ``like`` and return them as int64."""
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor or None; got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers; got {labels.dtype}")
+    if labels.shape != like.shape[:-1]:
+        raise ValueError(f"labels must have the row shape {tuple(like.shape[:-1])}; got {tuple(labels.shape)}")
+    validation.check_device("labels", labels, like_name, like)
+    return labels.long()
 
 
 def check_temperature(temperature: float) -> None:
