@@ -49,7 +49,7 @@ def distil(
             teacher_logits = teacher(**inputs).logits
         # The logits at t predict token t + 1. After: `loss` is a DivergenceLoss, and the slices are read in place.
         value = loss(student(**inputs).logits[:, :-1], teacher_logits[:, :-1], batch["labels"][:, 1:])
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()
         values.append(value.item())

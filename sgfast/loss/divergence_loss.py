@@ -10,6 +10,7 @@ from sgfast.ops import validation
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences
 from sgfast.ops.divergence_options import Support, check_labels, check_options, check_temperature
+from sgfast.ops.divergence_rows import LABEL_KIND
 from sgfast.ops.topk import check_k
 
 Reduction = Literal["mean", "sum", "none"]
@@ -73,9 +74,9 @@ class DivergenceLoss(nn.Module):
         >>> loss = DivergenceLoss("forward_kl", temperature=2.0, scale_by_temperature_squared=True)
         >>> student, teacher = torch.zeros(2, 3), torch.tensor([[0.0, 0.0, 4.0], [2.0, 2.0, 2.0]])
         >>> loss(student, teacher)
-        tensor(0.8617)
+        tensor(0.8661)
         >>> loss(student, teacher, labels=torch.tensor([2, -100]))
-        tensor(1.7233)
+        tensor(1.7322)
     """
 
     def __init__(
@@ -170,7 +171,9 @@ class DivergenceLoss(nn.Module):
             return per_position.sum()
         if mask is None:
             mask = torch.ones_like(per_position, dtype=torch.bool)
-        return masked_mean(per_position, mask, num_items).reshape(())
+        if isinstance(num_items, Tensor):
+            num_items = num_items.reshape(()).to(per_position)  # another dtype would be the loss's
+        return masked_mean(per_position, mask, num_items)
 
     def extra_repr(self) -> str:
         """The settings that choose the formula, for ``repr``."""
@@ -223,16 +226,14 @@ class DivergenceLoss(nn.Module):
             support=self.support,
             mask=mask,
             # A negative label is what the operation ignores.
-            **(
-                {} if labels is None or weight == 0 else {"labels": labels.masked_fill(labels == self.ignore_index, -1)}
-            ),
+            labels=None if labels is None or weight == 0 else labels.masked_fill(labels == self.ignore_index, -1),
             temperature=self.temperature,
             beta=self.beta,
             skew=self.skew,
             impl=self.impl,
         )
         if weight == 1:
-            return values["label_cross_entropy"]
+            return values[LABEL_KIND]
         scale = self.temperature**2 if self.scale_by_temperature_squared else 1.0
         soft = values[self.kind] * ((1 - weight) * scale)
-        return soft if weight == 0 else soft + weight * values["label_cross_entropy"]
+        return soft if weight == 0 else soft + weight * values[LABEL_KIND]

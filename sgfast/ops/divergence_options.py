@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, validation
+from sgfast.ops.divergence_rows import LABEL_KIND
 from sgfast.ops.divergence_terms import KINDS
 
 Support = Literal["truncate", "renormalize", "tail"]
@@ -14,16 +15,16 @@ SUPPORTS = ("truncate", "renormalize", "tail")
 
 
 def check_options(
-    kinds: str | Sequence[str], support: str, beta: float, skew: float, impl: str | None
+    kinds: str | Sequence[str], support: str, beta: float, skew: float, impl: str | None, *, with_labels: bool = False
 ) -> tuple[str, ...]:
-    """Check what is asked and return the kinds, each once.
+    """Check what is asked and return the kinds, each once; with hard labels, theirs last.
 
     Raises:
         ValueError: an unknown kind, support or implementation; a mixture's weight out of range.
     """
     names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not names:
-        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)}")
+    if not names and not with_labels:
+        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)} (it may be empty only with labels)")
     for name in names:
         if name not in KINDS:
             raise ValueError(f"kinds must be among {', '.join(KINDS)}; got {name!r}")
@@ -37,7 +38,7 @@ def check_options(
     if not 0 <= skew < 1:
         raise ValueError(f"skew must be at least 0 and less than 1; got {skew}")
     dispatch.check_impl(impl)
-    return tuple(dict.fromkeys(names))
+    return (*dict.fromkeys(names), *((LABEL_KIND,) if with_labels else ()))
 
 
 def check_labels(labels: Tensor | None, like_name: str, like: Tensor) -> Tensor | None:

@@ -236,6 +236,13 @@ def test_reductions_and_denominators():
         torch.testing.assert_close(value, total / 30)
 
 
+def test_the_count_does_not_choose_the_losss_dtype():
+    student, teacher = logits(2, 6, 10, dtype=torch.bfloat16)
+    value = DivergenceLoss("jeffreys")(student, teacher, num_items=torch.tensor(12.0, dtype=torch.float64))
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, DivergenceLoss("jeffreys")(student, teacher))
+
+
 def test_micro_batches_with_the_global_count_give_the_whole_batch():
     student, teacher = logits(8, 6, 10)
     labels = some_labels(8, 6, size=10)
@@ -356,9 +363,9 @@ def test_both_sides_get_gradients_unless_detached():
     assert teacher.grad.sum(-1).abs().max() < 1e-15  # a constant added to a row's logits changes nothing
 
 
-def _data_parallel(rank: int, port: int, results: str) -> None:
+def _data_parallel(rank: int, directory: str) -> None:
     """One of two processes, with uneven numbers of counted tokens."""
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
     try:
         model, hidden, teacher, labels = _linear_problem()
         part = slice(0, 2) if rank == 0 else slice(2, 5)
@@ -369,7 +376,7 @@ def _data_parallel(rank: int, port: int, results: str) -> None:
         value = loss(parallel(hidden[part]), teacher[part], labels[part], num_items=count) * 2
         value.backward()
         if rank == 0:
-            torch.save(model.weight.grad, results)
+            torch.save(model.weight.grad, f"{directory}/gradient.pt")
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
@@ -387,9 +394,7 @@ def _linear_problem() -> tuple[torch.nn.Linear, Tensor, Tensor, Tensor]:
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     model, hidden, teacher, labels = _linear_problem()
     DivergenceLoss("forward_kl", hard_label_weight=0.5)(model(hidden), teacher, labels).backward()
-    with torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) as store:
-        port = store.port
-    torch.multiprocessing.spawn(_data_parallel, (port, str(tmp_path / "gradient.pt")), nprocs=2)
+    torch.multiprocessing.spawn(_data_parallel, (str(tmp_path),), nprocs=2)
     torch.testing.assert_close(torch.load(tmp_path / "gradient.pt"), model.weight.grad, rtol=1e-12, atol=1e-14)
 
 
