@@ -26,7 +26,7 @@ class DivergenceLoss(nn.Module):
 
     D is one of `sgfast.ops.divergences` at temperature T, with p the student and q the teacher; CE is the cross-entropy
     at temperature 1, 0 where the label is ``ignore_index``; w is ``hard_label_weight``. Both come from the same pass
-    over the logits, which keeps nothing per logit for backward and never copies them: hand over slices.
+    over the logits, which keeps nothing per logit for backward and never copies them.
 
     A position counts where ``mask`` is nonzero; without ``mask``, where its label is not ``ignore_index``; without
     labels, everywhere. Positions that do not count are not read: NaN there reaches neither the loss nor a gradient.
@@ -34,6 +34,10 @@ class DivergenceLoss(nn.Module):
     Labels are not shifted. A causal language model's logits at position t predict token t + 1:
 
         loss(student_logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:])
+        loss(student_logits, teacher_logits, F.pad(labels, (0, 1), value=-100)[:, 1:])  # the same
+
+    The slices are read in place, but PyTorch's backward of a slice makes a second gradient as large as the logits;
+    shifting the labels alone, as the second line does, saves it.
 
     The losses that others offer:
 
@@ -183,14 +187,15 @@ class DivergenceLoss(nn.Module):
         )
 
     def _shared_columns(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-        for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        sides = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+        for name, logits in sides.items():
             validation.check_floating(name, logits)
-            if self.shared_vocab is not None and logits.dim() > 0 and logits.shape[-1] < self.shared_vocab:
-                raise ValueError(f"{name} needs shared_vocab={self.shared_vocab} columns; got {logits.shape[-1]}")
+            if self.shared_vocab is not None and (logits.dim() == 0 or logits.shape[-1] < self.shared_vocab):
+                raise ValueError(
+                    f"{name} needs shared_vocab={self.shared_vocab} columns at least; got shape {tuple(logits.shape)}"
+                )
         if self.shared_vocab is not None:
-            student_logits, teacher_logits = (
-                side if side.dim() == 0 else side[..., : self.shared_vocab] for side in (student_logits, teacher_logits)
-            )
+            student_logits, teacher_logits = (logits[..., : self.shared_vocab] for logits in sides.values())
         elif student_logits.shape[:-1] == teacher_logits.shape[:-1] and student_logits.shape != teacher_logits.shape:
             raise ValueError(
                 f"student_logits and teacher_logits have {student_logits.shape[-1]} and {teacher_logits.shape[-1]} "

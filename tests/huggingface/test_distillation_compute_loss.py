@@ -3,6 +3,7 @@
 import copy
 import gc
 import io
+import os
 import weakref
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from sgfast.examples.distillation import IGNORED
 from sgfast.huggingface import distillation_compute_loss
 from sgfast.loss import DivergenceLoss
+from tests.gates.live_bytes import LiveBytes
 from tests.tiny_models import VOCABULARY, tiny_causal_lm
 
 LENGTHS = (12, 3, 7, 5, 12, 2, 9, 4)
@@ -91,6 +93,29 @@ def test_every_accumulation_takes_the_step_of_the_whole_batch(batch_size, tmp_pa
         assert (step - old.grad).norm() <= 1e-5 * old.grad.norm() + 1e-7, name
 
 
+def _train_in_two(rank: int, directory: str) -> None:
+    """One of two processes that share the eight sequences, two at a time."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
+    student, teacher = models()
+    compute_loss = distillation_compute_loss(student, teacher, LOSS)
+    arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+    trainer(student, compute_loss, directory, **arguments).train()
+    if rank == 0:
+        torch.save(student.state_dict(), f"{directory}/student.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_take_the_step_of_one(tmp_path):
+    student, teacher = models()
+    naive_loss(student, teacher).backward()
+    torch.multiprocessing.spawn(_train_in_two, (str(tmp_path),), nprocs=2)
+    after = torch.load(tmp_path / "student.pt")
+    for name, old in student.named_parameters():
+        assert (old.detach() - after[name] - old.grad).norm() <= 1e-5 * old.grad.norm() + 1e-7, name
+
+
 def test_evaluation_uses_the_same_loss(tmp_path):
     student, teacher = models()
     evaluating = trainer(
@@ -121,6 +146,32 @@ def test_aligned_labels_and_positional_inputs():
     torch.testing.assert_close(value, expected)
     value.backward()
     assert teacher.head.weight.grad is None
+
+
+class Logits(nn.Module):
+    """A language model that has learned its logits by heart."""
+
+    def __init__(self, batch: int, length: int, size: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.randn(batch, length, size))
+
+    def forward(self, input_ids: Tensor) -> transformers.modeling_outputs.CausalLMOutput:
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.logits * 1)
+
+
+def test_the_backward_makes_one_gradient_of_the_logits():
+    torch.manual_seed(0)
+    student, teacher, input_ids = Logits(2, 9, 5000), Logits(2, 9, 5000), torch.randint(5000, (2, 9))
+    compute_loss = distillation_compute_loss(student, teacher, LOSS)
+    value = compute_loss(student(input_ids), input_ids)
+    expected = LOSS(student.logits[:, :-1], teacher.logits[:, :-1], input_ids[:, 1:])
+    torch.testing.assert_close(value, expected)
+    outputs = student(input_ids)
+    value = compute_loss(outputs, input_ids)
+    with LiveBytes() as counted:
+        (gradient,) = torch.autograd.grad(value, outputs.logits)
+    assert counted.peak < 1.1 * gradient.nbytes
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, student.logits)[0])
 
 
 def test_a_student_that_is_its_own_teacher():
