@@ -5,7 +5,7 @@ entries of the mask at each position in place of the union of top-k indices. A p
 atoms: its value and gradients are 0.
 
 A mask becomes padded indices as wide as the vocabulary, one chunk of rows at a time, and goes the way of top-k indices
-from there. That costs gathers and scatters over V atoms, two to four times the work of the whole vocabulary; supports
+from there. That costs gathers and scatters over V atoms, about four times the work of the whole vocabulary; supports
 that are top-k unions are far cheaper as ``divergences(..., top_k=k)``, where S has at most 2k atoms.
 """
 

@@ -258,7 +258,7 @@ def masked_case(rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return noisy, clean, dense_mask(rows, 4, 6), mask
 
 
-if not RUNS_TRITON:
+if not RUNS_TRITON:  # there is no kernel for a support_mask
 
     @registration.each_check([registration.Case("support_mask", all_supports, masked_case)])
     def test_registration(check, case):
