@@ -11,6 +11,9 @@ from torch import Tensor
 from sgfast.ops import rows
 from sgfast.ops.divergence_terms import Atoms, divergence, make_atoms, partials
 
+# The name under which hard labels' cross-entropy travels among the kinds, always the last.
+LABEL_KIND = "label_cross_entropy"
+
 
 class Settings(NamedTuple):
     """What a chunk's arithmetic depends on besides tensors; hashable, so that torch.compile can guard on it."""
@@ -73,14 +76,45 @@ def _atoms(noisy: _Side, clean: _Side, support: str, indices: Tensor, valid: Ten
 
 
 def forward_rows(
-    noisy: Tensor, clean: Tensor, temperature: Tensor, settings: Settings, indices: Tensor, valid: Tensor
+    noisy: Tensor,
+    clean: Tensor,
+    temperature: Tensor,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """(rows, V) twice → values (kinds, rows)."""
     dtype = rows.compute_dtype(noisy, clean)
     sides = (_side(noisy, temperature, dtype), _side(clean, temperature, dtype))
     atoms, _, _ = _atoms(*sides, settings.support, indices, valid)
     truncated = settings.support == "truncate"
-    return torch.stack([divergence(kind, atoms, settings.beta, settings.skew, truncated) for kind in settings.kinds])
+    values = [
+        divergence(kind, atoms, settings.beta, settings.skew, truncated)
+        for kind in settings.kinds
+        if kind != LABEL_KIND
+    ]
+    if labels is not None:
+        values.append(_label_cross_entropy(noisy.to(dtype), labels))
+    return torch.stack(values)
+
+
+def _label_cross_entropy(noisy: Tensor, labels: Tensor) -> Tensor:
+    """−log softmax(noisy)[label], (rows,): 0 for a negative label, NaN for one outside the vocabulary."""
+    at_label = noisy.gather(-1, labels.clamp(0, noisy.shape[-1] - 1))
+    values = noisy.logsumexp(-1, keepdim=True) - at_label
+    return (torch.where(labels < 0, 0, values) + _nan_outside(labels, noisy)).squeeze(-1)
+
+
+def _label_gradient(noisy: Tensor, labels: Tensor, upstream: Tensor) -> Tensor:
+    """upstream · (softmax(noisy) − onehot(label)), (rows, V)."""
+    weight = torch.where(labels < 0, 0, upstream[:, None] + _nan_outside(labels, noisy))
+    return (noisy.softmax(-1) * weight).scatter_add(-1, labels.clamp(0, noisy.shape[-1] - 1), -weight)
+
+
+def _nan_outside(labels: Tensor, noisy: Tensor) -> Tensor:
+    """NaN where a label lies outside the vocabulary, else 0, (rows, 1)."""
+    return torch.zeros_like(labels, dtype=noisy.dtype).masked_fill(labels >= noisy.shape[-1], torch.nan)
 
 
 def backward_rows(
@@ -92,6 +126,7 @@ def backward_rows(
     valid: Tensor,
     upstream: Tensor,
     sides_wanted: tuple[bool, bool],
+    labels: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients (rows, V) to the sides wanted, in the arithmetic's dtype; ``upstream`` is (kinds, rows)."""
     dtype = rows.compute_dtype(noisy, clean)
@@ -99,18 +134,23 @@ def backward_rows(
     atoms, *sums = _atoms(*sides, settings.support, indices, valid)
     totals = [torch.zeros_like(atoms.p), torch.zeros_like(atoms.q)]
     for kind, kind_upstream in zip(settings.kinds, upstream, strict=True):
+        if kind == LABEL_KIND:
+            continue
         for side, partial in enumerate(
             partials(kind, atoms, settings.beta, settings.skew, settings.support == "truncate")
         ):
             if sides_wanted[side]:
                 totals[side] = totals[side] + kind_upstream[:, None] * partial
-    return [
+    gradients = [
         _logit_gradient(sides[side], sums[side], (atoms.p, atoms.q)[side], totals[side], settings.support, indices)
         / temperature
         if sides_wanted[side]
         else None
         for side in (0, 1)
     ]
+    if labels is not None and gradients[0] is not None:
+        gradients[0] = gradients[0] + _label_gradient(noisy.to(dtype), labels, upstream[-1])
+    return gradients
 
 
 def _logit_gradient(
