@@ -129,7 +129,11 @@ def _triton_refusal(
 
 
 # Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
-_TEMPORARIES = 25
+_TEMPORARIES = 20
+
+
+# What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
+_LOGITS_PER_THREAD = 64 * 1024
 
 
 @torch.library.custom_op("sgfast::divergences", mutates_args=())
@@ -162,15 +166,22 @@ def _forward(
     find_support = dispatch.implementation_of(topk.union_of_top_k, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
-    settings = Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew)
+    settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
     values = noisy.new_zeros((len(settings.kinds), *shape), dtype=dtype)
     kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
-    for chunk in rows.row_chunks(shape, mask, _row_bytes(size, dtype), max_chunk_bytes):
-        noisy_rows, clean_rows = rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk)
+    for chunk in rows.row_chunks(
+        shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
+    ):
+        noisy_rows, clean_rows = (_read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else _no_support(noisy)
-        chunk_temperature = rows.read_scalars(temperature, chunk)
         chunk_values = body(
-            noisy_rows, clean_rows, chunk_temperature, settings, indices, valid, _read_labels(labels, chunk)
+            noisy_rows,
+            clean_rows,
+            1 / rows.read_scalars(temperature, chunk),
+            settings,
+            indices,
+            valid,
+            _read_labels(labels, chunk),
         )
         values.view(len(settings.kinds), -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
         if top_k:
@@ -236,18 +247,20 @@ def _backward(
     body = dispatch.implementation_of(backward_rows, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
-    settings = Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew)
+    settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
     gradients = _empty_gradients(noisy, clean, wanted)
     if mask is not None:
         for gradient in gradients:
             gradient.zero_()
     flat_upstream = upstream.reshape(len(settings.kinds), -1)
-    for chunk in rows.row_chunks(shape, mask, _row_bytes(size, dtype), max_chunk_bytes):
+    for chunk in rows.row_chunks(
+        shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
+    ):
         indices, valid = _unpack_support(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
         chunk_gradients = body(
-            rows.read_rows(noisy, chunk),
-            rows.read_rows(clean, chunk),
-            rows.read_scalars(temperature, chunk),
+            _read_logits(noisy, chunk, choice),
+            _read_logits(clean, chunk, choice),
+            1 / rows.read_scalars(temperature, chunk),
             settings,
             indices,
             valid,
@@ -285,6 +298,14 @@ def _(
     return _empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
 
 
+def _settings(
+    kinds: str, top_k: int, support: str, beta: float, skew: float, labels: Tensor | None, temperature: Tensor
+) -> Settings:
+    # Only a CPU can look at the temperature without waiting for a queue.
+    unit_temperature = labels is not None and temperature.device.type == "cpu" and bool((temperature == 1).all())
+    return Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew, unit_temperature)
+
+
 def _check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
     """Refuse a label outside the vocabulary; on a GPU, where looking would stop the queue, its row becomes NaN."""
     if labels.device.type != "cpu":
@@ -311,6 +332,25 @@ def _empty_gradients(noisy: Tensor, clean: Tensor, wanted: tuple[bool, bool]) ->
 
 def _row_bytes(size: int, dtype: torch.dtype) -> int:
     return max(size * dtype.itemsize * _TEMPORARIES, size * topk.TEMPORARY_BYTES_PER_LOGIT)
+
+
+def _chunk_bytes(logits: Tensor, choice: dispatch.Choice, dtype: torch.dtype, max_chunk_bytes: int) -> int:
+    """The bound on a chunk's temporaries: less than the caller's where less is faster.
+
+    Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
+    enough to do. Temporaries of 1 MiB and more would also come from the system anew every time, page by page.
+    """
+    if logits.device.type != "cpu" or choice.implementation != "torch":
+        return max_chunk_bytes
+    threads = torch.get_num_threads()
+    return min(max_chunk_bytes, _LOGITS_PER_THREAD * threads * dtype.itemsize * _TEMPORARIES)
+
+
+def _read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:
+    found = rows.read_rows(logits, chunk)
+    if choice.implementation == "compile":
+        torch._dynamo.mark_static(found, 1)  # loops of a known length are twice as fast
+    return found
 
 
 def _no_support(like: Tensor) -> tuple[Tensor, Tensor]:
