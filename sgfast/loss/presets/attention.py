@@ -149,7 +149,7 @@ def _masked_surprise(attention_S: Tensor, attention_T: Tensor, weights: Tensor) 
 
 def _query_weights(weights: Tensor, attention: Tensor) -> Tensor:
     """(B, L) as the weights of the matrices' rows, (B, L) or (B, H, L)."""
-    return weights if attention.dim() == 3 else weights[:, None].expand(attention.shape[:-1])
+    return weights if attention.dim() == 3 else weights.unsqueeze(1).expand(attention.shape[:-1])
 
 
 def _pairs(weights: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def pkd_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Te
         validation.check_floating(name, state)
         if state.dim() not in (2, 3) or (state.dim() == 3 and state.shape[1] == 0):
             raise ValueError(f"pkd needs {name} of shape (B, L, D) or (B, D); got {tuple(state.shape)}")
-        first.append(state[:, 0] if state.dim() == 3 else state)
+        first.append(state.select(1, 0) if state.dim() == 3 else state)
     validation.check_pair("state_S", first[0], "state_T", first[1])
     return mean(hidden_distances(first[0], first[1]).cosine_distance) * 2
 
