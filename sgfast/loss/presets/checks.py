@@ -20,7 +20,7 @@ def check_mask(mask: Tensor | None, shape: torch.Size, like_name: str, *states: 
 
 def mask_weights(mask: Tensor, *states: Tensor) -> Tensor:
     """The mask as weights in the arithmetic's dtype: counts of tokens do not fit half precision."""
-    return mask.to(rows.compute_dtype(*states))
+    return mask.to(rows.compute_dtype(*states)).contiguous()
 
 
 def over(total: Tensor, count: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sgfast.loss.presets.checks import check_mask, mask_weights, masked_mean, mean, over
+from sgfast.loss.presets.score_rows import score_rows
 from sgfast.ops import hidden_distances, validation
 
 # What torch.nn.functional.cosine_embedding_loss adds to the squared norms.
@@ -76,9 +77,9 @@ def cos_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Te
 def _epsilon_excess(state: Tensor, mask: Tensor | None) -> Tensor:
     """½ log(1 + 1e-12/|x|²) of every row."""
     origin = state.new_zeros(state.shape[-1]).expand(state.shape)
-    norm = hidden_distances(state, origin, mask).l2
-    zero = norm == 0  # the similarity is 0 there, and has no gradient
-    return torch.where(zero, 0, torch.log1p(_COSINE_EPSILON / torch.where(zero, 1, norm).square()) / 2)
+    square = score_rows(state, origin, "squared_error", mask=None if mask is None else mask != 0)
+    zero = square == 0  # the similarity is 0 there, and has no gradient
+    return torch.where(zero, 0, torch.log1p(_COSINE_EPSILON / torch.where(zero, 1, square)) / 2)
 
 
 def pkd_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -17,103 +17,21 @@ Gradients, with w = k q where the column counts and f = −k log p there:
 Arithmetic in float32 (float64 if an input is), in chunks of rows; nothing is kept for backward besides the inputs.
 """
 
-import math
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sgfast.loss.presets.score_arithmetic import (
+    Kind,
+    backward_rows,
+    backward_rows_on_cpu,
+    forward_rows,
+    forward_rows_on_cpu,
+)
 from sgfast.ops import dispatch, rows
 from sgfast.ops.autograd import double_backward
-
-Kind = Literal["squared_error", "cross_entropy"]
-
-
-class _Distributions(NamedTuple):
-    """What the cross entropy and its gradients are made of; every field is (rows, K)."""
-
-    p: Tensor
-    q: Tensor
-    weights: Tensor  # k where the column counts, else 0
-    log_p: Tensor  # 0 where the column does not count
-
-
-def _differences(
-    student: Tensor, teacher: Tensor, keys: Tensor | None, threshold: float | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return s − t, and where it moves with s and with t."""
-    if threshold is None:
-        both = (student != -math.inf) & (teacher != -math.inf)
-        student_counts = teacher_counts = both if keys is None else both & (keys != 0)
-    else:
-        # Not `>`: a NaN must come through.
-        student_counts, teacher_counts = ~(student <= threshold), ~(teacher <= threshold)
-    difference = torch.where(student_counts, student, 0) - torch.where(teacher_counts, teacher, 0)
-    return difference, student_counts, teacher_counts
-
-
-def _log_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(log p, p); p is 0 throughout a row of nothing but −inf."""
-    maximum = scores.detach().amax(-1, keepdim=True)
-    shifted = scores - torch.where(maximum == -math.inf, 0, maximum)
-    exponentials = shifted.exp()
-    total = exponentials.sum(-1, keepdim=True)
-    total = torch.where(total == 0, 1, total)
-    return shifted - total.log(), exponentials / total
-
-
-def _distributions(student: Tensor, teacher: Tensor, keys: Tensor | None, threshold: float | None) -> _Distributions:
-    if keys is not None:
-        # A masked key's score stays in the softmax, unless it is NaN or infinite.
-        student, teacher = (torch.where((keys == 0) & ~side.isfinite(), -math.inf, side) for side in (student, teacher))
-    counts = student != -math.inf
-    if threshold is not None:
-        counts = counts & ~(teacher <= threshold)
-    weights = counts.to(student.dtype) if keys is None else torch.where(counts, keys, 0)
-    log_p, p = _log_softmax(student)
-    _, q = _log_softmax(teacher)
-    return _Distributions(p, q, weights, torch.where(counts, log_p, 0))
-
-
-def _forward_rows(student: Tensor, teacher: Tensor, keys: Tensor | None, kind: Kind, threshold: float | None) -> Tensor:
-    """(rows, K) twice → (rows,). Differentiable by autograd: the reference for second derivatives."""
-    student, teacher = (side.to(rows.compute_dtype(student, teacher)) for side in (student, teacher))
-    if kind == "squared_error":
-        squares = _differences(student, teacher, keys, threshold)[0].square()
-        return (squares if keys is None else squares * keys).sum(-1)
-    found = _distributions(student, teacher, keys, threshold)
-    return -(found.weights * found.q * found.log_p).sum(-1)
-
-
-def _backward_rows(
-    student: Tensor,
-    teacher: Tensor,
-    keys: Tensor | None,
-    upstream: Tensor,
-    kind: Kind,
-    threshold: float | None,
-    needs_student: bool,
-    needs_teacher: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients (rows, K) to the sides that need one, in the arithmetic's dtype."""
-    student, teacher = (side.to(rows.compute_dtype(student, teacher)) for side in (student, teacher))
-    upstream = upstream[:, None]
-    if kind == "squared_error":
-        difference, student_counts, teacher_counts = _differences(student, teacher, keys, threshold)
-        slope = 2 * upstream * (difference if keys is None else difference * keys)
-        return (
-            torch.where(student_counts, slope, 0) if needs_student else None,
-            torch.where(teacher_counts, -slope, 0) if needs_teacher else None,
-        )
-    p, q, weights, log_p = _distributions(student, teacher, keys, threshold)
-    student_gradient = teacher_gradient = None
-    if needs_student:
-        mass = weights * q
-        student_gradient = upstream * (p * mass.sum(-1, keepdim=True) - mass)
-    if needs_teacher:
-        surprise = -weights * log_p
-        teacher_gradient = upstream * q * (surprise - (q * surprise).sum(-1, keepdim=True))
-    return student_gradient, teacher_gradient
 
 
 def _triton_refusal() -> str:
@@ -124,11 +42,43 @@ def _triton_refusal() -> str:
 _TEMPORARIES = 12
 
 
-def _read_keys(keys: Tensor | None, chunk: Tensor | slice, row_shape: torch.Size) -> Tensor | None:
-    """The key weights of every row of a chunk, (rows, K), from those of its sample, (B, K)."""
+_Chunk = tuple[Tensor | slice, Tensor, Tensor, Tensor | None]
+
+
+def _chunks(
+    student: Tensor, teacher: Tensor, keys: Tensor | None, mask: Tensor | None, dtype: torch.dtype
+) -> Iterator[_Chunk]:
+    """Yield chunks of rows: where they lie, both sides, and with keys the sides as (samples, rows, K) beside them."""
+    shape, width = student.shape[:-1], student.shape[-1]
+    row_bytes = width * dtype.itemsize * _TEMPORARIES
     if keys is None:
-        return None
-    return rows.read_rows(keys.reshape(keys.shape[0], *[1] * (len(row_shape) - 1), -1).expand(*row_shape, -1), chunk)
+        for chunk in rows.row_chunks(shape, mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
+            yield chunk, rows.read_rows(student, chunk), rows.read_rows(teacher, chunk), None
+        return
+    of_a_sample = shape[1:].numel()
+    for samples, block in _blocks(shape[0], of_a_sample, max(1, rows.DEFAULT_CHUNK_BYTES // row_bytes)):
+        first, count = samples.start, samples.stop - samples.start
+        lie = slice(first * of_a_sample + block.start, (first + count - 1) * of_a_sample + block.stop)
+        some_student, some_teacher = (rows.read_rows(side, lie).view(count, -1, width) for side in (student, teacher))
+        yield lie, some_student, some_teacher, keys[samples].unsqueeze(1)
+
+
+def _blocks(samples: int, of_a_sample: int, rows_at_once: int) -> Iterator[tuple[slice, slice]]:
+    """Yield (samples, rows of each): several whole samples, or a part of one."""
+    step = max(1, rows_at_once // max(of_a_sample, 1))
+    for first in range(0, samples, step):
+        for start in range(0, of_a_sample, max(rows_at_once, 1)):
+            stop = min(start + rows_at_once, of_a_sample)
+            yield slice(first, min(first + step, samples)), slice(start, stop)
+
+
+def _body(
+    careful: Callable[..., Any], on_cpu: Callable[..., Any], like: Tensor, impl: str | None
+) -> Callable[..., Any]:
+    implementation = dispatch.select(impl, _triton_refusal()).implementation
+    if implementation == "torch" and like.device.type == "cpu":
+        return on_cpu
+    return dispatch.implementation_of(careful, implementation)
 
 
 @torch.library.custom_op("sgfast::score_rows", mutates_args=())
@@ -141,20 +91,12 @@ def _forward(
     threshold: float | None,
     impl: str | None,
 ) -> Tensor:
-    implementation = dispatch.select(impl, _triton_refusal()).implementation
-    body = dispatch.implementation_of(_forward_rows, implementation)
-    dtype, shape = rows.compute_dtype(student, teacher), student.shape[:-1]
-    values = student.new_zeros(shape, dtype=dtype)
-    row_bytes = student.shape[-1] * dtype.itemsize * _TEMPORARIES
-    for chunk in rows.row_chunks(shape, mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
-        found = body(
-            rows.read_rows(student, chunk),
-            rows.read_rows(teacher, chunk),
-            _read_keys(keys, chunk, shape),
-            kind,  # type: ignore[arg-type]  # an operator's schema knows str alone
-            threshold,
-        )
-        values.view(-1)[chunk] = rows.zero_masked(found, mask, chunk)
+    body = _body(forward_rows, forward_rows_on_cpu, student, impl)
+    dtype = rows.compute_dtype(student, teacher)
+    values = student.new_zeros(student.shape[:-1], dtype=dtype)
+    for lie, some_student, some_teacher, some_keys in _chunks(student, teacher, keys, mask, dtype):
+        found = body(some_student, some_teacher, some_keys, kind, threshold)
+        values.view(-1)[lie] = rows.zero_masked(found.reshape(-1), mask, lie)
     return values
 
 
@@ -185,28 +127,20 @@ def _backward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to both sides; one that is not needed is an empty tensor, for an op cannot return None."""
-    implementation = dispatch.select(impl, _triton_refusal()).implementation
-    body = dispatch.implementation_of(_backward_rows, implementation)
-    shape, needs = student.shape[:-1], (needs_student, needs_teacher)
+    body = _body(backward_rows, backward_rows_on_cpu, student, impl)
+    needs = (needs_student, needs_teacher)
     gradients = _empty_gradients(student, teacher, *needs)
     if mask is not None:
         for gradient in gradients:
             gradient.zero_()
-    row_bytes = student.shape[-1] * upstream.dtype.itemsize * _TEMPORARIES
-    for chunk in rows.row_chunks(shape, mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
-        found = body(
-            rows.read_rows(student, chunk),
-            rows.read_rows(teacher, chunk),
-            _read_keys(keys, chunk, shape),
-            upstream.reshape(-1)[chunk],
-            kind,  # type: ignore[arg-type]
-            threshold,
-            *needs,
-        )
-        for gradient, chunk_gradient in zip(gradients, found, strict=True):
-            if chunk_gradient is not None:
-                selected = rows.zero_masked(chunk_gradient, mask, chunk)
-                gradient.view(-1, gradient.shape[-1])[chunk] = selected.to(gradient.dtype)
+    flat_upstream = upstream.reshape(-1)
+    for lie, some_student, some_teacher, some_keys in _chunks(student, teacher, keys, mask, upstream.dtype):
+        some_upstream = flat_upstream[lie].view(some_student.shape[:-1])
+        found = body(some_student, some_teacher, some_keys, some_upstream, kind, threshold, *needs)
+        for gradient, some in zip(gradients, found, strict=True):
+            if some is not None:
+                selected = rows.zero_masked(some.reshape(-1, some.shape[-1]), mask, lie)
+                gradient.view(-1, gradient.shape[-1])[lie] = selected.to(gradient.dtype)
     return gradients
 
 
@@ -260,10 +194,8 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
         if mask is not None:
             # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
             student, teacher = (torch.where(mask[..., None], side, 0) for side in (student, teacher))
-        every = slice(0, math.prod(mask.shape if mask is not None else student.shape[:-1]))
-        flat_keys = _read_keys(keys, every, student.shape[:-1])
-        flat_student, flat_teacher = (side.reshape(-1, side.shape[-1]) for side in (student, teacher))
-        values = _forward_rows(flat_student, flat_teacher, flat_keys, ctx.kind, ctx.threshold).view(student.shape[:-1])
+        every_key = keys if keys is None else keys.view(keys.shape[0], *[1] * (student.dim() - 2), -1)
+        values = forward_rows(student, teacher, every_key, ctx.kind, ctx.threshold)
         return values if mask is None else torch.where(mask, values, 0)
 
     wanted = [one if needed else None for one, needed in zip(upstream_of_gradients, ctx.needs, strict=True)]
@@ -292,7 +224,7 @@ def score_rows(
         student: (B, ..., K), checked by the caller.
         teacher: of the same shape.
         kind: ``squared_error`` or ``cross_entropy``.
-        keys: (B, K) in the arithmetic's dtype, weights of the columns.
+        keys: (B, K), contiguous, in the arithmetic's dtype, weights of the columns.
         mask: (B, ...) bool. Masked rows are not read; they give 0 and zero gradient.
         threshold: at or below it a score is taken for a masked one; not together with ``keys``.
 
