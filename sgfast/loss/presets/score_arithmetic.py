@@ -1,7 +1,8 @@
 """The arithmetic of `score_rows`, one chunk of rows at a time.
 
-Scores are (..., K), keys broadcast to them. `forward_rows` and `backward_rows` are right everywhere. The quick ways take
-a third of the passes and are right where their sums are finite, that is where no score is infinite: a CPU can look.
+Scores are (..., K), keys broadcast to them. `forward_rows` and `backward_rows` are right everywhere. The quick ways
+take a third of the passes and are right where their sums are finite, that is where no score is infinite: a CPU can
+look.
 """
 
 import math
