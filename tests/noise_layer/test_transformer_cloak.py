@@ -217,7 +217,7 @@ def test_a_seed_that_is_no_int_is_refused():
         ({"percent_to_mask": 2.0}, "percent_to_mask"),
         ({"seed": -1}, "seed must be None or lie in"),
         ({"std_num_attention_heads": 3}, "must divide the width 16; got 3"),
-        ({"mean_num_hidden_layers": 0}, "at least one hidden layer"),
+        ({"mean_num_hidden_layers": 0}, "mean_num_hidden_layers must be at least 1; got 0"),
         ({"shallow": 0.0}, "shallow must be positive"),
     ],
 )
