@@ -1,6 +1,7 @@
 """Base models under a noise layer."""
 
+from sgfast.model.noisy_model import NoisyModel
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
 
-__all__ = ["NoiseMaskedNoisyTransformerModel", "NoisyModelOutput", "SuperBatchOutput"]
+__all__ = ["NoiseMaskedNoisyTransformerModel", "NoisyModel", "NoisyModelOutput", "SuperBatchOutput"]
