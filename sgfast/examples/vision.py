@@ -61,6 +61,7 @@ def load_images(seed: int) -> Images:
 def train_base_model(images: Images) -> nn.Module:
     """A network of two convolutions, trained on clean images."""
     model = nn.Sequential(
+        nn.Dropout(0.3),  # of pixels: a common augmentation, and practice for a transform that suppresses some
         nn.Conv2d(1, 32, kernel_size=3, padding=1),
         nn.BatchNorm2d(32),
         nn.ReLU(),

@@ -44,7 +44,8 @@ class LazyNoiseLayer(BaseNoiseLayer):
             device: where to put them; None to leave them where they are.
 
         Raises:
-            RuntimeError: torch.compile is tracing the layer.
+            RuntimeError: torch.compile is tracing the layer (which then runs this forward eagerly, or with fullgraph
+                refuses).
         """
         if self.materialized:
             return
