@@ -8,7 +8,7 @@ from sgfast.loss import composite_cloak_loss_factory
 from sgfast.loss.cloak import composite_cloak_loss_factory as documented
 from sgfast.model import NoisyModel
 from sgfast.noise_layer import CloakNoiseLayerOneShot, PatchCloakNoiseLayer
-from tests.model.test_noisy_model import make_base, make_model
+from tests.tiny_vision import make_base, make_model
 
 TARGET = torch.tensor([0, 1, 2, 3])
 

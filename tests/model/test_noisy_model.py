@@ -23,25 +23,7 @@ from sgfast.noise_layer import (
     TransformerCloak,
 )
 from tests.tiny_models import WIDTH, tiny_causal_lm
-
-SHAPE = (3, 8, 8)
-SETTINGS = {"input_shape": (1, *SHAPE), "scale": (0.05, 1.0), "rhos_init": 0.0, "seed": 5}
-
-
-def make_base():
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, kernel_size=3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(256, 5),
-    )
-
-
-def make_model(**arguments):
-    return NoisyModel(CloakNoiseLayerOneShot, make_base(), **(SETTINGS | arguments))
+from tests.tiny_vision import SETTINGS, SHAPE, make_base, make_model
 
 
 @pytest.fixture
@@ -290,6 +272,7 @@ def test_copies_are_independent_and_pickles_equal(target_layer, images):
 
 @pytest.mark.parametrize("arguments", [{}, {"percent_to_mask": 0.5}, {"target_layer": "1", "input_shape": None}])
 def test_compiled_whole(arguments, images):
+    torch._dynamo.reset()
     noisy_model, eager = make_model(**arguments).train(), make_model(**arguments).train()
     for one in (noisy_model, eager):
         one(images)  # gives a layer without shapes its own
@@ -307,6 +290,7 @@ def test_compiled_whole(arguments, images):
 
 
 def test_compiled_model_is_not_recompiled_for_every_forward(images):
+    torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounter()
     compiled = torch.compile(make_model(), backend=counter, fullgraph=True)
     for _ in range(6):

@@ -300,16 +300,19 @@ def test_states_that_do_not_fit_are_refused(images):
 
 @each_kind
 def test_compiled_layers_agree_with_eager(kind, images):
+    torch._dynamo.reset()  # what other tests compiled decides which sizes are dynamic
     compiled, eager = torch.compile(make(kind), backend="aot_eager", fullgraph=True), make(kind)
     for _ in range(3):
         torch.testing.assert_close(compiled(images), eager(images))
 
 
 def test_a_layer_without_shapes_runs_its_first_compiled_forward_eagerly(images):
+    torch._dynamo.reset()
     layer, eager = CloakNoiseLayer(seed=1), CloakNoiseLayer(seed=1)
     compiled = torch.compile(layer, backend="eager")
     for _ in range(2):
         torch.testing.assert_close(compiled(images), eager(images))
+    torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported):
         torch.compile(CloakNoiseLayer(), backend="eager", fullgraph=True)(images)
 
