@@ -118,7 +118,7 @@ def reference(mean_a: Tensor, std_a: Tensor, mean_b: Tensor, std_b: Tensor, used
     return (ratio.square() - 1 - 2 * ratio.log() + shift.square()).sum((1, 2))
 
 
-def _chunks(like: Tensor, row_count: int, feature_bytes: int, max_bytes: int) -> Iterator[tuple[slice, slice]]:
+def feature_chunks(like: Tensor, row_count: int, feature_bytes: int, max_bytes: int) -> Iterator[tuple[slice, slice]]:
     """Slices of (positions, features), as many as fit ``row_count`` times: whole positions if one does."""
     _, positions, width = like.shape
     features = max(1, max_bytes // (feature_bytes * max(row_count, 1)))
@@ -168,7 +168,7 @@ def _forward(
     a, b = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b)
     by_feature = _by_feature(a, b)
     twice, magnitude, count = mean_a.new_zeros((3, mean_a.shape[0], mean_b.shape[0]), dtype=torch.float64)
-    for chunk in _chunks(mean_a, twice.shape[0] + twice.shape[1], _PRODUCT_BYTES, max_chunk_bytes):
+    for chunk in feature_chunks(mean_a, twice.shape[0] + twice.shape[1], _PRODUCT_BYTES, max_chunk_bytes):
         block = (*_read(a, chunk, by_feature), *_read(b, chunk, by_feature))
         chunk_twice, chunk_magnitude, positions = body(block)
         twice += chunk_twice
@@ -200,7 +200,7 @@ def _direct(a: _Side, b: _Side, pairs: Tensor, max_chunk_bytes: int) -> Tensor:
     """2 KL of some pairs, (pairs,) in float64."""
     columns, by_feature = b[0].shape[0], _by_feature(a, b)
     twice = torch.zeros(pairs.shape, dtype=torch.float64, device=pairs.device)
-    for chunk in _chunks(a[0], pairs.shape[0], _DIRECT_BYTES, max_chunk_bytes):
+    for chunk in feature_chunks(a[0], pairs.shape[0], _DIRECT_BYTES, max_chunk_bytes):
         some_a = _read(a, chunk, by_feature, pairs // columns)
         some_b = _read(b, chunk, by_feature, pairs % columns)
         twice += reference(*some_a[:2], *some_b[:2], (some_a[2] & some_b[2])[..., None])
@@ -242,7 +242,7 @@ def _backward(
     a, b = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b)
     by_feature, upstream = _by_feature(a, b), upstream.to(torch.float64)
     gradients = _empty_gradients((mean_a, std_a, mean_b, std_b), needs)
-    for chunk in _chunks(mean_a, sum(upstream.shape), _PRODUCT_BYTES, max_chunk_bytes):
+    for chunk in feature_chunks(mean_a, sum(upstream.shape), _PRODUCT_BYTES, max_chunk_bytes):
         block = (*_read(a, chunk, by_feature), *_read(b, chunk, by_feature))
         for gradient, chunk_gradient, needed in zip(gradients, body(block, upstream), needs, strict=True):
             if needed:
