@@ -1,6 +1,7 @@
 """The hot operations: a PyTorch implementation each, a Triton kernel beside it where one is written."""
 
 from sgfast.ops.divergence import divergences
+from sgfast.ops.gaussian import pairwise_gaussian_kl
 from sgfast.ops.hidden import HiddenDistances, hidden_distances
 from sgfast.ops.nearest import embedding_ranks, nearest_embeddings
 from sgfast.ops.noise import apply_noise, standard_normal
@@ -13,6 +14,7 @@ __all__ = [
     "embedding_ranks",
     "hidden_distances",
     "nearest_embeddings",
+    "pairwise_gaussian_kl",
     "standard_normal",
     "top_k_support",
 ]
