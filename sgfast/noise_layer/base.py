@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.parameterizations import Scale, check_scale
-from sgfast.ops.noise import apply_noise, standard_normal
+from sgfast.ops.noise import apply_noise
+from sgfast.ops.philox import standard_normal
 
 ValueRange = tuple[float | None, float | None]
 

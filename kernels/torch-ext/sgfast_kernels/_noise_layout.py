@@ -88,7 +88,7 @@ def noise_walk(
     optional = {"noise_mask": noise_mask, "keep_mask": keep_mask, "upstream": upstream}
     operands |= {name: operand for name, operand in optional.items() if operand is not None}
     for name, operand in operands.items():
-        if operand.dtype == torch.float64:
+        if not name.endswith("mask") and operand.dtype == torch.float64:
             return f"{name} is float64 (the kernels compute in float32)"
     strides = {name: broadcast_strides(operand, input.shape) for name, operand in operands.items()}
     # Forward breaks dimensions where backward's sums will.
