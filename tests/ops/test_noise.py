@@ -1,243 +1,17 @@
-"""The noise stream against known answers and an independent rewrite; its application against the formula."""
+"""The application of the noise stream against the formula."""
 
 import math
 
-import numpy as np
 import pytest
-import scipy.stats
 import torch
 from torch import Tensor
 
-import sgfast
-from sgfast.ops import noise, philox
-from sgfast.ops.noise import apply_noise, standard_normal
+from sgfast.ops import apply_noise, noise, philox, standard_normal
 from tests.gates import registration
+from tests.gates.implementations import each_implementation
 from tests.gates.live_bytes import LiveBytes
 
-IMPLEMENTATIONS = ("torch", "compile")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def oracle_words(counter: np.ndarray, seed: int) -> np.ndarray:
-    """Philox4x32-10 of (n, 4) counter words, written from the paper in uint64: (n, 4)."""
-    words, key = counter.astype(np.uint64).T.copy(), [seed & 0xFFFFFFFF, seed >> 32]
-    for _ in range(10):
-        first = words[0] * np.uint64(0xD2511F53)
-        second = words[2] * np.uint64(0xCD9E8D57)
-        low, high = np.uint64(0xFFFFFFFF), np.uint64(32)
-        words = np.stack(
-            [
-                (second >> high) ^ words[1] ^ np.uint64(key[0]),
-                second & low,
-                (first >> high) ^ words[3] ^ np.uint64(key[1]),
-                first & low,
-            ]
-        )
-        key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
-    return words.T
-
-
-def oracle_normals(count: int, seed: int, offset: int = 0) -> np.ndarray:
-    """The stream in float64."""
-    counters = [(offset + i) % 2**64 for i in range((count + 3) // 4)]
-    words = oracle_words(np.array([[c % 2**32, c >> 32, 0, 0] for c in counters], dtype=np.uint64).reshape(-1, 4), seed)
-    draws = np.empty((len(counters), 4))
-    for pair in (0, 2):
-        radius = np.sqrt(-2 * oracle_logarithm(words[:, pair]))
-        angle = 2 * np.pi * words[:, pair + 1].astype(np.float64) / 2**32
-        draws[:, pair], draws[:, pair + 1] = radius * np.cos(angle), radius * np.sin(angle)
-    return draws.reshape(-1)[:count]
-
-
-def oracle_logarithm(words: np.ndarray) -> np.ndarray:
-    """ln((w+1)/2³²), with all its digits also near 0."""
-    below_one = (2**32 - 1 - words.astype(np.float64)) / 2**32
-    return np.where(below_one < 0.5, np.log1p(-np.minimum(below_one, 0.5)), np.log((words + 1.0) / 2**32))
-
-
-@pytest.mark.parametrize(
-    ("counter", "key", "expected"),
-    [
-        ("00000000 00000000 00000000 00000000", "00000000 00000000", "6627e8d5 e169c58d bc57ac4c 9b00dbd8"),
-        ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
-        ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
-    ],
-    ids=["zeros", "ones", "pi"],
-)
-def test_philox_known_answers(counter, key, expected):
-    """The vectors that Random123 publishes."""
-    c, k, answer = ([int(word, 16) for word in words.split()] for words in (counter, key, expected))
-    seed = philox.seed_tensor(k[0] | k[1] << 32, None)
-    words = philox.philox([torch.tensor([word]) for word in c], philox.round_keys(seed))
-    assert [word.item() for word in words] == answer
-    assert oracle_words(np.array([c]), k[0] | k[1] << 32).tolist() == [answer]
-
-
-def test_words_equal_the_oracle_bit_for_bit():
-    generator = np.random.default_rng(0)
-    for seed in (0, 1, 2**32, 2**63, 2**64 - 1, 0x123456789ABCDEF0):
-        counter = generator.integers(0, 2**32, (1000, 4), dtype=np.uint64)
-        words = philox.philox(
-            [torch.from_numpy(column.astype(np.int64)) for column in counter.T],
-            philox.round_keys(philox.seed_tensor(seed, None)),
-        )
-        assert np.array_equal(torch.stack(words, dim=-1).numpy().astype(np.uint64), oracle_words(counter, seed))
-
-
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 7, 1001])
-@pytest.mark.parametrize(
-    ("seed", "offset"), [(0, 0), (7, 0), (2**64 - 3, 5), (2**32 + 1, 2**32 - 2), (1 << 63, 2**63 - 1)]
-)
-def test_standard_normal_equals_the_formula(impl, count, seed, offset):
-    draws = standard_normal((count,), seed, offset=offset, impl=impl)
-    assert draws.dtype == torch.float32
-    assert draws.shape == (count,)
-    np.testing.assert_allclose(draws.numpy(), oracle_normals(count, seed, offset), rtol=0, atol=philox.NORMAL_ERROR)
-
-
-def edge_words() -> np.ndarray:
-    """Words at both ends, around every power of two and every eighth of a turn, and random ones."""
-    around = np.arange(-3000, 3000)
-    generator = np.random.default_rng(1)
-    centers = np.concatenate([2 ** np.arange(33), 2**29 * np.arange(9), (2 ** np.arange(33) * math.sqrt(0.5))])
-    edges = (centers.astype(np.int64)[:, None] + around).reshape(-1)
-    words = np.concatenate([edges, generator.integers(0, 2**32, 2**21), np.arange(2**20)])
-    return words[(words >= 0) & (words < 2**32)]
-
-
-def test_radius_error():
-    words = edge_words()
-    exact = np.sqrt(-2 * oracle_logarithm(words))
-    radius = philox.radius(torch.from_numpy(words)).double().numpy()
-    assert np.abs(radius - exact).max() < 5e-7
-    # Relative, so that the small radii of words near 2³² keep their digits too.
-    assert (np.abs(radius - exact) <= 2.5e-7 * exact).all()
-    ends = philox.radius(torch.tensor([0, 2**32 - 2, 2**32 - 1]))
-    assert ends[0].item() == pytest.approx(math.sqrt(64 * math.log(2)), rel=1e-7)
-    assert ends[1].item() == pytest.approx(math.sqrt(2 * 2.0**-32), rel=1e-7)
-    assert ends[2].item() == 0
-
-
-def test_cosine_and_sine_error():
-    words = edge_words()
-    angle = 2 * np.pi * words / 2**32
-    cosine, sine = (values.double().numpy() for values in philox.cosine_and_sine(torch.from_numpy(words)))
-    assert np.abs(cosine - np.cos(angle)).max() < 9e-8
-    assert np.abs(sine - np.sin(angle)).max() < 9e-8
-    cosine, sine = philox.cosine_and_sine(torch.arange(4) * 2**30)
-    assert cosine.tolist() == [1, 0, -1, 0]
-    assert sine.tolist() == [0, 1, 0, -1]
-
-
-def test_stated_bound_of_the_normals_covers_the_tail():
-    """The worst radii (the first words) times many angles."""
-    first = torch.arange(4000)[:, None]
-    second = torch.from_numpy(np.random.default_rng(2).integers(0, 2**32, 500))
-    cosine, _ = philox.cosine_and_sine(second)
-    exact = np.sqrt(-2 * oracle_logarithm(first.numpy())) * np.cos(2 * np.pi * second.numpy() / 2**32)
-    assert np.abs((philox.radius(first) * cosine).double().numpy() - exact).max() < philox.NORMAL_ERROR
-
-
-@pytest.mark.parametrize("elements", [1, 6, 100, 4096])
-def test_stream_does_not_depend_on_chunks(monkeypatch, elements):
-    expected = standard_normal((1003,), 11)
-    monkeypatch.setattr(noise, "_CHUNK_ELEMENTS", elements)
-    assert torch.equal(standard_normal((1003,), 11), expected)
-
-
-def test_stream_depends_on_the_linear_index_only():
-    stream = standard_normal((2 * 3 * 5 * 7,), 5)
-    assert torch.equal(standard_normal((2, 3, 5, 7), 5).flatten(), stream)
-    assert torch.equal(standard_normal((100,), 5), stream[:100])
-    assert torch.equal(standard_normal((), 5), stream[0])
-    assert standard_normal((3, 0, 2), 5).shape == (3, 0, 2)
-    # Long enough for several chunks and for every vector length.
-    assert torch.equal(standard_normal((300_001,), 5)[:210], stream)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dtypes_round_the_float32_stream_once(dtype):
-    assert torch.equal(standard_normal((999,), 5, dtype=dtype), standard_normal((999,), 5).to(dtype))
-
-
-def test_offset_counts_groups_of_four():
-    stream = standard_normal((400,), 9)
-    for offset in (1, 3, 25):
-        assert torch.equal(standard_normal((40,), 9, offset=offset), stream[4 * offset :][:40])
-
-
-def test_seeds():
-    stream = standard_normal((64,), 3)
-    assert torch.equal(standard_normal((64,), torch.tensor(3)), stream)
-    assert torch.equal(standard_normal((64,), torch.tensor([[3]])), stream)
-    assert torch.equal(standard_normal((64,), 2**64 - 3), standard_normal((64,), torch.tensor(-3)))
-    for other in (2, 3 + 2**32, 3 + 2**63):
-        assert (standard_normal((64,), other) != stream).all()
-
-
-def test_distribution():
-    """Moments, Kolmogorov-Smirnov, tails and neighbours of 2²⁰ draws of a fixed seed."""
-    draws = standard_normal((2**20,), 2024).double().numpy()
-    n = draws.size
-    # Standard errors of the first four moments of a normal sample.
-    for power, (moment, deviation) in enumerate([(0, 1), (1, 2), (0, 15), (3, 96)], start=1):
-        assert abs((draws**power).mean() - moment) < 4 * math.sqrt(deviation / n)
-    assert scipy.stats.kstest(draws, "norm").pvalue > 0.01
-    for part in range(4):
-        assert scipy.stats.kstest(draws[part::4], "norm").pvalue > 0.01
-    for threshold in (2, 3, 4, 4.5):
-        expected = 2 * n * scipy.stats.norm.sf(threshold)
-        assert abs((np.abs(draws) > threshold).sum() - expected) < 4 * math.sqrt(expected)
-    assert np.abs(draws).max() < math.sqrt(64 * math.log(2))
-    for values in (draws, draws**2 - 1):
-        for lag in (1, 2, 3, 4, 5, 8, 1024):
-            assert abs(np.corrcoef(values[:-lag], values[lag:])[0, 1]) < 4 / math.sqrt(n)
-    # Close seeds and high seeds give unrelated streams.
-    for other in (2025, 2024 + 2**32):
-        assert abs(np.corrcoef(draws, standard_normal((n,), other).numpy())[0, 1]) < 4 / math.sqrt(n)
-
-
-def test_distribution_of_the_words():
-    """Every byte of every word uniform, by chi-square."""
-    zero = torch.zeros((), dtype=torch.int64)
-    keys = philox.round_keys(philox.seed_tensor(1, None))
-    for word in philox.philox((torch.arange(2**16), zero, zero, zero), keys):
-        for shift in (0, 8, 16, 24):
-            counts = torch.bincount(word >> shift & 255, minlength=256).numpy()
-            assert scipy.stats.chisquare(counts).pvalue > 1e-3
-
-
-@pytest.mark.parametrize(
-    ("error", "match", "arguments"),
-    [
-        (ValueError, r"seed must lie in \[0, 2\*\*64\); got -1", {"seed": -1}),
-        (ValueError, "seed must lie", {"seed": 2**64}),
-        (TypeError, "seed must be an int or an int64 tensor; got bool", {"seed": True}),
-        (TypeError, "seed must be an int or an int64 tensor; got float", {"seed": 1.0}),
-        (TypeError, "seed tensor must be int64; got torch.int32", {"seed": torch.tensor(1, dtype=torch.int32)}),
-        (ValueError, r"seed tensor must have one element; got shape \(2,\)", {"seed": torch.tensor([1, 2])}),
-        (ValueError, "seed tensor must be on meta; got cpu", {"seed": torch.tensor(1), "device": "meta"}),
-        (ValueError, r"shape must have no negative size; got \(2, -1\)", {"shape": (2, -1)}),
-        (ValueError, "offset must lie", {"offset": -1}),
-        (ValueError, "offset must lie", {"offset": 2**63}),
-        (TypeError, "offset must be an int; got float", {"offset": 1.0}),
-        (TypeError, "dtype must be float32, .* got torch.int64", {"dtype": torch.int64}),
-        (ValueError, "impl must be one of", {"impl": "cuda"}),
-        (RuntimeError, "there is no Triton kernel for the noise operations yet", {"impl": "triton"}),
-    ],
-)
-def test_standard_normal_errors(error, match, arguments):
-    with pytest.raises(error, match=match):
-        standard_normal(**{"shape": (2,), "seed": 1, **arguments})
-
-
-def test_explain_names_the_missing_kernel():
-    choice = sgfast.explain(standard_normal, (2,), 1)
-    assert choice == ("torch", "there is no Triton kernel for the noise operations yet")
-
-
-# --- apply_noise ---
 
 
 def operands(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -269,12 +43,12 @@ def formula(
 EPSILON = {torch.float64: 1e-15, torch.float32: 3e-7, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@each_implementation
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("value_range", [None, (-0.5, 1.0), (None, 0.25), (0.0, None)], ids=str)
 def test_values_and_gradients(monkeypatch, impl, dtype, value_range):
     # A chunk of 20 elements cuts the last dimensions and starts inside a group of four draws.
-    monkeypatch.setattr(noise, "_CHUNK_ELEMENTS", 20)
+    monkeypatch.setattr(philox, "CHUNK_ELEMENTS", 20)
     leaves = [one.requires_grad_() for one in operands(3, 5, 7, dtype=dtype)]
     rows, features = random_mask(3, 5, seed=1), random_mask(3, 5, 7, seed=2)
     settings = {"seed": 42, "offset": 3, "value_range": value_range, "impl": impl}
@@ -294,7 +68,7 @@ def test_values_and_gradients(monkeypatch, impl, dtype, value_range):
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 9), (2, 0, 3), (2, 3, 1, 5)], ids=str)
 @pytest.mark.parametrize("elements", [1, 4, 7, 10**6])
 def test_any_shape_and_chunk(monkeypatch, shape, elements):
-    monkeypatch.setattr(noise, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(philox, "CHUNK_ELEMENTS", elements)
     leaves = [one.requires_grad_() for one in operands(*shape)]
     out = apply_noise(*leaves, seed=1)
     expected = formula(*leaves, standard_normal(shape, 1))
@@ -310,7 +84,7 @@ def test_any_shape_and_chunk(monkeypatch, shape, elements):
 @pytest.mark.parametrize("std_shape", [(), (5,), (4, 1, 5)], ids=str)
 @pytest.mark.parametrize("elements", [6, 10**6])
 def test_broadcast_operands_and_their_gradients(monkeypatch, mean_shape, std_shape, elements):
-    monkeypatch.setattr(noise, "_CHUNK_ELEMENTS", elements)
+    monkeypatch.setattr(philox, "CHUNK_ELEMENTS", elements)
     leaves = [
         operands(*shape, dtype=torch.float64, seed=i)[i].requires_grad_()
         for i, shape in enumerate([(4, 3, 5), mean_shape, std_shape])
@@ -328,7 +102,7 @@ def test_broadcast_operands_and_their_gradients(monkeypatch, mean_shape, std_sha
 
 def test_reduced_gradients_keep_their_digits(monkeypatch):
     """Every one of 1000 chunks adds a little to a scalar: a sum in the operand's bfloat16 would stall."""
-    monkeypatch.setattr(noise, "_CHUNK_ELEMENTS", 200)
+    monkeypatch.setattr(philox, "CHUNK_ELEMENTS", 200)
     input = torch.zeros(200_000)
     mean, std = (torch.tensor(1.0, requires_grad=True) for _ in range(2))
     upstream = torch.full((200_000,), 0.1)
@@ -491,7 +265,7 @@ def test_temporaries_are_bounded():
         noise._backward._init_fn(out, input, mean, std, seed, 0, *masks, -1.0, 1.0, [True] * 3, None)
     assert counted.peak - 3 * 4 * out.numel() < 8 * 2**20
     with LiveBytes() as counted:
-        noise._standard_normal._init_fn(seed, (2**21,), 0, torch.float32, None)
+        philox._standard_normal._init_fn(seed, (2**21,), 0, torch.float32, None)
     assert counted.peak - 4 * 2**21 < 8 * 2**20
 
 
@@ -520,19 +294,6 @@ CASES = [
 @pytest.mark.parametrize("check", registration.CHECKS, ids=lambda check: check.__name__)
 def test_registration(check, case):
     check(case)
-
-
-def test_standard_normal_registration():
-    def draw(like: Tensor, seed: Tensor) -> Tensor:
-        return standard_normal(like.shape, seed, offset=like.shape[0], dtype=torch.bfloat16)
-
-    seed = torch.tensor(-9)
-    torch.library.opcheck(noise._standard_normal, (seed, (3, 5), 2, torch.float16, None))
-    compiled = torch.compile(draw, fullgraph=True, dynamic=True)
-    for rows in (3, 8):
-        assert torch.equal(compiled(torch.empty(rows, 5), seed), draw(torch.empty(rows, 5), seed))
-    meta = standard_normal((3, 5), 1, dtype=torch.float64, device="meta")
-    assert (meta.shape, meta.dtype, meta.device.type) == ((3, 5), torch.float64, "meta")
 
 
 def test_compiled_with_changing_seeds():

@@ -20,6 +20,9 @@ from ._noise_layout import Walk, columns_of, noise_walk
 from ._philox import grouped_normals, single_normals
 from ._rows import LAUNCH_OPTIONS, on_device_of
 
+# Eight draws a thread.
+NORMAL_COLUMNS = 1024
+
 
 def standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
     """Return the stream's first elements as a contiguous tensor on the seed's device.
@@ -33,10 +36,9 @@ def standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: torc
     values = torch.empty(shape, dtype=dtype, device=seed.device)
     count = values.numel()
     if count > 0:
-        columns = 1024
         with on_device_of(values):
-            _normal_kernel[(triton.cdiv(count, columns),)](
-                values, seed, offset, count, BD=columns, num_warps=4, **LAUNCH_OPTIONS
+            _normal_kernel[(triton.cdiv(count, NORMAL_COLUMNS),)](
+                values, seed, offset, count, BD=NORMAL_COLUMNS, num_warps=4, **LAUNCH_OPTIONS
             )
     return values
 
