@@ -20,8 +20,8 @@ from ._noise_layout import Walk, columns_of, noise_walk
 from ._philox import grouped_normals, single_normals
 from ._rows import LAUNCH_OPTIONS, on_device_of
 
-# Eight draws a thread.
-NORMAL_COLUMNS = 1024
+# Eight draws a thread, and sixteen 16-bit elements: two 16-byte loads of each tensor.
+NORMAL_COLUMNS, TILE_ELEMENTS = 1024, 2048
 
 
 def standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
@@ -113,13 +113,12 @@ def each_column(walk: Walk) -> dict[str, bool]:
 
 
 def tile_of(walk: Walk, input: Tensor, sums_rows: bool = False) -> dict[str, int]:
-    """Rows and columns of a program's tile, and the warps.
+    """Rows and columns of a program's tile, and the warps: half of it for float32 and for sums kept in registers.
 
-    Sixteen 16-bit elements a thread are two 16-byte loads of each tensor; float32 and sums kept in registers get half
-    of that. Narrow rows share a program.
+    Narrow rows share a program. Sizes depend on powers of two alone, so that shapes share compiled kernels.
     """
     _, inner, width = walk.sizes
-    elements = 1024 if sums_rows or input.dtype == torch.float32 else 2048
+    elements = TILE_ELEMENTS // 2 if sums_rows or input.dtype == torch.float32 else TILE_ELEMENTS
     columns = min(max(triton.next_power_of_2(width), 16), elements)
     rows = min(triton.next_power_of_2(inner), elements // columns)
     return {"BN": rows, "BD": columns, "num_warps": max(1, rows * columns // (elements // 4))}
