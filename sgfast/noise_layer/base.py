@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sgfast.noise_layer.arguments import Scale, ValueRange, check_scale, check_seed, check_value_range
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.ops import validation
-from sgfast.ops.noise import apply_noise, standard_normal
+from sgfast.ops.noise import apply_noise
+from sgfast.ops.philox import standard_normal
 
 
 class BaseNoiseLayer(nn.Module, ABC):
