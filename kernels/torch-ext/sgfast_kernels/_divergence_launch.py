@@ -56,14 +56,26 @@ def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, 
     keeps their sum. Narrow vocabularies get narrow tiles. Sizes depend on the width's power of two alone, so that
     shapes share compiled kernels.
     """
-    neighbours = vector_columns(noisy, clean)
-    # Sums of several kinds need the registers, and so do all columns' own sums in unaligned tiles.
-    halved = kinds > 4 if backward else kinds > 0 or neighbours == 1
+    adjacent = vector_columns(noisy, clean) > 1
+    halved = kinds > 4 if backward else not adjacent
     narrow = max(noisy.element_size(), clean.element_size()) == 2
     most_warps, columns_each = (4 if backward else 8), (512 if narrow else 256) // (2 if halved else 1)
     columns = min(max(triton.next_power_of_2(noisy.shape[-1]), 256), most_warps * columns_each)
     tile = {"BV": columns, "num_warps": max(1, columns // columns_each)}
-    return tile if backward else tile | {"NEIGHBOURS": neighbours}
+    neighbours = 16 // max(noisy.element_size(), clean.element_size())
+    return tile if backward else tile | {"NEIGHBOURS": neighbours, "ADJACENT": adjacent}
+
+
+@triton.jit
+def neighbours(b_x, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
+    """A tile with the columns that one thread holds along an axis of their own: the last if adjacent, else the first.
+
+    They are adjacent where one load fetches them; elsewhere a thread loads columns that are a round of all threads apart.
+    """
+    if ADJACENT:
+        return tl.reshape(b_x, [BV // NEIGHBOURS, NEIGHBOURS])
+    else:
+        return tl.reshape(b_x, [NEIGHBOURS, BV // NEIGHBOURS])
 
 
 def split_rows(like: Tensor, rows: int, columns: int) -> tuple[int, int]:

@@ -83,11 +83,39 @@ def mixture(b_p, b_q, b_d, b_difference, weight):
 
 
 @triton.jit
-def probabilities(b_x, b_y, x_offset, y_offset, scale, half_slope):
-    """√P, √Q and ½ log2(p·S_x) of logits x and y; P and Q themselves would cost no less."""
-    b_zx = tl.fma(b_x, half_slope, -0.5 * x_offset)
-    b_zy = tl.fma(b_y, half_slope, -0.5 * y_offset)
-    return tl.exp2(b_zx) * scale, tl.exp2(b_zy), b_zx
+def joint_offsets(m_a, s_a, m_b, s_b, slope):
+    """c of both sides such that log2 P = k·x − c_x + correction and log2 Q = k·y − c_y; the correction is a rounding."""
+    # Fused with 0, so that the compiler fuses the products into no sum: pass 1 rounded them.
+    c_a, c_b = tl.fma(m_a, slope, 0.0), tl.fma(m_b, slope, 0.0)
+    shift = log2_ratio(s_a, s_b)
+    shifted = c_a + shift
+    part = shifted - c_a
+    return shifted, c_b, ((shifted - part) - c_a) + (part - shift)
+
+
+@triton.constexpr_function
+def needs_roots(kinds):
+    """Whether √P and √Q are computed, for Hellinger; logarithms then come in units of two bits."""
+    return kinds & 32 != 0
+
+
+@triton.constexpr_function
+def bits_per_unit(kinds):
+    return 2.0 if kinds & 32 else 1.0
+
+
+@triton.jit
+def probabilities(b_x, b_y, row, KINDS: tl.constexpr):
+    """P (to be multiplied by ``rescale``), Q, their logarithms (see ``bits_per_unit``) and √P − √Q where needed."""
+    slope, c_x, c_y, rescale = row
+    scale: tl.constexpr = 1.0 / bits_per_unit(KINDS)
+    b_log_p = tl.fma(b_x, scale * slope, -scale * c_x)
+    b_log_q = tl.fma(b_y, scale * slope, -scale * c_y)
+    b_p, b_q = tl.exp2(b_log_p), tl.exp2(b_log_q)
+    if needs_roots(KINDS):
+        return b_p * b_p, b_q * b_q, b_log_p, b_log_q, tl.fma(b_p, tl.sqrt(rescale), -b_q)
+    else:
+        return b_p, b_q, b_log_p, b_log_q, 0.0
 
 
 @triton.jit

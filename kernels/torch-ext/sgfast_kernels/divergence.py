@@ -27,6 +27,7 @@ from ._divergence_launch import (
     SKEW_REVERSE,
     TOTAL_VARIATION,
     kind_bits,
+    neighbours,
     row_count,
     rows_of,
     split_rows,
@@ -35,20 +36,18 @@ from ._divergence_launch import (
 )
 from ._divergence_terms import (
     LN2,
-    clamped,
-    difference_of,
-    mixture,
-    offsets,
+    TINY,
+    bits_per_unit,
+    joint_offsets,
     probabilities,
-    sign_of,
-    skew_partials,
     times_ratio,
 )
-from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start, sum_neighbours
+from ._device import fast_log2
+from ._rows import LAUNCH_OPTIONS, columns, on_device_of, row_layout, row_start
 from .lse import lse_pair
 
 # What `_add_terms` sums.
-_SUMS = 15
+_SUMS = 12
 # Kinds whose partials hold p − q: its sum is 0 but for what the normalisers were rounded by, and takes that off again.
 LINEAR = tl.constexpr(1 | 2 | 4 | 32 | 64)
 
@@ -120,68 +119,64 @@ def divergence_forward(
 
 
 @triton.jit
-def _add(b_sum, b_term, BV: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    return b_sum + sum_neighbours(b_term, 1, BV, NEIGHBOURS)
+def _product(b_p, b_log, GUARDED: tl.constexpr):
+    """P · log; guarded: with 0 · (±inf) = 0 and 0 · NaN = 0."""
+    if GUARDED:
+        return times_ratio(b_p, b_log)
+    else:
+        return b_p * b_log
 
 
 @triton.jit
-def _add_terms(
+def _add_column(sums, b_x, b_y, row, beta, skew, KINDS: tl.constexpr, SKEWED: tl.constexpr, GUARDED: tl.constexpr):
+    """Add logits to the sums of the kinds asked for; what ``_finish_kernel`` makes of them is written there."""
+    s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp = sums
+    _, _, _, rescale = row
+    b_p, b_q, b_log_p, b_log_q, b_apart = probabilities(b_x, b_y, row, KINDS)
+    b_d = b_log_p - b_log_q
+    if (REVERSE_KL | JEFFREYS | SKEW_REVERSE * (not SKEWED)) & KINDS != 0:
+        s_pd += _product(b_p, b_d, GUARDED)
+    if (FORWARD_KL | JEFFREYS | SKEW_FORWARD * (not SKEWED)) & KINDS != 0:
+        s_qd += _product(b_q, b_d, GUARDED)
+    if CROSS_ENTROPY & KINDS:
+        s_ce += _product(b_q, b_log_p, GUARDED)
+    b_difference = tl.fma(b_p, rescale, -b_q)
+    if (TOTAL_VARIATION | JENSEN_SHANNON) & KINDS != 0:
+        s_tv += tl.abs(b_difference)
+    if TOTAL_VARIATION & KINDS:
+        s_tvp += b_p * (b_difference > 0).to(tl.float32)
+        s_tvp -= b_p * (b_difference < 0).to(tl.float32)
+    if HELLINGER & KINDS:
+        s_h += b_apart * b_apart
+    if JENSEN_SHANNON & KINDS:
+        b_m = tl.fma(b_p, (1.0 - beta) * rescale, tl.fma(b_q, beta, TINY))
+        b_log_m = fast_log2(b_m)
+        per_bit: tl.constexpr = 1.0 / bits_per_unit(KINDS)
+        s_jsp += _product(b_p, tl.fma(b_log_m, -per_bit, b_log_p), GUARDED)
+        s_jsq += _product(b_q, tl.fma(b_log_m, -per_bit, b_log_q), GUARDED)
+    return s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp
+
+
+@triton.jit
+def _add_tile(
     sums,
     b_x,
     b_y,
-    x_offset,
-    y_offset,
-    x_log_sum,
-    scale,
-    slope,
-    gap,
-    shift,
+    row,
     beta,
     skew,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     BV: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):
-    """Add a tile to the sums of the kinds asked for; what ``_finish_kernel`` makes of them is written there."""
-    s_fkl, s_rkl, s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp, s_d = sums
-    b_u, b_v, b_half_log_p = probabilities(b_x, b_y, x_offset, y_offset, scale, 0.5 * slope)
-    b_p, b_q = b_u * b_u, b_v * b_v
-    b_d = tl.fma((b_x - b_y) - gap, slope, -shift)
-    b_difference = difference_of(b_p, b_q, b_d)
-    b_pd, b_qd = times_ratio(b_p, b_d), times_ratio(b_q, b_d)
-    forward: tl.constexpr = (FORWARD_KL & KINDS != 0) or (SKEW_FORWARD & KINDS != 0 and not SKEWED)
-    reverse: tl.constexpr = (REVERSE_KL & KINDS != 0) or (SKEW_REVERSE & KINDS != 0 and not SKEWED)
-    if forward:
-        s_fkl = _add(s_fkl, b_difference - b_qd * LN2, BV, NEIGHBOURS)
-    if reverse:
-        s_rkl = _add(s_rkl, b_pd * LN2 - b_difference, BV, NEIGHBOURS)
-    if forward or reverse or LINEAR & KINDS != 0:
-        s_d = _add(s_d, b_difference, BV, NEIGHBOURS)
-    if JEFFREYS & KINDS:
-        s_pd = _add(s_pd, b_pd, BV, NEIGHBOURS)
-        s_qd = _add(s_qd, b_qd, BV, NEIGHBOURS)
-    if TOTAL_VARIATION & KINDS:
-        s_tv = _add(s_tv, tl.abs(b_difference), BV, NEIGHBOURS)
-        s_tvp = _add(s_tvp, sign_of(b_d, b_p), BV, NEIGHBOURS)
-    if HELLINGER & KINDS:
-        s_h = _add(s_h, (b_u - b_v) * (b_u - b_v), BV, NEIGHBOURS)
-    if CROSS_ENTROPY & KINDS:
-        s_ce = _add(s_ce, times_ratio(b_q, x_log_sum - 2.0 * b_half_log_p), BV, NEIGHBOURS)
-    b_finite = clamped(b_d)
-    if JENSEN_SHANNON & KINDS:
-        b_log_m, _ = mixture(b_p, b_q, b_finite, b_difference, beta)
-        s_jsp = _add(s_jsp, b_p * (tl.maximum(-b_finite, 0.0) + b_log_m), BV, NEIGHBOURS)
-        s_jsq = _add(s_jsq, b_q * (tl.maximum(b_finite, 0.0) + b_log_m), BV, NEIGHBOURS)
-    if SKEWED and SKEW_FORWARD & KINDS != 0:
-        b_term, b_to_p, _ = skew_partials(b_p, b_q, b_finite, b_difference, skew)
-        s_sf = _add(s_sf, b_term, BV, NEIGHBOURS)
-        s_sfp = _add(s_sfp, b_to_p, BV, NEIGHBOURS)
-    if SKEWED and SKEW_REVERSE & KINDS != 0:
-        b_term, _, b_to_p = skew_partials(b_q, b_p, -b_finite, -b_difference, skew)
-        s_sr = _add(s_sr, b_term, BV, NEIGHBOURS)
-        s_srp = _add(s_srp, b_to_p, BV, NEIGHBOURS)
-    return s_fkl, s_rkl, s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp, s_d
+    x_columns = columns(neighbours(b_x.to(tl.float32), BV, NEIGHBOURS, ADJACENT), ADJACENT)
+    y_columns = columns(neighbours(b_y.to(tl.float32), BV, NEIGHBOURS, ADJACENT), ADJACENT)
+    for i in tl.static_range(NEIGHBOURS):
+        sums = _add_column(sums, x_columns[i], y_columns[i], row, beta, skew, KINDS, SKEWED, GUARDED)
+    return sums
 
 
 @triton.jit(do_not_specialize=["rows", "t_step", "a_inner", "b_inner", "beta", "skew"])
@@ -208,8 +203,10 @@ def _forward_kernel(
     SKEWED: tl.constexpr,
     BV: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
+    ADJACENT: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
+    # Backwards through rows and columns: what pass 1 read last may still be in a cache.
+    i_row = rows.to(tl.int64) - 1 - tl.program_id(0)
     field = rows.to(tl.int64)
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, width)
@@ -218,30 +215,32 @@ def _forward_kernel(
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
     a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
     b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
-    o_col = tl.arange(0, BV)[None, :]
+    o_col = tl.arange(0, BV)
     m_a, s_a = tl.load(lse_ptr + i_row), tl.load(lse_ptr + field + i_row)
     m_b, s_b = tl.load(lse_ptr + 2 * field + i_row), tl.load(lse_ptr + 3 * field + i_row)
-    c_a, c_b, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
-    scale, a_log_sum = tl.sqrt(s_b / s_a), tl.log2(s_a)
+    c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
+    row = (slope, c_a, c_b, tl.exp2(correction))
 
-    b_0 = tl.zeros([1, BV // NEIGHBOURS], tl.float32)
-    sums = (b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0)
-    tail = start + (stop - start) // BV * BV
-    for i_col in tl.range(start, tail, BV, num_stages=3):
-        b_a = tl.load(a_row + i_col + o_col).to(tl.float32)
-        b_b = tl.load(b_row + i_col + o_col).to(tl.float32)
-        sums = _add_terms(
-            sums, b_a, b_b, c_a, c_b, a_log_sum, scale, slope, gap, shift, beta, skew, KINDS, SKEWED, BV, NEIGHBOURS
-        )
-    if tail < stop:
-        m_col = tail + o_col < stop
-        b_a = tl.load(a_row + tail + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
-        b_b = tl.load(b_row + tail + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
-        sums = _add_terms(
-            sums, b_a, b_b, c_a, c_b, a_log_sum, scale, slope, gap, shift, beta, skew, KINDS, SKEWED, BV, NEIGHBOURS
-        )
+    b_0 = tl.zeros([BV // NEIGHBOURS], tl.float32)
+    sums = (b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0)
+    tiles = (stop - start) // BV
+    for i in tl.range(0, tiles, num_stages=3):
+        i_col = start + (tiles - 1 - i) * BV
+        b_a, b_b = tl.load(a_row + i_col + o_col), tl.load(b_row + i_col + o_col)
+        sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, BV, NEIGHBOURS, ADJACENT, GUARDED=False)
+    # Infinite ratios show: 0 · inf is NaN. Such rows are read again, with care; so is every row's tail.
+    finite = tl.sum(tl.abs(sums[0]) + tl.abs(sums[1]) + tl.abs(sums[2]) + tl.abs(sums[3]) + tl.abs(sums[7])) < float("inf")
+    kept = ()
+    for i in tl.static_range(12):
+        kept = kept + (tl.where(finite, sums[i], 0.0),)
+    sums = kept
+    for i_col in range(tl.where(finite, start + tiles * BV, start), stop, BV):
+        m_col = i_col + o_col < stop
+        b_a = tl.load(a_row + i_col + o_col, mask=m_col, other=float("-inf"))
+        b_b = tl.load(b_row + i_col + o_col, mask=m_col, other=float("-inf"))
+        sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, BV, NEIGHBOURS, ADJACENT, GUARDED=True)
     o_part = sums_ptr + tl.program_id(1) * field + i_row
-    for i in tl.static_range(15):
+    for i in tl.static_range(12):
         tl.store(o_part + i * tl.num_programs(1) * field, tl.sum(sums[i]))
 
 
