@@ -94,28 +94,30 @@ def joint_offsets(m_a, s_a, m_b, s_b, slope):
 
 
 @triton.constexpr_function
-def needs_roots(kinds):
-    """Whether √P and √Q are computed, for Hellinger; logarithms then come in units of two bits."""
-    return kinds & 32 != 0
-
-
-@triton.constexpr_function
 def bits_per_unit(kinds):
+    """Unit of the fast logarithms: two bits where Hellinger needs √P and √Q, so that these are their powers of two."""
     return 2.0 if kinds & 32 else 1.0
 
 
 @triton.jit
 def probabilities(b_x, b_y, row, KINDS: tl.constexpr):
-    """P (to be multiplied by ``rescale``), Q, their logarithms (see ``bits_per_unit``) and √P − √Q where needed."""
-    slope, c_x, c_y, rescale = row
+    """log P and log Q (see ``bits_per_unit``), and their powers of two: P (√P) but for the factor ``rescale``, Q (√Q).
+
+    ``row`` is (slope, c_x, c_y, rescale), from ``joint_offsets``.
+    """
     scale: tl.constexpr = 1.0 / bits_per_unit(KINDS)
-    b_log_p = tl.fma(b_x, scale * slope, -scale * c_x)
-    b_log_q = tl.fma(b_y, scale * slope, -scale * c_y)
-    b_p, b_q = tl.exp2(b_log_p), tl.exp2(b_log_q)
-    if needs_roots(KINDS):
-        return b_p * b_p, b_q * b_q, b_log_p, b_log_q, tl.fma(b_p, tl.sqrt(rescale), -b_q)
+    b_log_p = tl.fma(b_x, scale * row[0], -scale * row[1])
+    b_log_q = tl.fma(b_y, scale * row[0], -scale * row[2])
+    return b_log_p, b_log_q, tl.exp2(b_log_p), tl.exp2(b_log_q)
+
+
+@triton.jit
+def squares(b_u, b_v, KINDS: tl.constexpr):
+    """P and Q, from what ``probabilities`` gave."""
+    if bits_per_unit(KINDS) == 2.0:
+        return b_u * b_u, b_v * b_v
     else:
-        return b_p, b_q, b_log_p, b_log_q, 0.0
+        return b_u, b_v
 
 
 @triton.jit

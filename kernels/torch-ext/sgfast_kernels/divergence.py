@@ -38,8 +38,13 @@ from ._divergence_terms import (
     LN2,
     TINY,
     bits_per_unit,
+    clamped,
+    difference_of,
     joint_offsets,
+    mixture,
     probabilities,
+    skew_partials,
+    squares,
     times_ratio,
 )
 from ._device import fast_log2
@@ -48,8 +53,6 @@ from .lse import lse_pair
 
 # What `_add_terms` sums.
 _SUMS = 12
-# Kinds whose partials hold p − q: its sum is 0 but for what the normalisers were rounded by, and takes that off again.
-LINEAR = tl.constexpr(1 | 2 | 4 | 32 | 64)
 
 
 def divergence_forward(
@@ -80,7 +83,7 @@ def divergence_forward(
         sizes = tile(noisy, clean, len(kinds), backward=False)
         shares, span = split_rows(noisy, rows, sizes["BV"])
         sums = noisy.new_empty((_SUMS, shares, rows), dtype=torch.float32)
-        modes = {"KINDS": kind_bits(kinds), "SKEWED": skew > 0}
+        modes = {"KINDS": kind_bits(kinds), "SKEWED": skew > 0, "EXACT": torch.float32 in (noisy.dtype, clean.dtype)}
         with on_device_of(noisy):
             _forward_kernel[(rows, shares)](
                 noisy,
@@ -128,11 +131,12 @@ def _product(b_p, b_log, GUARDED: tl.constexpr):
 
 
 @triton.jit
-def _add_column(sums, b_x, b_y, row, beta, skew, KINDS: tl.constexpr, SKEWED: tl.constexpr, GUARDED: tl.constexpr):
+def _add_column(sums, b_x, b_y, row, beta, skew, KINDS: tl.constexpr, SKEWED: tl.constexpr, EXACT: tl.constexpr, GUARDED: tl.constexpr):
     """Add logits to the sums of the kinds asked for; what ``_finish_kernel`` makes of them is written there."""
     s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp = sums
-    _, _, _, rescale = row
-    b_p, b_q, b_log_p, b_log_q, b_apart = probabilities(b_x, b_y, row, KINDS)
+    rescale = row[3]
+    b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, row, KINDS)
+    b_p, b_q = squares(b_u, b_v, KINDS)
     b_d = b_log_p - b_log_q
     if (REVERSE_KL | JEFFREYS | SKEW_REVERSE * (not SKEWED)) & KINDS != 0:
         s_pd += _product(b_p, b_d, GUARDED)
@@ -147,13 +151,30 @@ def _add_column(sums, b_x, b_y, row, beta, skew, KINDS: tl.constexpr, SKEWED: tl
         s_tvp += b_p * (b_difference > 0).to(tl.float32)
         s_tvp -= b_p * (b_difference < 0).to(tl.float32)
     if HELLINGER & KINDS:
+        b_apart = tl.fma(b_u, tl.sqrt(rescale), -b_v)
         s_h += b_apart * b_apart
-    if JENSEN_SHANNON & KINDS:
+    if JENSEN_SHANNON & KINDS and not EXACT:
         b_m = tl.fma(b_p, (1.0 - beta) * rescale, tl.fma(b_q, beta, TINY))
         b_log_m = fast_log2(b_m)
         per_bit: tl.constexpr = 1.0 / bits_per_unit(KINDS)
         s_jsp += _product(b_p, tl.fma(b_log_m, -per_bit, b_log_p), GUARDED)
         s_jsq += _product(b_q, tl.fma(b_log_m, -per_bit, b_log_q), GUARDED)
+    if (JENSEN_SHANNON * EXACT | (SKEW_FORWARD | SKEW_REVERSE) * SKEWED) & KINDS != 0:
+        b_p *= rescale
+        b_bits = clamped(tl.fma(b_d, bits_per_unit(KINDS), row[4]))
+        b_difference = difference_of(b_p, b_q, b_bits)
+        if JENSEN_SHANNON & KINDS and EXACT:
+            b_log_m, _ = mixture(b_p, b_q, b_bits, b_difference, beta)
+            s_jsp -= b_p * (tl.maximum(-b_bits, 0.0) + b_log_m)
+            s_jsq -= b_q * (tl.maximum(b_bits, 0.0) + b_log_m)
+        if SKEW_FORWARD & KINDS and SKEWED:
+            b_term, b_to_p, _ = skew_partials(b_p, b_q, b_bits, b_difference, skew)
+            s_sf += b_term
+            s_sfp += b_to_p
+        if SKEW_REVERSE & KINDS and SKEWED:
+            b_term, _, b_to_p = skew_partials(b_q, b_p, -b_bits, -b_difference, skew)
+            s_sr += b_term
+            s_srp += b_to_p
     return s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp
 
 
@@ -167,6 +188,7 @@ def _add_tile(
     skew,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
+    EXACT: tl.constexpr,
     BV: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     ADJACENT: tl.constexpr,
@@ -175,7 +197,7 @@ def _add_tile(
     x_columns = columns(neighbours(b_x.to(tl.float32), BV, NEIGHBOURS, ADJACENT), ADJACENT)
     y_columns = columns(neighbours(b_y.to(tl.float32), BV, NEIGHBOURS, ADJACENT), ADJACENT)
     for i in tl.static_range(NEIGHBOURS):
-        sums = _add_column(sums, x_columns[i], y_columns[i], row, beta, skew, KINDS, SKEWED, GUARDED)
+        sums = _add_column(sums, x_columns[i], y_columns[i], row, beta, skew, KINDS, SKEWED, EXACT, GUARDED)
     return sums
 
 
@@ -201,6 +223,7 @@ def _forward_kernel(
     skew,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
+    EXACT: tl.constexpr,
     BV: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     ADJACENT: tl.constexpr,
@@ -219,15 +242,16 @@ def _forward_kernel(
     m_a, s_a = tl.load(lse_ptr + i_row), tl.load(lse_ptr + field + i_row)
     m_b, s_b = tl.load(lse_ptr + 2 * field + i_row), tl.load(lse_ptr + 3 * field + i_row)
     c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
-    row = (slope, c_a, c_b, tl.exp2(correction))
+    rescale = tl.exp2(correction)
+    row = (slope, c_a, c_b, rescale, correction)
 
     b_0 = tl.zeros([BV // NEIGHBOURS], tl.float32)
     sums = (b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0)
     tiles = (stop - start) // BV
-    for i in tl.range(0, tiles, num_stages=3):
+    for i in tl.range(0, tiles, num_stages=1):
         i_col = start + (tiles - 1 - i) * BV
         b_a, b_b = tl.load(a_row + i_col + o_col), tl.load(b_row + i_col + o_col)
-        sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, BV, NEIGHBOURS, ADJACENT, GUARDED=False)
+        sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=False)
     # Infinite ratios show: 0 · inf is NaN. Such rows are read again, with care; so is every row's tail.
     finite = tl.sum(tl.abs(sums[0]) + tl.abs(sums[1]) + tl.abs(sums[2]) + tl.abs(sums[3]) + tl.abs(sums[7])) < float("inf")
     kept = ()
@@ -238,10 +262,17 @@ def _forward_kernel(
         m_col = i_col + o_col < stop
         b_a = tl.load(a_row + i_col + o_col, mask=m_col, other=float("-inf"))
         b_b = tl.load(b_row + i_col + o_col, mask=m_col, other=float("-inf"))
-        sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, BV, NEIGHBOURS, ADJACENT, GUARDED=True)
+        sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=True)
+    # What the logarithms of P lack is the same for all: one of the programs adds it, times ΣP = ΣQ.
+    lacking = tl.where(tl.program_id(1) == 0, correction * s_b / bits_per_unit(KINDS), 0.0)
     o_part = sums_ptr + tl.program_id(1) * field + i_row
     for i in tl.static_range(12):
-        tl.store(o_part + i * tl.num_programs(1) * field, tl.sum(sums[i]))
+        total = tl.sum(sums[i])
+        if i == 0 or i == 5 or i == 2 and not EXACT:  # sums over P
+            total *= rescale
+        if i == 0 or i == 1 or i == 7 or i == 2 and not EXACT:
+            total += lacking
+        tl.store(o_part + i * tl.num_programs(1) * field, total)
 
 
 @triton.jit
@@ -284,6 +315,7 @@ def _finish_kernel(
     beta,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
+    EXACT: tl.constexpr,
     BN: tl.constexpr,
 ):
     """From sums over logits to values, ΣA and ΣB, and the scalars of ``lse_pair`` beside them."""
@@ -300,47 +332,48 @@ def _finish_kernel(
         if i % 2 == 1:
             b_valid &= (b_scalar > 0) & (b_scalar < float("inf"))
     b_1 = 1.0 / b_scalar
-    b_d = tl.zeros([BN], tl.float32)
-    if (LINEAR | SKEW_FORWARD | SKEW_REVERSE) & KINDS != 0:
-        b_d = b_1 * _total(sums_ptr, 14, splits, field, o_row, m_row)
-
+    to_nats: tl.constexpr = LN2 * bits_per_unit(KINDS)
+    js_to_nats: tl.constexpr = LN2 if EXACT else to_nats
+    b_0 = tl.zeros([BN], tl.float32)
     if FORWARD_KL & KINDS or (SKEW_FORWARD & KINDS and not SKEWED):
-        b_v = b_1 * _total(sums_ptr, 0, splits, field, o_row, m_row)
+        b_v = -to_nats * b_1 * _total(sums_ptr, 1, splits, field, o_row, m_row)
         if FORWARD_KL & KINDS:
-            _store_kind(values_ptr, scalars_ptr, i_fkl, field, o_row, m_row, m_read, b_valid, b_v, b_d, b_v - b_d)
+            _store_kind(values_ptr, scalars_ptr, i_fkl, field, o_row, m_row, m_read, b_valid, b_v, b_0, b_v)
         if SKEW_FORWARD & KINDS and not SKEWED:
-            _store_kind(values_ptr, scalars_ptr, i_sf, field, o_row, m_row, m_read, b_valid, b_v, b_d, b_v - b_d)
+            _store_kind(values_ptr, scalars_ptr, i_sf, field, o_row, m_row, m_read, b_valid, b_v, b_0, b_v)
     if REVERSE_KL & KINDS or (SKEW_REVERSE & KINDS and not SKEWED):
-        b_v = b_1 * _total(sums_ptr, 1, splits, field, o_row, m_row)
+        b_v = to_nats * b_1 * _total(sums_ptr, 0, splits, field, o_row, m_row)
         if REVERSE_KL & KINDS:
-            _store_kind(values_ptr, scalars_ptr, i_rkl, field, o_row, m_row, m_read, b_valid, b_v, b_v + b_d, -b_d)
+            _store_kind(values_ptr, scalars_ptr, i_rkl, field, o_row, m_row, m_read, b_valid, b_v, b_v, b_0)
         if SKEW_REVERSE & KINDS and not SKEWED:
-            _store_kind(values_ptr, scalars_ptr, i_sr, field, o_row, m_row, m_read, b_valid, b_v, b_v + b_d, -b_d)
+            _store_kind(values_ptr, scalars_ptr, i_sr, field, o_row, m_row, m_read, b_valid, b_v, b_v, b_0)
     if JEFFREYS & KINDS:
-        b_a = b_1 * _total(sums_ptr, 2, splits, field, o_row, m_row) * LN2
-        b_b = -b_1 * _total(sums_ptr, 3, splits, field, o_row, m_row) * LN2
-        b_v, b_a, b_b = b_a + b_b, b_a + b_d, b_b - b_d
-        _store_kind(values_ptr, scalars_ptr, i_jef, field, o_row, m_row, m_read, b_valid, b_v, b_a, b_b)
+        b_a = to_nats * b_1 * _total(sums_ptr, 0, splits, field, o_row, m_row)
+        b_b = -to_nats * b_1 * _total(sums_ptr, 1, splits, field, o_row, m_row)
+        _store_kind(values_ptr, scalars_ptr, i_jef, field, o_row, m_row, m_read, b_valid, b_a + b_b, b_a, b_b)
+    b_tv = b_0
+    if (TOTAL_VARIATION | JENSEN_SHANNON) & KINDS != 0:
+        b_tv = 0.5 * b_1 * _total(sums_ptr, 4, splits, field, o_row, m_row)
     if JENSEN_SHANNON & KINDS:
-        b_a = (beta - 1.0) * b_1 * _total(sums_ptr, 4, splits, field, o_row, m_row) * LN2
-        b_b = -beta * b_1 * _total(sums_ptr, 5, splits, field, o_row, m_row) * LN2
-        _store_kind(values_ptr, scalars_ptr, i_js, field, o_row, m_row, m_read, b_valid, b_a + b_b, b_a, b_b)
+        # Where no probability differs, what the logarithms were rounded by is left.
+        b_a = tl.where(b_tv == 0, 0.0, (1.0 - beta) * js_to_nats * b_1 * _total(sums_ptr, 2, splits, field, o_row, m_row))
+        b_b = tl.where(b_tv == 0, 0.0, beta * js_to_nats * b_1 * _total(sums_ptr, 3, splits, field, o_row, m_row))
+        b_v = tl.minimum(b_a + b_b, LN2 * b_tv)
+        _store_kind(values_ptr, scalars_ptr, i_js, field, o_row, m_row, m_read, b_valid, b_v, b_a, b_b)
     if TOTAL_VARIATION & KINDS:
-        b_v = 0.5 * b_1 * _total(sums_ptr, 6, splits, field, o_row, m_row)
-        b_a = 0.5 * b_1 * _total(sums_ptr, 7, splits, field, o_row, m_row)
-        _store_kind(values_ptr, scalars_ptr, i_tv, field, o_row, m_row, m_read, b_valid, b_v, b_a, b_v - b_a)
+        b_a = 0.5 * b_1 * _total(sums_ptr, 5, splits, field, o_row, m_row)
+        _store_kind(values_ptr, scalars_ptr, i_tv, field, o_row, m_row, m_read, b_valid, b_tv, b_a, b_tv - b_a)
     if HELLINGER & KINDS:
-        b_v = 0.5 * b_1 * _total(sums_ptr, 8, splits, field, o_row, m_row)
-        b_a = 0.5 * b_v + 0.25 * b_d
-        _store_kind(values_ptr, scalars_ptr, i_h, field, o_row, m_row, m_read, b_valid, b_v, b_a, b_v - b_a)
+        b_v = 0.5 * b_1 * _total(sums_ptr, 6, splits, field, o_row, m_row)
+        _store_kind(values_ptr, scalars_ptr, i_h, field, o_row, m_row, m_read, b_valid, b_v, 0.5 * b_v, 0.5 * b_v)
     if CROSS_ENTROPY & KINDS:
-        b_v = b_1 * _total(sums_ptr, 9, splits, field, o_row, m_row) * LN2
-        _store_kind(values_ptr, scalars_ptr, i_ce, field, o_row, m_row, m_read, b_valid, b_v, b_d, b_v)
+        b_v = LN2 * tl.log2(b_scalar) - to_nats * b_1 * _total(sums_ptr, 7, splits, field, o_row, m_row)
+        _store_kind(values_ptr, scalars_ptr, i_ce, field, o_row, m_row, m_read, b_valid, b_v, b_0, b_v)
     if SKEW_FORWARD & KINDS and SKEWED:
-        b_v = b_1 * _total(sums_ptr, 10, splits, field, o_row, m_row)
-        b_a = b_1 * _total(sums_ptr, 11, splits, field, o_row, m_row)
+        b_v = b_1 * _total(sums_ptr, 8, splits, field, o_row, m_row)
+        b_a = b_1 * _total(sums_ptr, 9, splits, field, o_row, m_row)
         _store_kind(values_ptr, scalars_ptr, i_sf, field, o_row, m_row, m_read, b_valid, b_v, b_a, b_v - b_a)
     if SKEW_REVERSE & KINDS and SKEWED:
-        b_v = b_1 * _total(sums_ptr, 12, splits, field, o_row, m_row)
-        b_a = b_1 * _total(sums_ptr, 13, splits, field, o_row, m_row)
+        b_v = b_1 * _total(sums_ptr, 10, splits, field, o_row, m_row)
+        b_a = b_1 * _total(sums_ptr, 11, splits, field, o_row, m_row)
         _store_kind(values_ptr, scalars_ptr, i_sr, field, o_row, m_row, m_read, b_valid, b_v, b_a, b_v - b_a)

@@ -34,13 +34,16 @@ from ._divergence_launch import (
 from ._divergence_terms import (
     LN2,
     TINY,
+    bits_per_unit,
     clamped,
     difference_of,
+    joint_offsets,
     mixture,
     offsets,
     probabilities,
     sign_of,
     skew_partials,
+    squares,
 )
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 
@@ -174,9 +177,14 @@ def _backward_kernel(
     s_a = tl.load(scalars_ptr + field + i_row, mask=m_read, other=1.0)
     m_b = tl.load(scalars_ptr + 2 * field + i_row, mask=m_read, other=0.0)
     s_b = tl.load(scalars_ptr + 3 * field + i_row, mask=m_read, other=1.0)
-    c_a, c_b, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
-    b_u, b_v, b_half_log_p = probabilities(b_x, b_y, c_a, c_b, tl.sqrt(s_b / s_a), 0.5 * slope)
-    b_p, b_q = b_u * b_u, b_v * b_v
+    _, _, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
+    c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
+    rescale = tl.exp2(correction)
+    b_log_p, _, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
+    b_p, b_q = squares(b_u, b_v, KINDS)
+    # Its sign is the one that forward summed by.
+    b_apart = tl.fma(b_p, rescale, -b_q)
+    b_p *= rescale
     # A product with a clamped ratio is 0 where the probability is, and is multiplied by 0 in rows that are infinite.
     b_d = clamped(tl.fma((b_x - b_y) - gap, slope, -shift))
     b_difference = difference_of(b_p, b_q, b_d)
@@ -223,7 +231,7 @@ def _backward_kernel(
     b_a = b_p * (b_d * (a_1 * LN2) + a_0) + a_2 * b_difference
     b_b = b_q * (b_d * (b_1 * LN2) + b_0) + b_2 * b_difference
     if CROSS_ENTROPY & KINDS:
-        b_bits = clamped(tl.log2(s_a) - 2.0 * b_half_log_p)
+        b_bits = clamped(tl.log2(s_b) - correction - bits_per_unit(KINDS) * b_log_p)
         b_b += b_q * b_bits * (g_ce * LN2)
     if JENSEN_SHANNON & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_js, field, i_row, m_read)
@@ -232,13 +240,14 @@ def _backward_kernel(
         b_b += b_q * ((tl.maximum(b_d, 0.0) + b_log_m) * (-g_q * beta * LN2) - sum_q)
     if TOTAL_VARIATION & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_tv, field, i_row, m_read)
-        b_a += 0.5 * g_p * sign_of(b_d, b_p) - sum_p * b_p
-        b_b -= 0.5 * g_q * sign_of(b_d, b_q) + sum_q * b_q
+        b_a += 0.5 * g_p * sign_of(b_apart, b_p) - sum_p * b_p
+        b_b -= 0.5 * g_q * sign_of(b_apart, b_q) + sum_q * b_q
     if HELLINGER & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_h, field, i_row, m_read)
-        b_apart = b_difference / tl.maximum(b_u + b_v, TINY)  # √P − √Q
-        b_a += b_u * (0.5 * g_p * b_apart - sum_p * b_u)
-        b_b -= b_v * (0.5 * g_q * b_apart + sum_q * b_v)
+        b_u *= tl.sqrt(rescale)
+        b_roots_apart = b_difference / tl.maximum(b_u + b_v, TINY)
+        b_a += b_u * (0.5 * g_p * b_roots_apart - sum_p * b_u)
+        b_b -= b_v * (0.5 * g_q * b_roots_apart + sum_q * b_v)
     if SKEW_FORWARD & KINDS and SKEWED:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_sf, field, i_row, m_read)
         _, b_to_p, b_to_q = skew_partials(b_p, b_q, b_d, b_difference, skew)

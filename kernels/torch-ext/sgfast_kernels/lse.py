@@ -115,7 +115,7 @@ def _lse_kernel(
     b_ma, b_ca, b_sa = b_low, b_low, b_0
     b_mb, b_cb, b_sb = b_low, b_low, b_0
     tail = start + (stop - start) // BV * BV
-    for i_col in tl.range(start, tail, BV, num_stages=3):
+    for i_col in tl.range(start, tail, BV, num_stages=1):
         b_a = tl.load(a_row + i_col + o_col).to(tl.float32)
         b_b = tl.load(b_row + i_col + o_col).to(tl.float32)
         b_ma, b_ca, b_sa = _accumulate(b_a, b_ma, b_ca, b_sa, slope, BV, NEIGHBOURS, ADJACENT)
