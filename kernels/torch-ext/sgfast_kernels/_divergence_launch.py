@@ -20,10 +20,12 @@ KINDS = (
     "cross_entropy",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "label_cross_entropy",
 )
 FORWARD_KL, REVERSE_KL, JEFFREYS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 JENSEN_SHANNON, TOTAL_VARIATION, HELLINGER = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
 CROSS_ENTROPY, SKEW_FORWARD, SKEW_REVERSE = tl.constexpr(64), tl.constexpr(128), tl.constexpr(256)
+LABEL_CROSS_ENTROPY = tl.constexpr(512)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -38,6 +40,10 @@ def row_count(tensor: Tensor) -> int:
 
 def rows_of(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).view(torch.uint8)
+
+
+def labels_of(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else labels.reshape(-1)
 
 
 def temperature_rows(temperature: Tensor) -> tuple[Tensor, int]:

@@ -21,12 +21,14 @@ from ._divergence_launch import (
     JEFFREYS,
     JENSEN_SHANNON,
     KINDS,
+    LABEL_CROSS_ENTROPY,
     LOG2_E,
     REVERSE_KL,
     SKEW_FORWARD,
     SKEW_REVERSE,
     TOTAL_VARIATION,
     kind_bits,
+    labels_of,
     neighbours,
     row_count,
     rows_of,
@@ -63,6 +65,7 @@ def divergence_forward(
     kinds: Sequence[str],
     beta: float,
     skew: float,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return values (kinds, ...) and row scalars (4 + 2·kinds, ...), float32.
 
@@ -74,42 +77,48 @@ def divergence_forward(
         kinds: names among ``KINDS``, each once; any number in one launch.
         beta: weight of the clean side in the Jensen–Shannon mixture.
         skew: weight of the first side in the mixtures of the skew kinds.
+        labels: (...) int64, below 0 where ignored: of ``label_cross_entropy``.
     """
     rows, width = row_count(noisy), noisy.shape[-1]
     row_scalars = noisy.new_empty((4 + 2 * len(kinds), *noisy.shape[:-1]), dtype=torch.float32)
     values = noisy.new_empty((len(kinds), *noisy.shape[:-1]), dtype=torch.float32)
     if rows > 0:
-        lse = lse_pair(noisy, clean, mask, temperature)
+        lse = lse_pair(noisy, clean, mask, temperature, untempered=labels is not None)
         sizes = tile(noisy, clean, len(kinds), backward=False)
         shares, span = split_rows(noisy, rows, sizes["BV"])
         sums = noisy.new_empty((_SUMS, shares, rows), dtype=torch.float32)
         modes = {"KINDS": kind_bits(kinds), "SKEWED": skew > 0, "EXACT": torch.float32 in (noisy.dtype, clean.dtype)}
         with on_device_of(noisy):
-            _forward_kernel[(rows, shares)](
-                noisy,
-                clean,
-                rows_of(mask),
-                *temperature_rows(temperature),
-                lse,
-                sums,
-                rows,
-                width,
-                span,
-                *row_layout(noisy),
-                *row_layout(clean),
-                beta,
-                skew,
-                **modes,
-                **sizes,
-                **LAUNCH_OPTIONS,
-            )
+            if set(kinds) != {"label_cross_entropy"}:
+                _forward_kernel[(rows, shares)](
+                    noisy,
+                    clean,
+                    rows_of(mask),
+                    *temperature_rows(temperature),
+                    lse,
+                    sums,
+                    rows,
+                    width,
+                    span,
+                    *row_layout(noisy),
+                    *row_layout(clean),
+                    beta,
+                    skew,
+                    **modes,
+                    **sizes,
+                    **LAUNCH_OPTIONS,
+                )
             _finish_kernel[(triton.cdiv(rows, 128),)](
+                noisy,
+                labels_of(labels),
                 rows_of(mask),
                 lse,
                 sums,
                 values,
                 row_scalars,
                 rows,
+                width,
+                *row_layout(noisy),
                 shares,
                 *(list(kinds).index(kind) if kind in kinds else 0 for kind in KINDS),
                 beta,
@@ -293,15 +302,24 @@ def _store_kind(values_ptr, scalars_ptr, i_kind, field, o_row, m_row, m_read, b_
 
 
 @triton.jit(
-    do_not_specialize=["rows", "splits", "i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr"]
+    do_not_specialize=[
+        *("rows", "width", "a_inner", "splits", "beta"),
+        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr", "i_label"),
+    ]
 )
 def _finish_kernel(
+    a_ptr,
+    label_ptr,
     mask_ptr,
     lse_ptr,
     sums_ptr,
     values_ptr,
     scalars_ptr,
     rows,
+    width,
+    a_inner,
+    a_outer_stride,
+    a_inner_stride,
     splits,
     i_fkl,
     i_rkl,
@@ -312,6 +330,7 @@ def _finish_kernel(
     i_ce,
     i_sf,
     i_sr,
+    i_label,
     beta,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
@@ -331,6 +350,20 @@ def _finish_kernel(
         tl.store(scalars_ptr + i * field + o_row, tl.where(m_read, b_scalar, 0.0), mask=m_row)
         if i % 2 == 1:
             b_valid &= (b_scalar > 0) & (b_scalar < float("inf"))
+    if LABEL_CROSS_ENTROPY & KINDS:
+        b_m = tl.load(lse_ptr + o_row, mask=m_row, other=0.0)
+        b_s = tl.load(lse_ptr + 4 * field + o_row, mask=m_row, other=1.0)
+        b_label = tl.load(label_ptr + o_row, mask=m_read, other=-1)
+        a_label = a_ptr + row_start(o_row, a_inner, a_outer_stride, a_inner_stride) + b_label
+        b_x = tl.load(a_label, mask=(b_label >= 0) & (b_label < width), other=0.0).to(tl.float32)
+        b_c = b_m * LOG2_E
+        b_v = (b_m - b_x) + LN2 * (tl.log2(b_s) - tl.fma(b_m, LOG2_E, -b_c))
+        # The other side and the temperature do not matter; a label beyond the vocabulary gives NaN.
+        m_valid = (b_s > 0) & (b_s < float("inf")) & (b_label < width)
+        m_label = m_read & (b_label >= 0)
+        b_0 = tl.zeros([BN], tl.float32)
+        _store_kind(values_ptr, scalars_ptr, i_label, field, o_row, m_row, m_label, m_valid, b_v, b_s, b_0)
+
     b_1 = 1.0 / b_scalar
     to_nats: tl.constexpr = LN2 * bits_per_unit(KINDS)
     js_to_nats: tl.constexpr = LN2 if EXACT else to_nats

@@ -20,12 +20,14 @@ from ._divergence_launch import (
     JEFFREYS,
     JENSEN_SHANNON,
     KINDS,
+    LABEL_CROSS_ENTROPY,
     LOG2_E,
     REVERSE_KL,
     SKEW_FORWARD,
     SKEW_REVERSE,
     TOTAL_VARIATION,
     kind_bits,
+    labels_of,
     row_count,
     rows_of,
     temperature_rows,
@@ -60,6 +62,7 @@ def divergence_backward(
     skew: float,
     needs_noisy: bool,
     needs_clean: bool,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients to ``noisy`` and ``clean`` that are needed, contiguous, in one launch.
 
@@ -75,6 +78,7 @@ def divergence_backward(
         skew: as in ``divergence_forward``.
         needs_noisy: whether to compute the gradient to ``noisy``.
         needs_clean: whether to compute the gradient to ``clean``.
+        labels: as in ``divergence_forward``.
     """
     contiguous = torch.contiguous_format
     noisy_gradient = torch.empty_like(noisy, memory_format=contiguous) if needs_noisy else None
@@ -86,6 +90,7 @@ def divergence_backward(
             _backward_kernel[(rows, triton.cdiv(width, sizes["BV"]))](
                 noisy,
                 clean,
+                labels_of(labels),
                 rows_of(mask),
                 *temperature_rows(temperature),
                 upstream.contiguous(),
@@ -118,15 +123,26 @@ def _coefficients(upstream_ptr, scalars_ptr, i_kind, field, i_row, m_read):
     return g_p, g_q, tl.where(p_finite, g * to_p, 0.0), tl.where(q_finite, g * to_q, 0.0)
 
 
+@triton.jit
+def _label_gradient(b_x, m_a, o_col, label_ptr, upstream_ptr, scalars_ptr, i_kind, field, i_row, m_read):
+    """upstream · (softmax − 1 at the label), at temperature 1; 0 where the label is ignored."""
+    g = tl.load(upstream_ptr + i_kind * field + i_row, mask=m_read, other=0.0)
+    s = tl.load(scalars_ptr + (4 + 2 * i_kind) * field + i_row, mask=m_read, other=1.0)
+    label = tl.load(label_ptr + i_row, mask=m_read, other=-1)
+    b_p = tl.exp2(tl.fma(b_x, LOG2_E, -m_a * LOG2_E)) / tl.where((s > 0) & (s < float("inf")), s, float("nan"))
+    return tl.where(label >= 0, g * (b_p - (o_col == label).to(tl.float32)), 0.0)
+
+
 @triton.jit(
     do_not_specialize=[
         *("rows", "t_step", "a_inner", "b_inner", "beta", "skew"),
-        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr"),
+        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr", "i_label"),
     ]
 )
 def _backward_kernel(
     a_ptr,
     b_ptr,
+    label_ptr,
     mask_ptr,
     t_ptr,
     t_step,
@@ -153,6 +169,7 @@ def _backward_kernel(
     i_ce,
     i_sf,
     i_sr,
+    i_label,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     BV: tl.constexpr,
@@ -263,7 +280,12 @@ def _backward_kernel(
     valid = (s_a > 0) & (s_a < float("inf")) & (s_b > 0) & (s_b < float("inf"))
     rate = tl.where(valid, rate, float("nan"))
     if a_gradient_ptr is not None:
-        b_a = tl.where(m_read, b_a * rate, 0.0)
+        b_a = tl.zeros([BV], tl.float32) if KINDS == LABEL_CROSS_ENTROPY else b_a * rate
+        if LABEL_CROSS_ENTROPY & KINDS:
+            b_a += _label_gradient(
+                b_x, m_a, o_col, label_ptr, upstream_ptr, scalars_ptr, i_label, field, i_row, m_read
+            )
+        b_a = tl.where(m_read, b_a, 0.0)
         tl.store(a_gradient_ptr + i_row * width + o_col, b_a.to(a_gradient_ptr.dtype.element_ty), mask=m_col)
     if b_gradient_ptr is not None:
         b_b = tl.where(m_read, b_b * rate, 0.0)
