@@ -99,8 +99,18 @@ class _Syntax(NamedTuple):
     load: str
 
 
-_SASS = _Syntax(r"(\.L_\w+):", r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", r"BRA\b.*?(\.L_\w+)", r"LD(G|GSTS)\b")
-_PTX = _Syntax(r"(\$L__BB\w+):", r"\s*(?:@!?%p\d+\s+)?([a-z][a-z0-9_.:]*)(.*)", r"bra\S*\s+(\$L__BB\w+)", r"(ld\.global|cp\.async)\S*")
+_SASS = _Syntax(
+    r"(\.L_\w+):",
+    r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)",
+    r"BRA\b.*?(\.L_\w+)",
+    r"LD(G|GSTS)\b",
+)
+_PTX = _Syntax(
+    r"(\$L__BB\w+):",
+    r"\s*(?:@!?%p\d+\s+)?([a-z][a-z0-9_.:]*)(.*)",
+    r"bra\S*\s+(\$L__BB\w+)",
+    r"(ld\.global|cp\.async)\S*",
+)
 _AMDGCN = _Syntax(r"(\.LBB\w+):", r"\t([a-z]+_[a-z0-9_]+)(.*)", r"s_c?branch\S*\s+(\.LBB\w+)", r"(global|buffer)_load_")
 
 

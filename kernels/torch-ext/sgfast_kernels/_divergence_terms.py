@@ -84,7 +84,7 @@ def mixture(b_p, b_q, b_d, b_difference, weight):
 
 @triton.jit
 def joint_offsets(m_a, s_a, m_b, s_b, slope):
-    """c of both sides such that log2 P = k·x − c_x + correction and log2 Q = k·y − c_y; the correction is a rounding."""
+    """c of both sides, log2 P = k·x − c_x + correction, log2 Q = k·y − c_y. The correction undoes a rounding."""
     # Fused with 0, so that the compiler fuses the products into no sum: pass 1 rounded them.
     c_a, c_b = tl.fma(m_a, slope, 0.0), tl.fma(m_b, slope, 0.0)
     shift = log2_ratio(s_a, s_b)
@@ -114,10 +114,7 @@ def probabilities(b_x, b_y, row, KINDS: tl.constexpr):
 @triton.jit
 def squares(b_u, b_v, KINDS: tl.constexpr):
     """P and Q, from what ``probabilities`` gave."""
-    if bits_per_unit(KINDS) == 2.0:
-        return b_u * b_u, b_v * b_v
-    else:
-        return b_u, b_v
+    return (b_u * b_u, b_v * b_v) if bits_per_unit(KINDS) == 2.0 else (b_u, b_v)
 
 
 @triton.jit

@@ -82,8 +82,10 @@ def columns(b_x, LAST: tl.constexpr):
 
 @triton.jit
 def _slices(b_x):
-    if b_x.shape[1] == 1:
-        return (tl.reshape(b_x, [b_x.shape[0]]),)
-    else:
-        b_even, b_odd = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
-        return _slices(b_even) + _slices(b_odd)
+    return (tl.reshape(b_x, [b_x.shape[0]]),) if b_x.shape[1] == 1 else _slices_of_halves(b_x)
+
+
+@triton.jit
+def _slices_of_halves(b_x):
+    b_even, b_odd = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
+    return _slices(b_even) + _slices(b_odd)

@@ -282,9 +282,7 @@ def _backward_kernel(
     if a_gradient_ptr is not None:
         b_a = tl.zeros([BV], tl.float32) if KINDS == LABEL_CROSS_ENTROPY else b_a * rate
         if LABEL_CROSS_ENTROPY & KINDS:
-            b_a += _label_gradient(
-                b_x, m_a, o_col, label_ptr, upstream_ptr, scalars_ptr, i_label, field, i_row, m_read
-            )
+            b_a += _label_gradient(b_x, m_a, o_col, label_ptr, upstream_ptr, scalars_ptr, i_label, field, i_row, m_read)
         b_a = tl.where(m_read, b_a, 0.0)
         tl.store(a_gradient_ptr + i_row * width + o_col, b_a.to(a_gradient_ptr.dtype.element_ty), mask=m_col)
     if b_gradient_ptr is not None:

@@ -105,6 +105,7 @@ def _lse_kernel(
     BV: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
     ADJACENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * span
@@ -123,7 +124,7 @@ def _lse_kernel(
     b_mb, b_cb, b_sb = b_low, b_low, b_0
     b_c1, b_s1 = b_low, b_0
     tail = start + (stop - start) // BV * BV
-    for i_col in tl.range(start, tail, BV, num_stages=1):
+    for i_col in tl.range(start, tail, BV, num_stages=STAGES):
         b_a = tl.load(a_row + i_col + o_col).to(tl.float32)
         b_b = tl.load(b_row + i_col + o_col).to(tl.float32)
         b_ma, b_ca, b_sa = _accumulate(b_a, b_ma, b_ca, b_sa, slope, BV, NEIGHBOURS, ADJACENT)
