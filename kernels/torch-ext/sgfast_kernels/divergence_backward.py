@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import fast_log2
 from ._divergence_launch import (
     CROSS_ENTROPY,
     FORWARD_KL,
@@ -106,6 +107,7 @@ def divergence_backward(
                 *(list(kinds).index(kind) if kind in kinds else 0 for kind in KINDS),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
+                EXACT=torch.float32 in (noisy.dtype, clean.dtype),
                 **sizes,
                 **LAUNCH_OPTIONS,
             )
@@ -121,6 +123,19 @@ def _coefficients(upstream_ptr, scalars_ptr, i_kind, field, i_row, m_read):
     p_finite, q_finite = tl.abs(to_p) < float("inf"), tl.abs(to_q) < float("inf")
     g_p, g_q = tl.where(p_finite, g, 0.0), tl.where(q_finite, g, 0.0)
     return g_p, g_q, tl.where(p_finite, g * to_p, 0.0), tl.where(q_finite, g * to_q, 0.0)
+
+
+@triton.jit
+def _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT: tl.constexpr):
+    """log2 of P and of Q over beta·Q + (1 − beta)·P; exactly 0 where the sides are equal."""
+    if EXACT:
+        b_log_m, _ = mixture(b_p, b_q, b_d, b_difference, beta)  # over the larger side
+        b_to_p, b_to_q = tl.minimum(b_d, 0.0) - b_log_m, tl.minimum(-b_d, 0.0) - b_log_m
+    else:
+        b_log_m = fast_log2(tl.fma(b_p, 1.0 - beta, tl.fma(b_q, beta, TINY)))
+        b_to_p = tl.where(b_d == 0, 0.0, clamped(b_log_p - b_log_m))
+        b_to_q = tl.where(b_d == 0, 0.0, clamped(b_log_q - b_log_m))
+    return b_to_p, b_to_q
 
 
 @triton.jit
@@ -172,6 +187,7 @@ def _backward_kernel(
     i_label,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
+    EXACT: tl.constexpr,
     BV: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -194,17 +210,23 @@ def _backward_kernel(
     s_a = tl.load(scalars_ptr + field + i_row, mask=m_read, other=1.0)
     m_b = tl.load(scalars_ptr + 2 * field + i_row, mask=m_read, other=0.0)
     s_b = tl.load(scalars_ptr + 3 * field + i_row, mask=m_read, other=1.0)
-    _, _, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
     c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
     rescale = tl.exp2(correction)
-    b_log_p, _, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
+    b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
     b_p, b_q = squares(b_u, b_v, KINDS)
     # Its sign is the one that forward summed by.
     b_apart = tl.fma(b_p, rescale, -b_q)
     b_p *= rescale
+    b_log_p = tl.fma(b_log_p, bits_per_unit(KINDS), correction)
+    b_log_q *= bits_per_unit(KINDS)
     # A product with a clamped ratio is 0 where the probability is, and is multiplied by 0 in rows that are infinite.
-    b_d = clamped(tl.fma((b_x - b_y) - gap, slope, -shift))
-    b_difference = difference_of(b_p, b_q, b_d)
+    if EXACT:
+        _, _, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
+        b_d = clamped(tl.fma((b_x - b_y) - gap, slope, -shift))
+        b_difference = difference_of(b_p, b_q, b_d)
+    else:
+        b_d = clamped(b_log_p - b_log_q)
+        b_difference = b_apart
 
     # Gradients as combinations p·(a₀ + a₁ d) + a₂ (p − q) + …: coefficients per row.
     a_0, a_1, a_2, b_0, b_1, b_2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -248,13 +270,13 @@ def _backward_kernel(
     b_a = b_p * (b_d * (a_1 * LN2) + a_0) + a_2 * b_difference
     b_b = b_q * (b_d * (b_1 * LN2) + b_0) + b_2 * b_difference
     if CROSS_ENTROPY & KINDS:
-        b_bits = clamped(tl.log2(s_b) - correction - bits_per_unit(KINDS) * b_log_p)
+        b_bits = clamped(tl.log2(s_b) - b_log_p)
         b_b += b_q * b_bits * (g_ce * LN2)
     if JENSEN_SHANNON & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_js, field, i_row, m_read)
-        b_log_m, _ = mixture(b_p, b_q, b_d, b_difference, beta)
-        b_a += b_p * ((tl.maximum(-b_d, 0.0) + b_log_m) * (g_p * (beta - 1.0) * LN2) - sum_p)
-        b_b += b_q * ((tl.maximum(b_d, 0.0) + b_log_m) * (-g_q * beta * LN2) - sum_q)
+        b_to_p, b_to_q = _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT)
+        b_a += b_p * (b_to_p * (g_p * (1.0 - beta) * LN2) - sum_p)
+        b_b += b_q * (b_to_q * (g_q * beta * LN2) - sum_q)
     if TOTAL_VARIATION & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_tv, field, i_row, m_read)
         b_a += 0.5 * g_p * sign_of(b_apart, b_p) - sum_p * b_p
@@ -262,7 +284,7 @@ def _backward_kernel(
     if HELLINGER & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_h, field, i_row, m_read)
         b_u *= tl.sqrt(rescale)
-        b_roots_apart = b_difference / tl.maximum(b_u + b_v, TINY)
+        b_roots_apart = b_difference / tl.maximum(b_u + b_v, TINY) if EXACT else b_u - b_v
         b_a += b_u * (0.5 * g_p * b_roots_apart - sum_p * b_u)
         b_b -= b_v * (0.5 * g_q * b_roots_apart + sum_q * b_v)
     if SKEW_FORWARD & KINDS and SKEWED:
