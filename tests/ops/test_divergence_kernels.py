@@ -1,11 +1,13 @@
-"""The divergence kernels called directly: hard labels, and what the public operation does not reach."""
+"""The divergence kernels: hard labels, rows with infinite ratios, rows apart by more than 2³¹ elements."""
 
 import pytest
 import torch
 from torch import Tensor
 
+from sgfast.ops import divergences
+from sgfast.ops.divergence_terms import KINDS
 from tests.gates.implementations import DEVICE, RUNS_TRITON
-from tests.ops.test_divergence import pair
+from tests.ops.test_divergence import atoms, oracle, pair
 
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(not RUNS_TRITON, reason="needs kernels")]
 
@@ -88,3 +90,86 @@ def test_labels_of_masked_and_broken_rows():
     expected = noisy[4].double().softmax(-1)
     expected[1] -= 1
     torch.testing.assert_close(gradient[4].double(), 5 * expected, rtol=1e-5, atol=1e-6)
+
+
+def expected_values(noisy: Tensor, clean: Tensor) -> Tensor:
+    return torch.stack(
+        [torch.stack([oracle(kind, p, q, 0.5, 0.1) for p, q in atoms(noisy, clean, None, None)]) for kind in KINDS]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("width", [4096, 12400])
+def test_infinite_ratios_in_any_tile(dtype, width):
+    """−inf, or what overflows to it, in the plain loop's tiles: on either side, on both, and beside NaN and +inf."""
+    noisy, clean = pair(8, width, noise=1.0, dtype=dtype)
+    lowest = torch.finfo(dtype).min
+    noisy[0, 3] = clean[1, 4] = noisy[2, 5] = clean[2, 5] = -torch.inf
+    noisy[3, :2000] = clean[3, :2000] = lowest
+    noisy[4, 7] = lowest
+    clean[5, 7] = torch.nan
+    noisy[6, 0], noisy[6, 1] = torch.inf, -torch.inf
+    sides = (noisy.requires_grad_(), clean.requires_grad_())
+    values = torch.stack(list(divergences(*sides, KINDS, impl="triton").values()))
+    expected = expected_values(*sides).detach()
+    # 3e38 / T nats times a probability: more than float32 holds once it is in bits.
+    expected[torch.tensor([KINDS.index(kind) for kind in ("forward_kl", "jeffreys", "cross_entropy")]), 4] = torch.inf
+    good = [0, 1, 2, 3, 4, 7]
+    torch.testing.assert_close(values[:, good].double(), expected[:, good], rtol=1e-5, atol=5e-7)
+    assert values[:, 5:7].isnan().all()
+    for gradient in torch.autograd.grad(values.sum(), sides):
+        assert gradient[good].isfinite().all()
+        assert (gradient[good] != 0).any(-1).all()
+        assert gradient[5:7].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_equal_logits_give_zeros(dtype):
+    """Exactly, in values and in gradients, also where all but two logits are equal (but for those two)."""
+    _, clean = pair(3, 4500, dtype=dtype)
+    noisy = clean.clone()
+    clean.requires_grad_()
+    noisy.requires_grad_()
+    kinds = [kind for kind in KINDS if kind != "cross_entropy"]
+    values = torch.stack(list(divergences(noisy, clean, kinds, impl="triton").values()))
+    assert (values == 0).all()
+    for gradient in torch.autograd.grad(values.sum(), (noisy, clean)):
+        assert (gradient == 0).all()
+
+
+def test_total_variation_counts_no_ties():
+    """Where p = q the subgradient is 0, and such columns do not count in the others' gradients."""
+    clean = torch.zeros(1, 300, device=DEVICE)
+    clean[0, 0] = 1.0
+    noisy = clean.roll(1, dims=1).requires_grad_()
+    value = divergences(noisy, clean, "total_variation", impl="triton")["total_variation"]
+    (gradient,) = torch.autograd.grad(value.sum(), noisy)
+    p = noisy.detach().double().softmax(-1)
+    sign = torch.zeros_like(p)
+    sign[0, 0], sign[0, 1] = -1, 1
+    torch.testing.assert_close(gradient.double(), p * (sign - (p * sign).sum()) / 2, rtol=1e-5, atol=1e-9)
+
+
+def test_rows_more_than_2_31_elements_apart():
+    # Memory is mapped when it is touched: on a CPU, two pages of four gigabytes.
+    stride = 2**31 + 64
+    storage = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
+    storage.set_(torch.UntypedStorage(2 * (stride + 64), device=DEVICE))
+    noisy = storage.as_strided((2, 64), (stride, 1))
+    noisy.copy_(pair(2, 64, dtype=torch.bfloat16)[0])
+    clean = pair(2, 64, dtype=torch.bfloat16)[1].requires_grad_()
+    noisy.requires_grad_()
+    labels = torch.tensor([3, 63], device=DEVICE)
+    values = divergences(noisy, clean, KINDS, impl="triton")
+    wide = [side.detach().double().requires_grad_() for side in (noisy, clean)]
+    expected = expected_values(*wide)
+    torch.testing.assert_close(torch.stack(list(values.values())).double(), expected, rtol=1e-5, atol=5e-7)
+    got = torch.autograd.grad(sum(value.sum() for value in values.values()), (noisy, clean))
+    for side, reference in zip(got, torch.autograd.grad(expected.sum(), wide), strict=True):
+        assert ((side.double() - reference).norm(dim=-1) <= 4e-3 * reference.norm(dim=-1)).all()
+    ones = torch.ones(2, device=DEVICE)
+    (value,), gradient, _ = forward_and_gradients(
+        noisy.detach(), clean.detach(), None, ones, ("label_cross_entropy",), labels
+    )
+    torch.testing.assert_close(value.double(), label_oracle(wide[0].detach(), labels), rtol=1e-5, atol=5e-7)
+    assert (gradient.gather(-1, labels[:, None]) < 0).all()
