@@ -62,12 +62,20 @@ def _divergence_forward(
     kinds: Sequence[str],
     beta: float,
     skew: float,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     lse = _lse_pair(noisy, clean, mask, temperature)
     atoms = _atoms(noisy, clean, temperature, lse)
-    values = torch.stack([divergence(kind, atoms, beta, skew, False) for kind in kinds])
-    sums = [partial.sum(-1) for kind in kinds for partial in partials(kind, atoms, beta, skew, False)]
-    return torch.where(mask, values, 0), torch.where(mask, torch.stack([*lse, *sums]), 0)
+    values, sums = [], []
+    for kind in kinds:
+        if kind == "label_cross_entropy":
+            taken = noisy.float().gather(-1, labels[:, None])[:, 0]
+            values.append(noisy.float().logsumexp(-1) - taken)
+            sums += [(noisy.float() - noisy.float().amax(-1, keepdim=True)).exp().sum(-1), torch.zeros_like(taken)]
+        else:
+            values.append(divergence(kind, atoms, beta, skew, False))
+            sums += [partial.sum(-1) for partial in partials(kind, atoms, beta, skew, False)]
+    return torch.where(mask, torch.stack(values), 0), torch.where(mask, torch.stack([*lse, *sums]), 0)
 
 
 def _divergence_backward(
@@ -80,17 +88,25 @@ def _divergence_backward(
     kinds: Sequence[str],
     beta: float,
     skew: float,
-    *needs: bool,
+    needs_noisy: bool,
+    needs_clean: bool,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
     atoms = _atoms(noisy, clean, temperature, row_scalars[:4].unbind(0))
     totals = [torch.zeros_like(atoms.p), torch.zeros_like(atoms.q)]
+    label_gradient = torch.zeros_like(atoms.p)
     for i, kind in enumerate(kinds):
+        if kind == "label_cross_entropy":
+            weights = (noisy.float() - row_scalars[0][:, None]).exp() / row_scalars[4 + 2 * i][:, None]
+            at_label = torch.arange(noisy.shape[-1], device=noisy.device) == labels[:, None]
+            label_gradient = upstream[i][:, None] * (weights - at_label.float())
+            continue
         for side, partial in enumerate(partials(kind, atoms, beta, skew, False)):
             probability, taken_off = (atoms.p, atoms.q)[side], row_scalars[4 + 2 * i + side][:, None]
             totals[side] = totals[side] + upstream[i][:, None] * (partial - probability * taken_off)
     return tuple(
-        torch.where(mask[:, None], total / temperature[:, None], 0).to(noisy.dtype) if needed else None
-        for total, needed in zip(totals, needs, strict=True)
+        torch.where(mask[:, None], total / temperature[:, None] + extra, 0).to(noisy.dtype) if needed else None
+        for total, extra, needed in zip(totals, (label_gradient, 0), (needs_noisy, needs_clean), strict=True)
     )
 
 

@@ -35,6 +35,9 @@ class Case(NamedTuple):
     registers: int = 64
     #: Loads of 16 bytes or more in the compiled loop; 0 where rows are not aligned.
     vector_loads: int = 0
+    #: Instructions per element in each launch's loop on sm90, as many launches as are held to it. An H200 reads 4 bytes
+    #: an element while it issues 26 instructions: more, and memory waits.
+    instructions: tuple[float, ...] = ()
 
 
 def _hidden(dtype: torch.dtype, width: int, *gradients: bool) -> Callable[[int, str], tuple[Any, ...]]:
@@ -70,15 +73,17 @@ def _divergence(
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(dtype, width, rows, device)
+        # The middle column: any will do.
+        labels = [torch.full((rows,), width // 2, device=device)] if "label_cross_entropy" in kinds else []
         if not gradients:
-            return *logits, kinds, 0.5, 0.1
+            return *logits, kinds, 0.5, 0.1, *labels
         # Maxima and sums must be the logits'; what the partials add up to may be anything.
         row_scalars = torch.rand(4 + 2 * len(kinds), rows, device=device)
         for i, side in enumerate(logits[:2]):
             row_scalars[2 * i] = side.amax(-1)
             weights = (side.float() - row_scalars[2 * i][:, None]).div_(1.5).exp_()
             row_scalars[2 * i + 1] = weights.sum(-1)
-        return *logits, torch.rand(len(kinds), rows, device=device), row_scalars, kinds, 0.5, 0.1, *gradients
+        return *logits, torch.rand(len(kinds), rows, device=device), row_scalars, kinds, 0.5, 0.1, *gradients, *labels
 
     return arguments
 
@@ -88,7 +93,9 @@ _KINDS = {
     "kl": ("forward_kl",),
     "js": ("jensen_shannon",),
     "rest": ("jeffreys", "total_variation", "squared_hellinger"),
-    "all": KINDS,
+    "metrics": ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger"),
+    "labels": ("forward_kl", "label_cross_entropy"),
+    "all": KINDS[:-1],
 }
 
 
@@ -120,14 +127,26 @@ CASES = [
     ),
     Case("hidden_backward bf16 4096 both", hidden_backward, _hidden(_bf16, 4096, True, True), 4096, 8, vector_loads=4),
     Case("hidden_backward fp32 4096 both", hidden_backward, _hidden(_fp32, 4096, True, True), 4096, 16, vector_loads=8),
-    Case("lse_pair bf16 32000", lse_pair, _lse(_bf16, 32000), 32000, 4, rows=8192, vector_loads=4),
-    _forward(_bf16, 151936, "kl"),
-    _forward(_bf16, 32000, "js", registers=128),
-    _forward(_bf16, 32000, "rest", registers=128),
-    _forward(_bf16, 32001, "kl", registers=128),
+    Case(
+        "lse_pair bf16 32000",
+        lse_pair,
+        _lse(_bf16, 32000),
+        32000,
+        4,
+        rows=8192,
+        vector_loads=4,
+        instructions=(15.5,),
+    ),
+    _forward(_bf16, 151936, "kl", instructions=(15.5, 12)),
+    _forward(_bf16, 32000, "js", instructions=(15.5, 20)),
+    _forward(_bf16, 32000, "rest", instructions=(15.5, 23.5)),
+    _forward(_bf16, 151936, "metrics", instructions=(15.5, 30.5)),
+    _forward(_bf16, 32000, "labels", instructions=(25, 12)),
+    _forward(_bf16, 32001, "kl", instructions=(17, 15)),
     _forward(_fp32, 32000, "js", registers=80),
     _backward(_bf16, 151936, "kl", True, False),
     _backward(_bf16, 32000, "js", True, False, registers=96),
+    _backward(_bf16, 32000, "labels", True, False),
     # 16 bytes a load would take more registers than there are; on AMD the loads have 8.
     _backward(_bf16, 32000, "all", True, True, registers=192, vector_loads=0),
     _backward(_fp32, 32000, "js", True, False),
