@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._divergence_launch import LOG2_E, row_count, rows_of, temperature_rows
+from ._divergence_launch import LOG2_E, row_count, rows_of, split_rows, temperature_rows
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 
 #: What the kernels select from and how many: their tiles hold the first groups of a row, and the maxima of all groups.
@@ -86,8 +86,9 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
         groups, columns = triton.cdiv(width, group), group * triton.next_power_of_2(k)
         maxima = side.new_empty((rows, groups))
         sums = side.new_empty((rows, groups), dtype=torch.float32)
-        tile = _TILE // side.element_size()
-        _group_kernel[(rows, triton.cdiv(width, tile))](
+        tile = 2**14 // side.element_size()
+        shares, span = split_rows(side, rows, tile)
+        _group_kernel[(rows, shares)](
             side,
             rows_of(mask),
             *temperature_rows(temperature),
@@ -95,6 +96,7 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
             sums,
             width,
             groups,
+            span,
             *row_layout(side),
             GROUP=group,
             BV=tile,
@@ -115,12 +117,28 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
         k,
         *row_layout(side),
         GROUP=group,
-        BG=triton.next_power_of_2(groups),
-        BK=triton.next_power_of_2(k),
+        GROUPS=triton.next_power_of_2(groups),
+        FIRST=triton.next_power_of_2(k),
         BV=columns,
         num_warps=min(max(columns // 512, 1), 16),
         **LAUNCH_OPTIONS,
     )
+
+
+@triton.jit
+def reference(maximum, slope):
+    """fl(k·r) of the maximum; finite where there are only −inf."""
+    return tl.maximum(maximum, -1e30) * slope
+
+
+@triton.jit
+def _store_groups(b_x, slope, maxima_row, sums_row, i_group, groups, GROUP: tl.constexpr, BV: tl.constexpr):
+    b_x = tl.reshape(b_x, [BV // GROUP, GROUP])
+    b_max = tl.max(b_x, axis=1)
+    b_sum = tl.sum(tl.exp2(tl.fma(b_x, slope, -reference(b_max, slope)[:, None])), axis=1)
+    o_group = i_group + tl.arange(0, BV // GROUP)
+    tl.store(maxima_row + o_group, b_max.to(maxima_row.dtype.element_ty), mask=o_group < groups)
+    tl.store(sums_row + o_group, b_sum, mask=o_group < groups)
 
 
 @triton.jit(do_not_specialize=["t_step", "groups", "inner"])
@@ -133,6 +151,7 @@ def _group_kernel(
     sums_ptr,
     width,
     groups,
+    span,
     inner,
     outer_stride,
     inner_stride,
@@ -140,21 +159,22 @@ def _group_kernel(
     BV: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, width)
     if mask_ptr is not None:
-        if tl.load(mask_ptr + i_row) == 0:
-            return
+        # No trip and no tail where the row is masked.
+        stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
     x_row = x_ptr + row_start(i_row, inner, outer_stride, inner_stride)
-    o_col = tl.program_id(1) * BV + tl.arange(0, BV)
-    b_x = tl.load(x_row + o_col, mask=o_col < width, other=float("-inf")).to(tl.float32)
-    b_x = tl.reshape(b_x, [BV // GROUP, GROUP])
-    b_max = tl.max(b_x, axis=1)
-    b_c = tl.maximum(b_max, -1e30) * slope
-    b_sum = tl.sum(tl.exp2(tl.fma(b_x, slope, -b_c[:, None])), axis=1)
-    o_group = tl.program_id(1) * (BV // GROUP) + tl.arange(0, BV // GROUP)
-    m_group = o_group < groups
-    tl.store(maxima_ptr + i_row * groups + o_group, b_max.to(maxima_ptr.dtype.element_ty), mask=m_group)
-    tl.store(sums_ptr + i_row * groups + o_group, b_sum, mask=m_group)
+    maxima_row, sums_row = maxima_ptr + i_row * groups, sums_ptr + i_row * groups
+    o_col = tl.arange(0, BV)
+    tail = start + (stop - start) // BV * BV
+    for i_col in tl.range(start, tail, BV, num_stages=3):
+        b_x = tl.load(x_row + i_col + o_col).to(tl.float32)
+        _store_groups(b_x, slope, maxima_row, sums_row, i_col // GROUP, groups, GROUP, BV)
+    if tail < stop:
+        b_x = tl.load(x_row + tail + o_col, mask=tail + o_col < stop, other=float("-inf")).to(tl.float32)
+        _store_groups(b_x, slope, maxima_row, sums_row, tail // GROUP, groups, GROUP, BV)
 
 
 @triton.jit
@@ -180,20 +200,15 @@ def _kth_largest(b_key, least, k):
 
 @triton.jit
 def _first(b_key, kth, k):
-    """Which keys are the first k by (key descending, position ascending), and their places in order of position."""
-    b_above, b_equal = (b_key > kth).to(tl.int32), (b_key == kth).to(tl.int32)
-    # Two counts in one scan.
-    b_counts = tl.cumsum(b_above + (b_equal << 16))
-    ties = k - tl.sum(b_above)
+    """Which of [rows, columns] keys are the first k by (key descending, position), and their places by position."""
+    # Two counts in one scan: what is above in the lower half.
+    b_counts = (b_key > kth).to(tl.int32) + ((b_key == kth).to(tl.int32) << 16)
+    b_in_row = tl.sum(b_counts, axis=1)
+    ties = k - (tl.sum(b_in_row) & 0xFFFF)
+    b_counts = tl.cumsum(b_counts, axis=1) + (tl.cumsum(b_in_row, axis=0) - b_in_row)[:, None]
     b_ties = b_counts >> 16
     m_first = (b_key > kth) | ((b_key == kth) & (b_ties <= ties))
     return m_first, (b_counts & 0xFFFF) + tl.minimum(b_ties, ties) - 1
-
-
-@triton.jit
-def reference(maximum, slope):
-    """fl(k·r) of the maximum; finite where there are only −inf."""
-    return tl.maximum(maximum, -1e30) * slope
 
 
 @triton.jit(do_not_specialize=["t_step", "rows", "groups", "k", "inner"])
@@ -214,8 +229,8 @@ def _select_kernel(
     outer_stride,
     inner_stride,
     GROUP: tl.constexpr,
-    BG: tl.constexpr,
-    BK: tl.constexpr,
+    GROUPS: tl.constexpr,
+    FIRST: tl.constexpr,
     BV: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -227,7 +242,7 @@ def _select_kernel(
     selected_row = selected_ptr + i_row * k
     BITS: tl.constexpr = 16 if x_ptr.dtype.element_ty == tl.bfloat16 else 32
     if GROUP > 0:
-        o_group = tl.arange(0, BG)
+        o_group = tl.arange(0, GROUPS)[None, :]
         m_group = o_group < groups
         b_max = tl.load(maxima_ptr + i_row * groups + o_group, mask=m_group, other=float("-inf")).to(tl.float32)
         b_sum = tl.load(sums_ptr + i_row * groups + o_group, mask=m_group, other=0.0)
@@ -243,16 +258,15 @@ def _select_kernel(
         unread_total = tl.sum(tl.where(m_first, 0.0, b_unread))
         # Other threads' groups.
         tl.debug_barrier()
-        o_first = tl.arange(0, BK)
+        o_first = tl.arange(0, FIRST)
         b_first = tl.load(selected_row + o_first, mask=o_first < k, other=0)
         tl.debug_barrier()
         b_index = b_first[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         m_x = (o_first < k)[:, None] & (b_index < width)
         b_x = tl.load(x_row + b_index, mask=m_x, other=float("-inf")).to(tl.float32)
-        b_index, m_x, b_x = tl.reshape(b_index, [BV]), tl.reshape(m_x, [BV]), tl.reshape(b_x, [BV])
         b_key = _keys(b_x, m_x, BITS)
     else:
-        b_index = tl.arange(0, BV)
+        b_index = tl.arange(0, BV)[None, :]
         m_x = b_index < width
         b_x = tl.load(x_row + b_index, mask=m_x, other=float("-inf")).to(tl.float32)
         b_key = _keys(b_x, m_x, BITS)
