@@ -22,8 +22,8 @@ For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and tempe
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
 logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits. The Triton kernels, for the whole vocabulary, are ``lse``, ``divergence`` and
-``divergence_backward`` of ``sgfast_kernels``.
+forms that keep their digits. The Triton kernels are ``lse``, ``divergence`` and
+``divergence_backward`` of ``sgfast_kernels``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
 """
 
 from collections.abc import Sequence
@@ -115,7 +115,7 @@ def _triton_refusal(
 ) -> str | None:
     refusal = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
     if refusal is None and top_k:
-        return "the Triton kernels cover the whole vocabulary; top_k runs in PyTorch"
+        refusal = topk.triton_size_refusal(top_k, noisy_logits.shape[-1])
     return refusal or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
 
 
@@ -139,11 +139,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values (kinds, ...), the support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
 
-    The row scalars (4 + 2·kinds, ...) are for the Triton backward: zeros where PyTorch ran, none with top_k.
+    The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the Triton backward: zeros where PyTorch ran.
     """
     choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask))
     if choice.implementation == "triton":
         options = (kinds.split(","), beta, skew)
+        if top_k:
+            top_k_options = (top_k, support, *options)
+            return dispatch.kernels().divergence_topk_forward(noisy, clean, mask, temperature, *top_k_options)
         values, row_scalars = dispatch.kernels().divergence_forward(noisy, clean, mask, temperature, *options)
         return values, noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32), row_scalars
     body = dispatch.implementation_of(forward_rows, choice.implementation)
@@ -185,7 +188,7 @@ def _(
 
 
 def _row_scalars_shape(noisy: Tensor, kinds: str, top_k: int) -> tuple[int, ...]:
-    return (0 if top_k else 4 + 2 * len(kinds.split(",")), *noisy.shape[:-1])
+    return ((8 if top_k else 4) + 2 * len(kinds.split(",")), *noisy.shape[:-1])
 
 
 @torch.library.custom_op("sgfast::divergences_backward", mutates_args=())
@@ -211,10 +214,17 @@ def _backward(
     choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask))
     wanted = (noisy_wanted, clean_wanted)
     if choice.implementation == "triton":
-        kernels, options = dispatch.kernels(), (kinds.split(","), beta, skew)
-        if row_scalars is None:  # when the graph was traced, PyTorch was to run
-            row_scalars = kernels.divergence_forward(noisy, clean, mask, temperature, *options)[1]
-        found = kernels.divergence_backward(noisy, clean, mask, temperature, upstream, row_scalars, *options, *wanted)
+        kernels, options, rows_read = dispatch.kernels(), (kinds.split(","), beta, skew), (noisy, clean, mask, temperature)
+        # There are no row scalars if PyTorch was to run when the graph was traced.
+        if top_k:
+            if row_scalars is None:
+                row_scalars = kernels.divergence_topk_forward(*rows_read, top_k, support, *options)[2]
+            saved = (upstream, kept_indices, row_scalars)
+            found = kernels.divergence_topk_backward(*rows_read, *saved, support, *options, *wanted)
+        else:
+            if row_scalars is None:
+                row_scalars = kernels.divergence_forward(*rows_read, *options)[1]
+            found = kernels.divergence_backward(*rows_read, upstream, row_scalars, *options, *wanted)
         noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
         return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(backward_rows, choice.implementation)
@@ -227,7 +237,7 @@ def _backward(
             gradient.zero_()
     flat_upstream = upstream.reshape(len(settings.kinds), -1)
     for chunk in rows.row_chunks(shape, mask, _row_bytes(size, dtype), max_chunk_bytes):
-        indices, valid = _unpack_support(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
+        indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
         chunk_gradients = body(
             rows.read_rows(noisy, chunk),
             rows.read_rows(clean, chunk),
@@ -283,12 +293,6 @@ def _no_support(like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
 
 
-def _unpack_support(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
-    valid = kept_indices >= 0
-    last_valid = kept_indices.amax(-1, keepdim=True)
-    return torch.where(valid, kept_indices, last_valid).long(), valid
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     noisy, clean, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs
     ctx.impl = dispatch.pinned(impl)
@@ -335,7 +339,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
 
     def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
         dtype = rows.compute_dtype(noisy, clean)
-        support_indices = _unpack_support(kept_indices) if top_k else _no_support(noisy)
+        support_indices = topk.unpack_union(kept_indices) if top_k else _no_support(noisy)
         if mask is None:
             return reference(noisy.to(dtype), clean.to(dtype), settings, *support_indices, temperature)
         # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.

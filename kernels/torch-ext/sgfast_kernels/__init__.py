@@ -8,7 +8,22 @@ autograd belong to the caller.
 from ._rows import row_layout
 from .divergence import divergence_forward
 from .divergence_backward import divergence_backward
+from .divergence_topk import divergence_topk_forward
+from .divergence_topk_backward import divergence_topk_backward
 from .hidden import hidden_backward, hidden_forward
 from .lse import lse_pair
+from .topk import MAX_TOP_K, MAX_TOP_K_WIDTH, top_k_union
 
-__all__ = ["divergence_backward", "divergence_forward", "hidden_backward", "hidden_forward", "lse_pair", "row_layout"]
+__all__ = [
+    "MAX_TOP_K",
+    "MAX_TOP_K_WIDTH",
+    "divergence_backward",
+    "divergence_forward",
+    "divergence_topk_backward",
+    "divergence_topk_forward",
+    "hidden_backward",
+    "hidden_forward",
+    "lse_pair",
+    "row_layout",
+    "top_k_union",
+]

@@ -128,7 +128,8 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
 @triton.jit
 def reference(maximum, slope):
     """fl(k·r) of the maximum; finite where there are only −inf."""
-    return tl.maximum(maximum, -1e30) * slope
+    # Adding 0 keeps the compiler from fusing the product, unrounded, into what the caller takes it off.
+    return tl.fma(tl.maximum(maximum, -1e30), slope, 0.0)
 
 
 @triton.jit

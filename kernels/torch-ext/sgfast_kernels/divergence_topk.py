@@ -1,0 +1,236 @@
+"""Divergences over the union of both sides' top-k: one read of each side (``topk``), then O(k) a row.
+
+``divergence_topk_forward``  values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars
+                             (8 + 2·kinds, ...) for backward: m_x, S_x, m_y, S_y over what the support normalises by,
+                             the same of the tails, then per kind and side what a logit outside the support has for
+                             gradient, in units of its share of the tail (``tail``) or of its probability (``truncate``).
+
+The tail of a side is its weights outside its own top-k less those that the other's top-k takes. Where that would leave
+an eighth or less, and lose digits, the row is read once more. −inf, NaN and masked rows are as in ``divergence``.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._divergence_atoms import (
+    RENORMALIZE,
+    ROW_SCALARS,
+    SUPPORTS,
+    TAIL,
+    TRUNCATE,
+    atoms,
+    finite_or_zero,
+    load_support,
+    term_and_partials,
+)
+from ._divergence_launch import KINDS, LOG2_E, kind_bits, row_count, rows_of, temperature_rows
+from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from .topk import MASSES, reference, top_k_union
+
+# The kinds whose terms may be negative under truncate.
+_SIGNED = tl.constexpr(1 | 2 | 128 | 256)
+_FIELDS = tl.constexpr(MASSES)
+_FIRST_FIELDS = tl.constexpr(ROW_SCALARS)
+
+
+def divergence_topk_forward(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor | None,
+    temperature: Tensor,
+    top_k: int,
+    support: str,
+    kinds: Sequence[str],
+    beta: float,
+    skew: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return values, indices (int32, ascending, then −1) and row scalars (see the module).
+
+    Args:
+        noisy: as in ``top_k_union``.
+        clean: as in ``top_k_union``.
+        mask: as in ``top_k_union``.
+        temperature: as in ``top_k_union``.
+        top_k: as in ``top_k_union``.
+        support: what the restriction means, one of ``SUPPORTS``.
+        kinds: names among ``KINDS``, each once; any number in one launch.
+        beta: weight of the clean side in the Jensen–Shannon mixture.
+        skew: weight of the first side in the mixtures of the skew kinds.
+    """
+    rows, width, shape = row_count(noisy), noisy.shape[-1], noisy.shape[:-1]
+    row_scalars = noisy.new_empty((ROW_SCALARS + 2 * len(kinds), *shape), dtype=torch.float32)
+    values = noisy.new_empty((len(kinds), *shape), dtype=torch.float32)
+    union, masses = top_k_union(noisy, clean, mask, temperature, top_k)
+    if rows > 0:
+        with on_device_of(noisy):
+            _forward_kernel[(rows,)](
+                noisy,
+                clean,
+                rows_of(mask),
+                *temperature_rows(temperature),
+                masses,
+                union,
+                values,
+                row_scalars,
+                rows,
+                width,
+                union.shape[-1],
+                *row_layout(noisy),
+                *row_layout(clean),
+                beta,
+                skew,
+                *(list(kinds).index(kind) if kind in kinds else 0 for kind in KINDS),
+                KINDS=kind_bits(kinds),
+                SKEWED=skew > 0,
+                SUPPORT=SUPPORTS.index(support),
+                # One lane more than indices, for the tail.
+                BK=triton.next_power_of_2(union.shape[-1] + 1),
+                BV=1024,
+                num_warps=4,
+                **LAUNCH_OPTIONS,
+            )
+    return values, union, row_scalars
+
+
+@triton.jit
+def _is_first(b_x, b_index, value, index):
+    """Whether logits are in their row's top-k, whose last has this value and index."""
+    return (b_x > value) | ((b_x == value) & (b_index <= index))
+
+
+@triton.jit
+def _tail(b_index, b_x, x_row, y_row, masses, other_masses, width, slope, BV: tl.constexpr):
+    """Largest logit of x outside the support and the weights outside against it, or of a larger reference."""
+    _, _, r, total, value, index = masses
+    _, _, _, _, other_value, other_index = other_masses
+    m_taken = (b_index >= 0) & ~_is_first(b_x, b_index, value, index)
+    taken = tl.sum(tl.where(m_taken, tl.exp2(tl.fma(b_x, slope, -reference(r, slope))), 0.0))
+    rest = total - taken
+    if taken > 0.875 * total:
+        o_col = tl.arange(0, BV)
+        b_m, b_s = tl.full([BV], float("-inf"), tl.float32), tl.zeros([BV], tl.float32)
+        b_c = reference(b_m, slope)
+        for i_col in range(0, width, BV):
+            m_col = i_col + o_col < width
+            b_a = tl.load(x_row + i_col + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
+            b_b = tl.load(y_row + i_col + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
+            m_first = _is_first(b_a, i_col + o_col, value, index)
+            m_first |= _is_first(b_b, i_col + o_col, other_value, other_index)
+            b_a = tl.where(m_first, float("-inf"), b_a)
+            b_m = tl.maximum(b_m, b_a)
+            b_next = reference(b_m, slope)
+            b_s = b_s * tl.exp2(b_c - b_next) + tl.exp2(tl.fma(b_a, slope, -b_next))
+            b_c = b_next
+        r = tl.max(b_m)
+        rest = tl.sum(b_s * tl.exp2(b_c - reference(r, slope)))
+    return r, rest
+
+
+@triton.jit
+def _load_masses(masses_ptr, field, i_row):
+    row = masses_ptr + i_row
+    m, s, r = tl.load(row), tl.load(row + field), tl.load(row + 2 * field)
+    return m, s, r, tl.load(row + 3 * field), tl.load(row + 4 * field), tl.load(row + 5 * field)
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("rows", "t_step", "size", "a_inner", "b_inner", "beta", "skew"),
+        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr"),
+    ]
+)
+def _forward_kernel(
+    a_ptr,
+    b_ptr,
+    mask_ptr,
+    t_ptr,
+    t_step,
+    masses_ptr,
+    union_ptr,
+    values_ptr,
+    scalars_ptr,
+    rows,
+    width,
+    size,
+    a_inner,
+    a_outer_stride,
+    a_inner_stride,
+    b_inner,
+    b_outer_stride,
+    b_inner_stride,
+    beta,
+    skew,
+    i_fkl,
+    i_rkl,
+    i_jef,
+    i_js,
+    i_tv,
+    i_h,
+    i_ce,
+    i_sf,
+    i_sr,
+    KINDS: tl.constexpr,
+    SKEWED: tl.constexpr,
+    SUPPORT: tl.constexpr,
+    BK: tl.constexpr,
+    BV: tl.constexpr,
+):
+    i_row = tl.program_id(0).to(tl.int64)
+    field = rows.to(tl.int64)
+    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
+    scalars = scalars_ptr + i_row
+    if mask_ptr is not None:
+        if tl.load(mask_ptr + i_row) == 0:
+            for i in tl.static_range(_FIRST_FIELDS):
+                tl.store(scalars + i * field, 0.0)
+            for i in tl.static_range(9):
+                if KINDS >> i & 1:
+                    tl.store(values_ptr + i_kinds[i] * field + i_row, 0.0)
+                    tl.store(scalars + (_FIRST_FIELDS + 2 * i_kinds[i]) * field, 0.0)
+                    tl.store(scalars + (_FIRST_FIELDS + 1 + 2 * i_kinds[i]) * field, 0.0)
+            return
+    slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
+    a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
+    b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
+    masses_a = _load_masses(masses_ptr, field, i_row)
+    masses_b = _load_masses(masses_ptr + _FIELDS * field, field, i_row)
+    b_index, b_x, b_y = load_support(union_ptr + i_row * size, size, a_row, b_row, BK)
+    m_a, s_a, r_a, t_a, _, _ = masses_a
+    m_b, s_b, r_b, t_b, _, _ = masses_b
+    valid = (s_a > 0) & (s_a < float("inf")) & (s_b > 0) & (s_b < float("inf"))
+    if SUPPORT == RENORMALIZE:
+        # The largest logit is in the support.
+        s_a = tl.sum(tl.exp2(tl.fma(b_x, slope, -reference(m_a, slope))))
+        s_b = tl.sum(tl.exp2(tl.fma(b_y, slope, -reference(m_b, slope))))
+    if SUPPORT == TAIL:
+        r_a, t_a = _tail(b_index, b_x, a_row, b_row, masses_a, masses_b, width, slope, BV)
+        r_b, t_b = _tail(b_index, b_y, b_row, a_row, masses_b, masses_a, width, slope, BV)
+    s_a, s_b = tl.where(valid, s_a, float("nan")), tl.where(valid, s_b, float("nan"))
+    row_scalars = (m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b)
+    for i in tl.static_range(_FIRST_FIELDS):
+        tl.store(scalars + i * field, row_scalars[i])
+
+    b_p, b_q, b_d, b_log_p, m_tail = atoms(
+        b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK
+    )
+    for i in tl.static_range(9):
+        if KINDS >> i & 1:
+            b_term, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, beta, skew, 1 << i, SKEWED, SUPPORT)
+            value = tl.sum(b_term)
+            if SUPPORT != TRUNCATE or _SIGNED & (1 << i) == 0:
+                value = tl.maximum(value, 0.0)  # but for rounding it is
+            tl.store(values_ptr + i_kinds[i] * field + i_row, tl.where(valid, value, float("nan")))
+            b_to_p, p_total = finite_or_zero(b_to_p)
+            b_to_q, q_total = finite_or_zero(b_to_q)
+            to_p, to_q = 0.0, 0.0
+            if SUPPORT == TRUNCATE:
+                to_p, to_q = -p_total, -q_total
+            elif SUPPORT == TAIL:
+                to_p = tl.sum(tl.where(m_tail, b_to_p - b_p * p_total, 0.0))
+                to_q = tl.sum(tl.where(m_tail, b_to_q - b_q * q_total, 0.0))
+            tl.store(scalars + (_FIRST_FIELDS + 2 * i_kinds[i]) * field, to_p)
+            tl.store(scalars + (_FIRST_FIELDS + 1 + 2 * i_kinds[i]) * field, to_q)
