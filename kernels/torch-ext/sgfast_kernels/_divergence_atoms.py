@@ -1,7 +1,8 @@
 """Divergences over the few atoms of a top-k support: the logits at its indices, and one atom for the rest.
 
 Here nothing is per logit of the vocabulary: the terms are those of ``_divergence_terms`` in their plainest form, with
-normalised probabilities. A row's atoms fill one tile; lanes without an atom have probability 0 on both sides.
+normalised probabilities. Tiles are [rows, atoms], scalars of rows [rows, 1]; lanes without an atom have probability 0
+on both sides.
 """
 
 import triton
@@ -40,11 +41,17 @@ TRUNCATE, RENORMALIZE, TAIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 ROW_SCALARS = 8
 
 
+def rows_and_atoms(size: int) -> dict[str, int]:
+    """The tile of a program: one lane more than indices, for the tail; a few rows."""
+    atoms_each = triton.next_power_of_2(size + 1)
+    return {"BN": min(max(512 // atoms_each, 1), 16), "BK": atoms_each}
+
+
 @triton.jit
-def load_support(union_row, size, a_row, b_row, BK: tl.constexpr):
-    """Indices of a row's support, −1 beyond it, and both sides' logits there."""
-    o_atom = tl.arange(0, BK)
-    b_index = tl.load(union_row + o_atom, mask=o_atom < size, other=-1)
+def load_support(union_ptr, o_row, m_read, size, a_row, b_row, BK: tl.constexpr):
+    """Indices of the rows' supports, −1 beyond them, and both sides' logits there."""
+    o_atom = tl.arange(0, BK)[None, :]
+    b_index = tl.load(union_ptr + o_row * size + o_atom, mask=m_read & (o_atom < size), other=-1)
     b_x = tl.load(a_row + b_index, mask=b_index >= 0, other=float("-inf")).to(tl.float32)
     b_y = tl.load(b_row + b_index, mask=b_index >= 0, other=float("-inf")).to(tl.float32)
     return b_index, b_x, b_y
@@ -57,7 +64,7 @@ def atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT
     b_zx = tl.fma(b_x, slope, -c_a)
     b_p, b_q = tl.exp2(b_zx) / s_a, tl.exp2(tl.fma(b_y, slope, -c_b)) / s_b
     b_d, b_log_p = tl.fma((b_x - b_y) - gap, slope, -shift), b_zx - tl.log2(s_a)
-    m_tail = (tl.arange(0, BK) == size) & (SUPPORT == TAIL)
+    m_tail = tl.arange(0, BK)[None, :] == size
     if SUPPORT == TAIL:
         c_a, c_b, c_ra, c_rb = reference(m_a, slope), reference(m_b, slope), reference(r_a, slope), reference(r_b, slope)
         p = (t_a / s_a) * tl.exp2(c_ra - c_a)
@@ -130,7 +137,7 @@ def term_and_partials(
 
 @triton.jit
 def finite_or_zero(b_partial):
-    """A row's partials, 0 where their sum is infinite, and the sum: a step in that direction does not exist."""
-    total = tl.sum(b_partial)
+    """The rows' partials, 0 where their sum is infinite, and the sum: a step in that direction does not exist."""
+    total = tl.sum(b_partial, axis=1, keep_dims=True)
     infinite = tl.abs(total) == float("inf")
     return tl.where(infinite, 0.0, b_partial), tl.where(infinite, 0.0, total)

@@ -25,6 +25,7 @@ from ._divergence_atoms import (
     atoms,
     finite_or_zero,
     load_support,
+    rows_and_atoms,
     term_and_partials,
 )
 from ._divergence_launch import KINDS, LOG2_E, kind_bits, row_count, rows_of, temperature_rows
@@ -66,8 +67,9 @@ def divergence_topk_forward(
     values = noisy.new_empty((len(kinds), *shape), dtype=torch.float32)
     union, masses = top_k_union(noisy, clean, mask, temperature, top_k)
     if rows > 0:
+        tile = rows_and_atoms(union.shape[-1])
         with on_device_of(noisy):
-            _forward_kernel[(rows,)](
+            _forward_kernel[(triton.cdiv(rows, tile["BN"]),)](
                 noisy,
                 clean,
                 rows_of(mask),
@@ -87,9 +89,8 @@ def divergence_topk_forward(
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
                 SUPPORT=SUPPORTS.index(support),
-                # One lane more than indices, for the tail.
-                BK=triton.next_power_of_2(union.shape[-1] + 1),
-                BV=1024,
+                **tile,
+                BV=1024 // tile["BN"],
                 num_warps=4,
                 **LAUNCH_OPTIONS,
             )
@@ -103,19 +104,22 @@ def _is_first(b_x, b_index, value, index):
 
 
 @triton.jit
-def _tail(b_index, b_x, x_row, y_row, masses, other_masses, width, slope, BV: tl.constexpr):
+def _tail(
+    b_index, b_x, x_row, y_row, masses, other_masses, width, slope, BN: tl.constexpr, BV: tl.constexpr
+):
     """Largest logit of x outside the support and the weights outside against it, or of a larger reference."""
     _, _, r, total, value, index = masses
     _, _, _, _, other_value, other_index = other_masses
     m_taken = (b_index >= 0) & ~_is_first(b_x, b_index, value, index)
-    taken = tl.sum(tl.where(m_taken, tl.exp2(tl.fma(b_x, slope, -reference(r, slope))), 0.0))
-    rest = total - taken
-    if taken > 0.875 * total:
-        o_col = tl.arange(0, BV)
-        b_m, b_s = tl.full([BV], float("-inf"), tl.float32), tl.zeros([BV], tl.float32)
+    b_taken = tl.where(m_taken, tl.exp2(tl.fma(b_x, slope, -reference(r, slope))), 0.0)
+    taken = tl.sum(b_taken, axis=1, keep_dims=True)
+    rest, m_again = total - taken, taken > 0.875 * total
+    if tl.max(m_again.to(tl.int32)) != 0:
+        o_col = tl.arange(0, BV)[None, :]
+        b_m, b_s = tl.full([BN, BV], float("-inf"), tl.float32), tl.zeros([BN, BV], tl.float32)
         b_c = reference(b_m, slope)
         for i_col in range(0, width, BV):
-            m_col = i_col + o_col < width
+            m_col = m_again & (i_col + o_col < width)
             b_a = tl.load(x_row + i_col + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
             b_b = tl.load(y_row + i_col + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
             m_first = _is_first(b_a, i_col + o_col, value, index)
@@ -125,16 +129,21 @@ def _tail(b_index, b_x, x_row, y_row, masses, other_masses, width, slope, BV: tl
             b_next = reference(b_m, slope)
             b_s = b_s * tl.exp2(b_c - b_next) + tl.exp2(tl.fma(b_a, slope, -b_next))
             b_c = b_next
-        r = tl.max(b_m)
-        rest = tl.sum(b_s * tl.exp2(b_c - reference(r, slope)))
+        again = tl.max(b_m, axis=1, keep_dims=True)
+        b_s = b_s * tl.exp2(b_c - reference(again, slope))
+        r = tl.where(m_again, again, r)
+        rest = tl.where(m_again, tl.sum(b_s, axis=1, keep_dims=True), rest)
     return r, rest
 
 
 @triton.jit
-def _load_masses(masses_ptr, field, i_row):
-    row = masses_ptr + i_row
-    m, s, r = tl.load(row), tl.load(row + field), tl.load(row + 2 * field)
-    return m, s, r, tl.load(row + 3 * field), tl.load(row + 4 * field), tl.load(row + 5 * field)
+def _load_masses(masses_ptr, field, o_row, m_read):
+    m = tl.load(masses_ptr + o_row, mask=m_read, other=0.0)
+    s = tl.load(masses_ptr + field + o_row, mask=m_read, other=0.0)
+    r = tl.load(masses_ptr + 2 * field + o_row, mask=m_read, other=0.0)
+    total = tl.load(masses_ptr + 3 * field + o_row, mask=m_read, other=0.0)
+    value = tl.load(masses_ptr + 4 * field + o_row, mask=m_read, other=0.0)
+    return m, s, r, total, value, tl.load(masses_ptr + 5 * field + o_row, mask=m_read, other=0.0)
 
 
 @triton.jit(
@@ -176,61 +185,58 @@ def _forward_kernel(
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     SUPPORT: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
     BV: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
+    o_row = (tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN))[:, None]
     field = rows.to(tl.int64)
-    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
-    scalars = scalars_ptr + i_row
+    m_row = o_row < rows
+    m_read = m_row
     if mask_ptr is not None:
-        if tl.load(mask_ptr + i_row) == 0:
-            for i in tl.static_range(_FIRST_FIELDS):
-                tl.store(scalars + i * field, 0.0)
-            for i in tl.static_range(9):
-                if KINDS >> i & 1:
-                    tl.store(values_ptr + i_kinds[i] * field + i_row, 0.0)
-                    tl.store(scalars + (_FIRST_FIELDS + 2 * i_kinds[i]) * field, 0.0)
-                    tl.store(scalars + (_FIRST_FIELDS + 1 + 2 * i_kinds[i]) * field, 0.0)
-            return
-    slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
-    a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
-    b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
-    masses_a = _load_masses(masses_ptr, field, i_row)
-    masses_b = _load_masses(masses_ptr + _FIELDS * field, field, i_row)
-    b_index, b_x, b_y = load_support(union_ptr + i_row * size, size, a_row, b_row, BK)
+        m_read = m_row & (tl.load(mask_ptr + o_row, mask=m_row, other=0) != 0)
+    slope = LOG2_E / tl.load(t_ptr + o_row * t_step, mask=m_row, other=1.0)
+    a_row = a_ptr + row_start(o_row, a_inner, a_outer_stride, a_inner_stride)
+    b_row = b_ptr + row_start(o_row, b_inner, b_outer_stride, b_inner_stride)
+    masses_a = _load_masses(masses_ptr, field, o_row, m_read)
+    masses_b = _load_masses(masses_ptr + _FIELDS * field, field, o_row, m_read)
+    b_index, b_x, b_y = load_support(union_ptr, o_row, m_read, size, a_row, b_row, BK)
     m_a, s_a, r_a, t_a, _, _ = masses_a
     m_b, s_b, r_b, t_b, _, _ = masses_b
     valid = (s_a > 0) & (s_a < float("inf")) & (s_b > 0) & (s_b < float("inf"))
     if SUPPORT == RENORMALIZE:
         # The largest logit is in the support.
-        s_a = tl.sum(tl.exp2(tl.fma(b_x, slope, -reference(m_a, slope))))
-        s_b = tl.sum(tl.exp2(tl.fma(b_y, slope, -reference(m_b, slope))))
+        s_a = tl.sum(tl.exp2(tl.fma(b_x, slope, -reference(m_a, slope))), axis=1, keep_dims=True)
+        s_b = tl.sum(tl.exp2(tl.fma(b_y, slope, -reference(m_b, slope))), axis=1, keep_dims=True)
     if SUPPORT == TAIL:
-        r_a, t_a = _tail(b_index, b_x, a_row, b_row, masses_a, masses_b, width, slope, BV)
-        r_b, t_b = _tail(b_index, b_y, b_row, a_row, masses_b, masses_a, width, slope, BV)
+        r_a, t_a = _tail(b_index, b_x, a_row, b_row, masses_a, masses_b, width, slope, BN, BV)
+        r_b, t_b = _tail(b_index, b_y, b_row, a_row, masses_b, masses_a, width, slope, BN, BV)
     s_a, s_b = tl.where(valid, s_a, float("nan")), tl.where(valid, s_b, float("nan"))
     row_scalars = (m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b)
     for i in tl.static_range(_FIRST_FIELDS):
-        tl.store(scalars + i * field, row_scalars[i])
+        tl.store(scalars_ptr + i * field + o_row, tl.where(m_read, row_scalars[i], 0.0), mask=m_row)
 
     b_p, b_q, b_d, b_log_p, m_tail = atoms(
         b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK
     )
+    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
     for i in tl.static_range(9):
         if KINDS >> i & 1:
             b_term, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, beta, skew, 1 << i, SKEWED, SUPPORT)
-            value = tl.sum(b_term)
+            value = tl.sum(b_term, axis=1, keep_dims=True)
             if SUPPORT != TRUNCATE or _SIGNED & (1 << i) == 0:
                 value = tl.maximum(value, 0.0)  # but for rounding it is
-            tl.store(values_ptr + i_kinds[i] * field + i_row, tl.where(valid, value, float("nan")))
+            value = tl.where(valid, value, float("nan"))
+            tl.store(values_ptr + i_kinds[i] * field + o_row, tl.where(m_read, value, 0.0), mask=m_row)
             b_to_p, p_total = finite_or_zero(b_to_p)
             b_to_q, q_total = finite_or_zero(b_to_q)
-            to_p, to_q = 0.0, 0.0
             if SUPPORT == TRUNCATE:
                 to_p, to_q = -p_total, -q_total
             elif SUPPORT == TAIL:
-                to_p = tl.sum(tl.where(m_tail, b_to_p - b_p * p_total, 0.0))
-                to_q = tl.sum(tl.where(m_tail, b_to_q - b_q * q_total, 0.0))
-            tl.store(scalars + (_FIRST_FIELDS + 2 * i_kinds[i]) * field, to_p)
-            tl.store(scalars + (_FIRST_FIELDS + 1 + 2 * i_kinds[i]) * field, to_q)
+                to_p = tl.sum(tl.where(m_tail, b_to_p - b_p * p_total, 0.0), axis=1, keep_dims=True)
+                to_q = tl.sum(tl.where(m_tail, b_to_q - b_q * q_total, 0.0), axis=1, keep_dims=True)
+            else:
+                to_p, to_q = tl.zeros([BN, 1], tl.float32), tl.zeros([BN, 1], tl.float32)
+            o_field = scalars_ptr + (_FIRST_FIELDS + 2 * i_kinds[i]) * field + o_row
+            tl.store(o_field, tl.where(m_read, to_p, 0.0), mask=m_row)
+            tl.store(o_field + field, tl.where(m_read, to_q, 0.0), mask=m_row)

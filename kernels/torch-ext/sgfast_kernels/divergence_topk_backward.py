@@ -20,6 +20,7 @@ from ._divergence_atoms import (
     atoms,
     finite_or_zero,
     load_support,
+    rows_and_atoms,
     term_and_partials,
 )
 from ._divergence_launch import KINDS, LOG2_E, kind_bits, row_count, rows_of, temperature_rows
@@ -88,7 +89,8 @@ def divergence_topk_backward(
                     **LAUNCH_OPTIONS,
                 )
         if rows > 0 and (needs_noisy or needs_clean):
-            _inside_kernel[(rows,)](
+            tile = rows_and_atoms(union.shape[-1])
+            _inside_kernel[(triton.cdiv(rows, tile["BN"]),)](
                 noisy,
                 clean,
                 rows_of(mask),
@@ -108,7 +110,7 @@ def divergence_topk_backward(
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
                 SUPPORT=SUPPORTS.index(support),
-                BK=triton.next_power_of_2(union.shape[-1] + 1),
+                **tile,
                 num_warps=4,
                 **LAUNCH_OPTIONS,
             )
@@ -204,29 +206,33 @@ def _inside_kernel(
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     SUPPORT: tl.constexpr,
+    BN: tl.constexpr,
     BK: tl.constexpr,
 ):
-    i_row = tl.program_id(0).to(tl.int64)
+    o_row = (tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN))[:, None]
     field = rows.to(tl.int64)
-    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
+    m_read = o_row < rows
     if mask_ptr is not None:
-        if tl.load(mask_ptr + i_row) == 0:
-            return
-    temperature = tl.load(t_ptr + i_row * t_step)
+        m_read &= tl.load(mask_ptr + o_row, mask=m_read, other=0) != 0
+    temperature = tl.load(t_ptr + o_row * t_step, mask=m_read, other=1.0)
     slope = LOG2_E / temperature
-    a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
-    b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
-    b_index, b_x, b_y = load_support(union_ptr + i_row * size, size, a_row, b_row, BK)
-    row = scalars_ptr + i_row
-    m_a, s_a = tl.load(row), tl.load(row + field)
-    m_b, s_b = tl.load(row + 2 * field), tl.load(row + 3 * field)
-    r_a, t_a = tl.load(row + 4 * field), tl.load(row + 5 * field)
-    r_b, t_b = tl.load(row + 6 * field), tl.load(row + 7 * field)
+    a_row = a_ptr + row_start(o_row, a_inner, a_outer_stride, a_inner_stride)
+    b_row = b_ptr + row_start(o_row, b_inner, b_outer_stride, b_inner_stride)
+    b_index, b_x, b_y = load_support(union_ptr, o_row, m_read, size, a_row, b_row, BK)
+    m_a = tl.load(scalars_ptr + o_row, mask=m_read, other=0.0)
+    s_a = tl.load(scalars_ptr + field + o_row, mask=m_read, other=1.0)
+    m_b = tl.load(scalars_ptr + 2 * field + o_row, mask=m_read, other=0.0)
+    s_b = tl.load(scalars_ptr + 3 * field + o_row, mask=m_read, other=1.0)
+    r_a = tl.load(scalars_ptr + 4 * field + o_row, mask=m_read, other=0.0)
+    t_a = tl.load(scalars_ptr + 5 * field + o_row, mask=m_read, other=0.0)
+    r_b = tl.load(scalars_ptr + 6 * field + o_row, mask=m_read, other=0.0)
+    t_b = tl.load(scalars_ptr + 7 * field + o_row, mask=m_read, other=0.0)
     b_p, b_q, b_d, b_log_p, _ = atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK)
-    b_a, b_b = tl.zeros([BK], tl.float32), tl.zeros([BK], tl.float32)
+    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
+    b_a, b_b = tl.zeros([BN, BK], tl.float32), tl.zeros([BN, BK], tl.float32)
     for i in tl.static_range(9):
         if KINDS >> i & 1:
-            g = tl.load(upstream_ptr + i_kinds[i] * field + i_row)
+            g = tl.load(upstream_ptr + i_kinds[i] * field + o_row, mask=m_read, other=0.0)
             _, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, beta, skew, 1 << i, SKEWED, SUPPORT)
             b_to_p, p_total = finite_or_zero(b_to_p)
             b_to_q, q_total = finite_or_zero(b_to_q)
@@ -236,7 +242,7 @@ def _inside_kernel(
     valid = s_a == s_a
     if a_gradient_ptr is not None:
         b_a = tl.where(valid, b_a / temperature, float("nan")).to(a_gradient_ptr.dtype.element_ty)
-        tl.store(a_gradient_ptr + i_row * width + b_index, b_a, mask=m_inside)
+        tl.store(a_gradient_ptr + o_row * width + b_index, b_a, mask=m_inside)
     if b_gradient_ptr is not None:
         b_b = tl.where(valid, b_b / temperature, float("nan")).to(b_gradient_ptr.dtype.element_ty)
-        tl.store(b_gradient_ptr + i_row * width + b_index, b_b, mask=m_inside)
+        tl.store(b_gradient_ptr + o_row * width + b_index, b_b, mask=m_inside)

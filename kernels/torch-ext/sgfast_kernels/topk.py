@@ -251,11 +251,8 @@ def _select_kernel(
         least = _kth_largest(b_key, tl.min(tl.where(m_group, b_key, 2147483647)), k)
         m_first, b_place = _first(b_key, least, k)
         tl.store(selected_row + b_place, o_group, mask=m_first)
-        maximum = tl.max(b_max)
-        b_c = reference(b_max, slope)
-        total = tl.sum(b_sum * tl.exp2(b_c - reference(maximum, slope)))
         unread = tl.max(tl.where(m_first, float("-inf"), b_max))
-        b_unread = b_sum * tl.exp2(b_c - reference(unread, slope))
+        b_unread = b_sum * tl.exp2(reference(b_max, slope) - reference(unread, slope))
         unread_total = tl.sum(tl.where(m_first, 0.0, b_unread))
         # Other threads' groups.
         tl.debug_barrier()
@@ -272,8 +269,6 @@ def _select_kernel(
         b_x = tl.load(x_row + b_index, mask=m_x, other=float("-inf")).to(tl.float32)
         b_key = _keys(b_x, m_x, BITS)
         least = tl.min(tl.where(m_x, b_key, 2147483647))
-        maximum = tl.max(b_x)
-        total = tl.sum(tl.exp2(tl.fma(b_x, slope, -reference(maximum, slope))))
         unread, unread_total = float("-inf"), 0.0
 
     kth = _kth_largest(b_key, least, k)
@@ -282,8 +277,13 @@ def _select_kernel(
     m_last = m_first & (b_key == kth)
     b_outside = tl.where(m_first, float("-inf"), b_x)
     outside = tl.maximum(tl.max(b_outside), unread)
-    c = reference(outside, slope)
-    outside_total = tl.sum(tl.exp2(tl.fma(b_outside, slope, -c))) + unread_total * tl.exp2(reference(unread, slope) - c)
+    c_outside = reference(outside, slope)
+    outside_total = tl.sum(tl.exp2(tl.fma(b_outside, slope, -c_outside)))
+    outside_total += unread_total * tl.exp2(reference(unread, slope) - c_outside)
+    # The first apart from the rest: few terms, of which the largest lose the least.
+    maximum = tl.max(b_x)
+    c = reference(maximum, slope)
+    total = tl.sum(tl.where(m_first, tl.exp2(tl.fma(b_x, slope, -c)), 0.0)) + outside_total * tl.exp2(c_outside - c)
     field = rows.to(tl.int64)
     tl.store(masses_ptr + i_row, maximum)
     tl.store(masses_ptr + field + i_row, total)
