@@ -2,7 +2,7 @@
 
 ``divergence_topk_forward``  values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars
                              (8 + 2·kinds, ...) for backward: m_x, S_x, m_y, S_y over what the support normalises by,
-                             the same of the tails, then per kind and side what a logit outside the support has for
+                             the same of the tails (0 where there is none), then per kind and side what a logit outside the support has for
                              gradient, in units of its share of the tail (``tail``) or of its probability (``truncate``).
 
 The tail of a side is its weights outside its own top-k less those that the other's top-k takes. Where that would leave
@@ -201,13 +201,15 @@ def _forward_kernel(
     masses_a = _load_masses(masses_ptr, field, o_row, m_read)
     masses_b = _load_masses(masses_ptr + _FIELDS * field, field, o_row, m_read)
     b_index, b_x, b_y = load_support(union_ptr, o_row, m_read, size, a_row, b_row, BK)
-    m_a, s_a, r_a, t_a, _, _ = masses_a
-    m_b, s_b, r_b, t_b, _, _ = masses_b
+    m_a, s_a, _, _, _, _ = masses_a
+    m_b, s_b, _, _, _, _ = masses_b
     valid = (s_a > 0) & (s_a < float("inf")) & (s_b > 0) & (s_b < float("inf"))
     if SUPPORT == RENORMALIZE:
         # The largest logit is in the support.
         s_a = tl.sum(tl.exp2(tl.fma(b_x, slope, -reference(m_a, slope))), axis=1, keep_dims=True)
         s_b = tl.sum(tl.exp2(tl.fma(b_y, slope, -reference(m_b, slope))), axis=1, keep_dims=True)
+    zero = tl.zeros([BN, 1], tl.float32)
+    r_a, t_a, r_b, t_b = zero, zero, zero, zero
     if SUPPORT == TAIL:
         r_a, t_a = _tail(b_index, b_x, a_row, b_row, masses_a, masses_b, width, slope, BN, BV)
         r_b, t_b = _tail(b_index, b_y, b_row, a_row, masses_b, masses_a, width, slope, BN, BV)
@@ -236,7 +238,7 @@ def _forward_kernel(
                 to_p = tl.sum(tl.where(m_tail, b_to_p - b_p * p_total, 0.0), axis=1, keep_dims=True)
                 to_q = tl.sum(tl.where(m_tail, b_to_q - b_q * q_total, 0.0), axis=1, keep_dims=True)
             else:
-                to_p, to_q = tl.zeros([BN, 1], tl.float32), tl.zeros([BN, 1], tl.float32)
+                to_p, to_q = zero, zero
             o_field = scalars_ptr + (_FIRST_FIELDS + 2 * i_kinds[i]) * field + o_row
             tl.store(o_field, tl.where(m_read, to_p, 0.0), mask=m_row)
             tl.store(o_field + field, tl.where(m_read, to_q, 0.0), mask=m_row)
