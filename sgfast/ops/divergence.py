@@ -26,8 +26,8 @@ With hard labels one more, always over the whole vocabulary and at temperature 1
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
 logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits. The Triton kernels, for the whole vocabulary, are ``lse``, ``divergence`` and
-``divergence_backward`` of ``sgfast_kernels``.
+forms that keep their digits. The Triton kernels are ``lse``, ``divergence`` and
+``divergence_backward`` of ``sgfast_kernels``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgfast.ops import dispatch, rows, topk, validation
+from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
 from sgfast.ops.divergence_options import Support, check_labels, check_options, row_temperature
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings, backward_rows, forward_rows
@@ -110,24 +110,6 @@ def _definition(kind: str, a: Tensor, b: Tensor, settings: Settings) -> Tensor:
     raise AssertionError(kind)
 
 
-def _triton_refusal(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
-    kinds: object = None,
-    *,
-    top_k: int | None = None,
-    mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    **_: Any,
-) -> str | None:
-    refusal = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
-    if refusal is None and top_k:
-        return "the Triton kernels cover the whole vocabulary; top_k runs in PyTorch"
-    if refusal is None and labels is not None:
-        return "the Triton kernels have no label_cross_entropy; labels run in PyTorch"
-    return refusal or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
-
-
 # Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
 _TEMPORARIES = 20
 
@@ -153,13 +135,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values (kinds, ...), the support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
 
-    The row scalars (4 + 2·kinds, ...) are for the Triton backward: zeros where PyTorch ran, none with top_k.
+    The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the Triton backward: zeros where PyTorch ran.
     """
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask, labels=labels))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
     if choice.implementation == "triton":
-        options = (kinds.split(","), beta, skew)
-        values, row_scalars = dispatch.kernels().divergence_forward(noisy, clean, mask, temperature, *options)
-        return values, noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32), row_scalars
+        problem = divergence_triton.Problem(
+            noisy, clean, mask, temperature, kinds.split(","), top_k, support, beta, skew
+        )
+        return divergence_triton.forward(problem, labels)
     if labels is not None:
         _check_label_values(labels, mask, noisy.shape[-1])
     body = dispatch.implementation_of(forward_rows, choice.implementation)
@@ -211,7 +194,7 @@ def _(
 
 
 def _row_scalars_shape(noisy: Tensor, kinds: str, top_k: int) -> tuple[int, ...]:
-    return (0 if top_k else 4 + 2 * len(kinds.split(",")), *noisy.shape[:-1])
+    return (divergence_triton.row_scalar_count(kinds.split(","), top_k), *noisy.shape[:-1])
 
 
 @torch.library.custom_op("sgfast::divergences_backward", mutates_args=())
@@ -235,13 +218,13 @@ def _backward(
     clean_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the sides wanted; an unwanted one comes back empty."""
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask, labels=labels))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
     wanted = (noisy_wanted, clean_wanted)
     if choice.implementation == "triton":
-        kernels, options = dispatch.kernels(), (kinds.split(","), beta, skew)
-        if row_scalars is None:  # when the graph was traced, PyTorch was to run
-            row_scalars = kernels.divergence_forward(noisy, clean, mask, temperature, *options)[1]
-        found = kernels.divergence_backward(noisy, clean, mask, temperature, upstream, row_scalars, *options, *wanted)
+        problem = divergence_triton.Problem(
+            noisy, clean, mask, temperature, kinds.split(","), top_k, support, beta, skew
+        )
+        found = divergence_triton.backward(problem, labels, upstream, kept_indices, row_scalars, wanted)
         noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
         return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(backward_rows, choice.implementation)
@@ -256,7 +239,7 @@ def _backward(
     for chunk in rows.row_chunks(
         shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
     ):
-        indices, valid = _unpack_support(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
+        indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
         chunk_gradients = body(
             _read_logits(noisy, chunk, choice),
             _read_logits(clean, chunk, choice),
@@ -357,18 +340,12 @@ def _no_support(like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
 
 
-def _unpack_support(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
-    valid = kept_indices >= 0
-    last_valid = kept_indices.amax(-1, keepdim=True)
-    return torch.where(valid, kept_indices, last_valid).long(), valid
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     noisy, clean, labels, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs
     ctx.impl = dispatch.pinned(impl)
     _, kept_indices, row_scalars = output
     ctx.mark_non_differentiable(kept_indices, row_scalars)
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=ctx.options[1], mask=mask, labels=labels))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=ctx.options[1], mask=mask))
     kept_scalars = row_scalars if choice.implementation == "triton" else None
     ctx.save_for_backward(noisy, clean, labels, kept_indices, kept_scalars, mask, temperature)
 
@@ -410,7 +387,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
 
     def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
         dtype = rows.compute_dtype(noisy, clean)
-        support_indices = _unpack_support(kept_indices) if top_k else _no_support(noisy)
+        support_indices = topk.unpack_union(kept_indices) if top_k else _no_support(noisy)
         if mask is None:
             return reference(noisy.to(dtype), clean.to(dtype), settings, *support_indices, temperature, labels)
         # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
@@ -422,7 +399,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
     gradients = double_backward(
         "divergences",
         ctx.impl,
-        _triton_refusal(noisy, clean, top_k=top_k, mask=mask, labels=labels),
+        divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask),
         masked_reference,
         (noisy, clean),
         upstream,
@@ -436,7 +413,7 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 _backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
 
 
-@dispatch.describe_triton(_triton_refusal)
+@dispatch.describe_triton(divergence_triton.refusal)
 def divergences(
     noisy_logits: Tensor,
     clean_logits: Tensor,
@@ -502,10 +479,11 @@ def divergences(
     mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
     labels = check_labels(labels, "noisy_logits", noisy_logits)
     names = check_options(kinds, support, beta, skew, impl, with_labels=labels is not None)
-    if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
-        mask = labels >= 0 if mask is None else mask & (labels >= 0)
     if top_k is not None:
         topk.check_k("top_k", top_k, noisy_logits.shape[-1])
+    if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
+        mask = labels >= 0 if mask is None else mask & (labels >= 0)
+        top_k = None
     dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
     values, *_ = _forward(
         noisy_logits,

@@ -20,8 +20,7 @@ from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
 from tests.gates.live_bytes import LiveBytes
 
 SUPPORTS = (None, "truncate", "renormalize", "tail")
-# The kernels cover the whole vocabulary.
-EACH_SUPPORT = (None,) if RUNS_TRITON else SUPPORTS
+EACH_SUPPORT = SUPPORTS
 each_fast_implementation = pytest.mark.parametrize(
     "impl", [pytest.param("triton", marks=pytest.mark.triton)] if RUNS_TRITON else ["torch"]
 )
