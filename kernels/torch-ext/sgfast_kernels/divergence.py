@@ -290,8 +290,8 @@ def _forward_kernel(
         i_col = start + (tiles - 1 - i) * BV
         b_a, b_b = tl.load(a_row + i_col + o_col), tl.load(b_row + i_col + o_col)
         sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=False)
-    # Infinite ratios show: 0 · inf is NaN, and no sum of finite ones is large. Such rows are read again, with care; so is
-    # every row's tail.
+    # Infinite ratios show: 0 · inf is NaN, and no sum of finite ones is large. Such rows are read again, with care;
+    # so is every row's tail.
     s_pd, s_qd, s_jsp, s_jsq, _, _, _, s_ce, _, _, _, _, _ = sums
     finite = tl.sum(tl.abs(s_pd) + tl.abs(s_qd) + tl.abs(s_jsp) + tl.abs(s_jsq) + tl.abs(s_ce)) < 1e20
     sums = _where(finite, sums)
