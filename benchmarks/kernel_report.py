@@ -5,9 +5,9 @@
     python -m benchmarks.kernel_report --update   write the snapshot of the installed Triton version
 
 Budgets are hard: no spills, no double-precision arithmetic, and what the case says of registers (NVIDIA), of 16-byte
-loads and of instructions per element (sm90). Every number is also compared with ``kernel_reports/triton-<version>.json``.
-A compiler's output is deterministic: a difference is a change somebody made, to be looked at before it is accepted with
-``--update``.
+loads and of instructions per element (sm90). Every number is also compared with the snapshot,
+``kernel_reports/triton-<version>.json``. A compiler's output is deterministic: a difference is a change somebody made,
+to be looked at before it is accepted with ``--update``.
 """
 
 import argparse

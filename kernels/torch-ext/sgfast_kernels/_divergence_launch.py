@@ -81,7 +81,9 @@ def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, 
     tile = {"BV": columns, "num_warps": max(1, columns // columns_each)}
     if backward:
         return tile
-    return tile | {"NEIGHBOURS": 8 if narrow else 4, "ADJACENT": adjacent, "STAGES": 3 if kinds < 3 else 1}
+    # Unaligned: as many as a thread of AMD's wider warps has. A NVIDIA thread then keeps two sums.
+    neighbours = vector_columns(noisy, clean) if adjacent else columns_each // 64
+    return tile | {"NEIGHBOURS": neighbours, "ADJACENT": adjacent, "STAGES": 3 if kinds < 3 else 1}
 
 
 @triton.jit

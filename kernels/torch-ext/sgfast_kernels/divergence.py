@@ -38,6 +38,7 @@ from ._divergence_launch import (
     tile,
 )
 from ._divergence_terms import (
+    BIG,
     TINY,
     bits_per_unit,
     clamped,
@@ -48,7 +49,6 @@ from ._divergence_terms import (
     probabilities,
     skew_partials,
     squares,
-    times_ratio,
 )
 from ._rows import LAUNCH_OPTIONS, columns, on_device_of, row_layout, row_start
 from .lse import lse_pair
@@ -132,8 +132,11 @@ def divergence_forward(
 
 @triton.jit
 def _product(b_p, b_log, GUARDED: tl.constexpr):
-    """P · log; guarded: with 0 · (±inf) = 0 and 0 · NaN = 0."""
-    return times_ratio(b_p, b_log) if GUARDED else b_p * b_log
+    """P · log; guarded: with 0 · (±inf) = 0 and 0 · NaN = 0, and ratios that backward would clamp infinite."""
+    if GUARDED:
+        b_log = tl.where(tl.abs(b_log) < BIG, b_log, b_log * float("inf"))
+        b_log = tl.where(b_p > 0, b_log, 0.0)
+    return b_p * b_log
 
 
 @triton.jit
@@ -287,9 +290,10 @@ def _forward_kernel(
         i_col = start + (tiles - 1 - i) * BV
         b_a, b_b = tl.load(a_row + i_col + o_col), tl.load(b_row + i_col + o_col)
         sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=False)
-    # Infinite ratios show: 0 · inf is NaN. Such rows are read again, with care; so is every row's tail.
+    # Infinite ratios show: 0 · inf is NaN, and no sum of finite ones is large. Such rows are read again, with care;
+    # so is every row's tail.
     s_pd, s_qd, s_jsp, s_jsq, _, _, _, s_ce, _, _, _, _, _ = sums
-    finite = tl.sum(tl.abs(s_pd) + tl.abs(s_qd) + tl.abs(s_jsp) + tl.abs(s_jsq) + tl.abs(s_ce)) < float("inf")
+    finite = tl.sum(tl.abs(s_pd) + tl.abs(s_qd) + tl.abs(s_jsp) + tl.abs(s_jsq) + tl.abs(s_ce)) < 1e20
     sums = _where(finite, sums)
     for i_col in range(tl.where(finite, start + tiles * BV, start), stop, BV):
         m_col = i_col + o_col < stop
