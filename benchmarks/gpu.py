@@ -8,6 +8,7 @@ launch's floor is the bytes that must move (``sgfast_kernels.cases``), set again
 
 import datetime
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgfast.ops import divergence_rows, hidden, topk
+from sgfast.ops import divergence_rows, hidden, noise, philox, topk
 from sgfast.ops.divergence_terms import divergence, make_atoms, partials
 
 _ROOT = Path(__file__).parents[1]
@@ -189,6 +190,28 @@ def _divergence_topk_backward(
     return tuple(gradients)
 
 
+def _noise_forward(
+    input: Tensor, mean: Tensor, std: Tensor, seed: Tensor, offset: int, *masks_and_bounds: Any
+) -> Tensor:
+    eps = _standard_normal(seed, input.shape, offset, torch.float32)
+    return noise.reference(input, mean, std, eps, *masks_and_bounds)
+
+
+def _noise_backward(
+    upstream: Tensor, input: Tensor, mean: Tensor, std: Tensor, seed: Tensor, offset: int, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    eps = _standard_normal(seed, input.shape, offset, torch.float32)
+    *masks_and_bounds, needs_input, needs_mean, needs_std = rest
+    gradients = noise._box_gradients(upstream, input, mean, std, eps, *masks_and_bounds)
+    needs = zip((input, mean, std), gradients, (needs_input, needs_mean, needs_std), strict=True)
+    return tuple(one.sum_to_size(like.shape).to(like.dtype) if needed else None for like, one, needed in needs)
+
+
+def _standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
+    count = math.prod(shape)
+    return philox.normals(offset, count // 4 + 1, philox.round_keys(seed))[:count].view(shape).to(dtype)
+
+
 # What torch.compile is given for each function that cases launch: the PyTorch implementation of the same result.
 BASELINES: dict[str, Callable[..., Any]] = {
     "hidden_forward": _hidden_forward,
@@ -199,6 +222,9 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "top_k_union": _top_k_union,
     "divergence_topk_forward": _divergence_topk_forward,
     "divergence_topk_backward": _divergence_topk_backward,
+    "noise_forward": _noise_forward,
+    "noise_backward": _noise_backward,
+    "standard_normal": _standard_normal,
 }
 
 
@@ -217,11 +243,21 @@ def run_tests() -> str:
     return process.stdout.strip().splitlines()[-1]
 
 
-def assert_equal_results(function: Callable[..., Any], baseline: Callable[..., Any], arguments: Sequence[Any]) -> None:
-    """Check that two functions compute the same, up to the rounding of sums and of bfloat16."""
+def assert_equal_results(
+    function: Callable[..., Any], baseline: Callable[..., Any], arguments: Sequence[Any], jumps: float = 0.0
+) -> None:
+    """Check that two functions compute the same, up to the rounding of sums and of bfloat16.
+
+    A share ``jumps`` of the elements may differ by more: an intermediate rounded or clamped the other way.
+    """
     for one, other in zip(function(*arguments), baseline(*arguments), strict=True):
-        if one is not None or other is not None:
-            torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+        if one is None and other is None:
+            continue
+        if jumps > 0 and one.shape == other.shape:
+            close = torch.isclose(one, other, rtol=1e-2, atol=1e-4)
+            assert (~close).float().mean() <= jumps
+            other = torch.where(close, other, one)
+        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
 
 
 def time_cases(device: str, median_ms: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
@@ -233,7 +269,7 @@ def time_cases(device: str, median_ms: Callable[[Callable[[], Any]], float]) -> 
         arguments = case.arguments(case.rows, device)
         torch._dynamo.reset()
         baseline = torch.compile(BASELINES[case.function.__name__])
-        assert_equal_results(case.function, baseline, arguments)
+        assert_equal_results(case.function, baseline, arguments, case.jumps)
         kernel_ms = median_ms(lambda case=case, arguments=arguments: case.function(*arguments))
         compiled_ms = median_ms(lambda baseline=baseline, arguments=arguments: baseline(*arguments))
         floor_bytes = case.rows * case.width * case.floor

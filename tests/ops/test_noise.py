@@ -101,7 +101,7 @@ def test_values_and_gradients(monkeypatch, impl, dtype, value_range):
 
 @each_implementation
 @pytest.mark.parametrize("shape", [(), (1,), (6,), (2, 9), (2, 0, 3), (2, 3, 1, 5), (3, 70)], ids=str)
-@pytest.mark.parametrize("elements", [1, 4, 7, 2**17])
+@pytest.mark.parametrize("elements", [1, 2**17] if RUNS_TRITON else [1, 4, 7, 2**17])
 def test_any_shape_and_chunk(monkeypatch, impl, shape, elements):
     cut(monkeypatch, elements)
     leaves = [one.requires_grad_() for one in operands(*shape)]
@@ -141,7 +141,7 @@ def test_any_width(impl, dtype, width):
 @each_implementation
 @pytest.mark.parametrize("mean_shape", [(), (1,), (5,), (3, 1), (3, 5), (1, 3, 5), (4, 1, 1), (4, 3, 5)], ids=str)
 @pytest.mark.parametrize("std_shape", [(), (5,), (4, 1, 5)], ids=str)
-@pytest.mark.parametrize("elements", [6, 2**17])
+@pytest.mark.parametrize("elements", [6] if RUNS_TRITON else [6, 2**17])
 def test_broadcast_operands_and_their_gradients(monkeypatch, impl, mean_shape, std_shape, elements):
     cut(monkeypatch, elements)
     dtype, tolerance = (torch.float32, 1e-6) if impl == "triton" else (torch.float64, 1e-13)
@@ -164,18 +164,18 @@ def test_broadcast_operands_and_their_gradients(monkeypatch, impl, mean_shape, s
 
 
 @each_implementation
-@pytest.mark.parametrize("mean_shape", [(300,), (40, 1), (1, 300), (8, 1, 300), (5, 1), (8, 1, 1)], ids=str)
+@pytest.mark.parametrize("mean_shape", [(40,), (10, 1), (4, 1, 40), (3, 1), (4, 1, 1)], ids=str)
 def test_long_sums(monkeypatch, impl, mean_shape):
     """Sums over inner rows, outer rows and columns, of more rows and columns than a tile has."""
-    cut(monkeypatch, 200)
-    shape = (8, 5, 300) if mean_shape in [(8, 1, 300), (5, 1), (8, 1, 1)] else (40, 300)
-    input, mean, std = (operands(*one, seed=i)[i].requires_grad_() for i, one in enumerate((shape, mean_shape, (300,))))
+    cut(monkeypatch, 30)
+    shape = (4, 3, 40) if mean_shape in [(4, 1, 40), (3, 1), (4, 1, 1)] else (10, 40)
+    input, mean, std = (operands(*one, seed=i)[i].requires_grad_() for i, one in enumerate((shape, mean_shape, (40,))))
     noise_mask, upstream = random_mask(*shape[:-1]), operands(*shape, seed=9)[0]
     out = apply_noise(input, mean, std, seed=8, noise_mask=noise_mask, impl=impl)
     of_mean, of_std = torch.autograd.grad(out, (mean, std), upstream)
     selected = torch.where(noise_mask[..., None], upstream, 0).double()
     expected_mean = selected.sum_to_size(mean_shape)
-    expected_std = (selected * draw(shape, 8, impl=impl).double()).sum_to_size((300,))
+    expected_std = (selected * draw(shape, 8, impl=impl).double()).sum_to_size((40,))
     torch.testing.assert_close(of_mean.double(), expected_mean, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(of_std.double(), expected_std, rtol=1e-6, atol=1e-5)
     # The order of the sums is fixed.

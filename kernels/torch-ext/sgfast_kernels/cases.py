@@ -18,6 +18,8 @@ from .divergence_topk import divergence_topk_forward
 from .divergence_topk_backward import divergence_topk_backward
 from .hidden import hidden_backward, hidden_forward
 from .lse import lse_pair
+from .noise import noise_forward, standard_normal
+from .noise_backward import noise_backward
 from .topk import top_k_union
 
 
@@ -37,6 +39,8 @@ class Case(NamedTuple):
     rows: int = 32768
     #: Registers a thread may use on NVIDIA (of 65536: 32 leave room for all 2048 threads, 64 for half).
     registers: int = 64
+    #: Share of elements that another device's arithmetic may round or clamp differently, so that a result jumps.
+    jumps: float = 0.0
     #: Loads of 16 bytes or more in the compiled loop; 0 where rows are not aligned.
     vector_loads: int = 0
     #: Instructions per element in each launch's loop on sm90, as many launches as are held to it. An H200 reads 4 bytes
@@ -90,6 +94,32 @@ def _divergence(
         return *logits, torch.rand(len(kinds), rows, device=device), row_scalars, kinds, 0.5, 0.1, *gradients, *labels
 
     return arguments
+
+
+def _noise(
+    dtype: torch.dtype, width: int, spread: str, *gradients: bool, clamped: bool = False
+) -> Callable[[int, str], tuple[Any, ...]]:
+    """Arguments of noise_forward, or of noise_backward if it is said which gradients are needed.
+
+    ``spread`` is the shape of mean and std: ``"full"``, a ``"vector"`` for all rows, or one ``"number"``.
+    """
+
+    def arguments(rows: int, device: str) -> tuple[Any, ...]:
+        shape = {"full": (rows, width), "vector": (width,), "number": ()}[spread]
+        mean, std = (torch.rand(shape, dtype=dtype, device=device) for _ in range(2))
+        upstream, input = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(2))
+        seed = torch.full((), -7, dtype=torch.int64, device=device)
+        mask = torch.ones(rows, 1, dtype=torch.bool, device=device)
+        bounds = (-1.5, 1.5) if clamped else (None, None)
+        settings = (input, mean, std, seed, 2**33, mask, None, *bounds)
+        return (upstream, *settings, *gradients) if gradients else settings
+
+    return arguments
+
+
+def _normal(dtype: torch.dtype, width: int) -> Callable[[int, str], tuple[Any, ...]]:
+    """Arguments of standard_normal."""
+    return lambda rows, device: (torch.full((), -7, dtype=torch.int64, device=device), (rows, width), 2**33, dtype)
 
 
 _bf16, _fp32 = torch.bfloat16, torch.float32
@@ -162,6 +192,15 @@ def _top_k_backward(width: int, k: int, support: str, *needs: bool) -> Case:
     return Case(name, divergence_topk_backward, arguments, width, floor, **limits)
 
 
+def _noised(
+    name: str, arguments: Callable[[int, str], tuple[Any, ...]], width: int, floor: float, **limits: Any
+) -> Case:
+    """A case of noise_forward or noise_backward: few registers more than 64, and eps rounded to bfloat16."""
+    function = noise_forward if name.startswith("forward") else noise_backward
+    settings = {"traffic": 1.01, "registers": 80, "jumps": 1e-3} | limits
+    return Case(f"noise_{name}", function, arguments, width, floor, **settings)
+
+
 CASES = [
     Case("hidden_forward bf16 64", hidden_forward, _hidden(_bf16, 64), 64, 4, traffic=1.13, vector_loads=4),
     Case("hidden_forward bf16 512", hidden_forward, _hidden(_bf16, 512), 512, 4, vector_loads=4),
@@ -204,4 +243,21 @@ CASES = [
         for width, k in ((151936, 64), (32000, 100))
         for support in SUPPORTS
     ),
+    Case("standard_normal fp32 4096", standard_normal, _normal(_fp32, 4096), 4096, 4, traffic=1.01),
+    Case("standard_normal bf16 4096", standard_normal, _normal(_bf16, 4096), 4096, 2, traffic=1.01),
+    _noised("forward bf16 4096", _noise(_bf16, 4096, "full"), 4096, 8, vector_loads=6),
+    # Mean and std are counted for every row that loads them.
+    _noised("forward bf16 4096 vector", _noise(_bf16, 4096, "vector"), 4096, 4, traffic=2.02, vector_loads=6),
+    _noised("forward bf16 4095", _noise(_bf16, 4095, "full"), 4095, 8, registers=128),
+    _noised("forward fp32 4096", _noise(_fp32, 4096, "full"), 4096, 16, vector_loads=6),
+    _noised("backward bf16 4096", _noise(_bf16, 4096, "full", True, True, True), 4096, 8, vector_loads=2),
+    _noised(
+        "backward bf16 4096 clamped",
+        _noise(_bf16, 4096, "full", True, True, True, clamped=True),
+        4096,
+        14,
+        vector_loads=8,
+    ),
+    # Of the few rows that are counted each is a partial sum: sixty-four share one where there are enough.
+    _noised("backward bf16 4096 vector", _noise(_bf16, 4096, "vector", True, True, True), 4096, 4, traffic=3.01),
 ]

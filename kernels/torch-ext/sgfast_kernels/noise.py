@@ -113,12 +113,14 @@ def each_column(walk: Walk) -> dict[str, bool]:
 
 
 def tile_of(walk: Walk, input: Tensor, sums_rows: bool = False) -> dict[str, int]:
-    """Rows and columns of a program's tile, and the warps: half of it for float32 and for sums kept in registers.
+    """Rows and columns of a program's tile, and the warps: half of it for float32, for sums kept in
+    registers and for draws one by one.
 
     Narrow rows share a program. Sizes depend on powers of two alone, so that shapes share compiled kernels.
     """
     _, inner, width = walk.sizes
-    elements = TILE_ELEMENTS // 2 if sums_rows or input.dtype == torch.float32 else TILE_ELEMENTS
+    halved = sums_rows or input.dtype == torch.float32 or not walk.grouped
+    elements = TILE_ELEMENTS // 2 if halved else TILE_ELEMENTS
     columns = min(max(triton.next_power_of_2(width), 16), elements)
     rows = min(triton.next_power_of_2(inner), elements // columns)
     return {"BN": rows, "BD": columns, "num_warps": max(1, rows * columns // (elements // 4))}

@@ -68,7 +68,7 @@ def noise_backward(
     over_rows = any(walk.sums(name)[1] for name in summed)
     tile = tile_of(walk, input, over_rows)
     column_tiles = triton.cdiv(width, tile["BD"])
-    trips = _trips(outer * triton.cdiv(inner, tile["BN"]) * column_tiles) if over_rows else 1
+    trips = _trips(triton.cdiv(inner, tile["BN"]), outer * column_tiles) if over_rows else 1
     row_tiles = triton.cdiv(inner, tile["BN"] * trips)
     partial = (row_tiles, column_tiles)
 
@@ -120,9 +120,10 @@ def noise_backward(
     )
 
 
-def _trips(programs: int) -> int:
+def _trips(row_tiles: int, others: int) -> int:
     """How many tiles of rows a program adds up, a power of two."""
-    return max(1, min(_MOST_TRIPS, triton.next_power_of_2(programs // _ENOUGH_PROGRAMS + 1) // 2))
+    wanted = min(_MOST_TRIPS, row_tiles, row_tiles * others // _ENOUGH_PROGRAMS)
+    return max(1, triton.next_power_of_2(wanted + 1) // 2)
 
 
 def _target(operand: Tensor, walk: Walk, name: str, partial: tuple[int, int]) -> Tensor:
