@@ -1,1 +1,1 @@
-"""Runnable examples: ``python -m sgfast.examples.vision``."""
+"""Small programs to copy from: ``python -m sgfast.examples.NAME``."""

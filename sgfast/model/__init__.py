@@ -3,5 +3,12 @@
 from sgfast.model.noisy_model import NoisyModel
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
+from sgfast.model.peft_noisy_transformer_masking_model import PeftNoiseMaskedNoisyTransformerModel
 
-__all__ = ["NoiseMaskedNoisyTransformerModel", "NoisyModel", "NoisyModelOutput", "SuperBatchOutput"]
+__all__ = [
+    "NoiseMaskedNoisyTransformerModel",
+    "NoisyModel",
+    "NoisyModelOutput",
+    "PeftNoiseMaskedNoisyTransformerModel",
+    "SuperBatchOutput",
+]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sgfast.noise_layer.arguments import Scale, ValueRange, check_scale, check_seed, check_value_range
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.ops import validation
-from sgfast.ops.noise import apply_noise, standard_normal
+from sgfast.ops.noise import apply_noise
+from sgfast.ops.philox import standard_normal
 
 
 class BaseNoiseLayer(nn.Module, ABC):
@@ -112,6 +113,11 @@ class BaseNoiseLayer(nn.Module, ABC):
         self.input, self.mean, self.std = input, mean, std
         self.mask, self.noise_mask, self.output, self._forward_seed = mask, noise_mask, output, forward_seed
         return output
+
+    @property
+    def forward_seed(self) -> int | Tensor | None:
+        """The seed of the last forward's noise; an int64 tensor where it was drawn on the device."""
+        return self._forward_seed
 
     @property
     def noise(self) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 
 from sgfast.noise_layer import TransformerCloak
 from sgfast.noise_layer.base import fold_in, mix_seed
-from sgfast.ops.noise import standard_normal
+from sgfast.ops.philox import standard_normal
 from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, tiny_causal_lm
 
 

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._divergence_atoms import SUPPORTS
 from ._divergence_launch import KINDS
 from .divergence import divergence_forward
 from .divergence_backward import divergence_backward
+from .divergence_topk import divergence_topk_forward
+from .divergence_topk_backward import divergence_topk_backward
 from .hidden import hidden_backward, hidden_forward
 from .lse import lse_pair
+from .topk import top_k_union
 
 
 class Case(NamedTuple):
@@ -35,6 +39,9 @@ class Case(NamedTuple):
     registers: int = 64
     #: Loads of 16 bytes or more in the compiled loop; 0 where rows are not aligned.
     vector_loads: int = 0
+    #: Instructions per element in each launch's loop on sm90, as many launches as are held to it. An H200 reads 4 bytes
+    #: an element while it issues 26 instructions: more, and memory waits.
+    instructions: tuple[float, ...] = ()
 
 
 def _hidden(dtype: torch.dtype, width: int, *gradients: bool) -> Callable[[int, str], tuple[Any, ...]]:
@@ -70,15 +77,17 @@ def _divergence(
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(dtype, width, rows, device)
+        # The middle column: any will do.
+        labels = [torch.full((rows,), width // 2, device=device)] if "label_cross_entropy" in kinds else []
         if not gradients:
-            return *logits, kinds, 0.5, 0.1
+            return *logits, kinds, 0.5, 0.1, *labels
         # Maxima and sums must be the logits'; what the partials add up to may be anything.
         row_scalars = torch.rand(4 + 2 * len(kinds), rows, device=device)
         for i, side in enumerate(logits[:2]):
             row_scalars[2 * i] = side.amax(-1)
             weights = (side.float() - row_scalars[2 * i][:, None]).div_(1.5).exp_()
             row_scalars[2 * i + 1] = weights.sum(-1)
-        return *logits, torch.rand(len(kinds), rows, device=device), row_scalars, kinds, 0.5, 0.1, *gradients
+        return *logits, torch.rand(len(kinds), rows, device=device), row_scalars, kinds, 0.5, 0.1, *gradients, *labels
 
     return arguments
 
@@ -88,7 +97,9 @@ _KINDS = {
     "kl": ("forward_kl",),
     "js": ("jensen_shannon",),
     "rest": ("jeffreys", "total_variation", "squared_hellinger"),
-    "all": KINDS,
+    "metrics": ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger"),
+    "labels": ("forward_kl", "label_cross_entropy"),
+    "all": KINDS[:-1],
 }
 
 
@@ -108,6 +119,49 @@ def _backward(dtype: torch.dtype, width: int, kinds: str, *needs: bool, **limits
     return Case(name, divergence_backward, arguments, width, floor, rows=2048, **{"vector_loads": 4} | limits)
 
 
+def _top_k(width: int, k: int, support: str | None) -> Case:
+    """The support alone, or also divergences over it. The floor is both sides once, groups and what is read again."""
+
+    def arguments(rows: int, device: str) -> tuple[Any, ...]:
+        logits = _logits(_bf16, width, rows, device)
+        return (*logits, k) if support is None else (*logits, k, support, _KINDS["all"], 0.5, 0.1)
+
+    groups = (2**i for i in range(3, 8))
+    floor = 4 + min(32 / group + 4 * group * k / width for group in groups)
+    limits = {"rows": 4096, "traffic": 1.03 if k <= 64 else 1.05, "registers": 255}
+    if support is None:
+        return Case(f"top_k_union bf16 {width} k={k}", top_k_union, arguments, width, floor, **limits)
+    name = f"divergence_topk_forward bf16 {width} k={k} {support}"
+    return Case(name, divergence_topk_forward, arguments, width, floor, **limits)
+
+
+def _top_k_backward(width: int, k: int, support: str, *needs: bool) -> Case:
+    """Reads the side whose gradient it writes, under ``renormalize`` nothing."""
+
+    def arguments(rows: int, device: str) -> tuple[Any, ...]:
+        noisy, clean, mask, temperature = _logits(_bf16, width, rows, device)
+        both = torch.cat([side.topk(k, dim=-1).indices for side in (noisy, clean)], dim=-1).sort(dim=-1).values
+        both[:, 1:].masked_fill_(both[:, 1:] == both[:, :-1], width)
+        union = both.sort(dim=-1).values
+        # What the gradients outside the support are multiples of may be anything; all else must be the logits'.
+        scalars = torch.rand(8 + 2 * len(_KINDS["all"]), rows, device=device)
+        for i, side in enumerate((noisy, clean)):
+            logits = torch.cat([side.float(), torch.full((rows, 1), -torch.inf, device=device)], dim=-1)
+            outside = logits.scatter(-1, union, -torch.inf)
+            whole = logits.gather(-1, union) if support == "renormalize" else logits
+            for j, part in ((2 * i, whole), (4 + 2 * i, outside)):
+                scalars[j] = part.amax(-1)
+                scalars[j + 1] = ((part - scalars[j][:, None]) / 1.5).exp().sum(-1)
+        union = union.masked_fill(union == width, -1).int()
+        upstream = torch.rand(len(_KINDS["all"]), rows, device=device)
+        return noisy, clean, mask, temperature, upstream, union, scalars, support, _KINDS["all"], 0.5, 0.1, *needs
+
+    name = f"divergence_topk_backward bf16 {width} k={k} {support} {'both' if all(needs) else 'noisy'}"
+    floor = (2 if support == "renormalize" else 4) * sum(needs)
+    limits = {"rows": 1024, "traffic": 1.1 if support == "renormalize" else 1.05, "registers": 255}
+    return Case(name, divergence_topk_backward, arguments, width, floor, **limits)
+
+
 CASES = [
     Case("hidden_forward bf16 64", hidden_forward, _hidden(_bf16, 64), 64, 4, traffic=1.13, vector_loads=4),
     Case("hidden_forward bf16 512", hidden_forward, _hidden(_bf16, 512), 512, 4, vector_loads=4),
@@ -120,15 +174,34 @@ CASES = [
     ),
     Case("hidden_backward bf16 4096 both", hidden_backward, _hidden(_bf16, 4096, True, True), 4096, 8, vector_loads=4),
     Case("hidden_backward fp32 4096 both", hidden_backward, _hidden(_fp32, 4096, True, True), 4096, 16, vector_loads=8),
-    Case("lse_pair bf16 32000", lse_pair, _lse(_bf16, 32000), 32000, 4, rows=8192, vector_loads=4),
-    _forward(_bf16, 151936, "kl"),
-    _forward(_bf16, 32000, "js", registers=128),
-    _forward(_bf16, 32000, "rest", registers=128),
-    _forward(_bf16, 32001, "kl", registers=128),
+    Case(
+        "lse_pair bf16 32000",
+        lse_pair,
+        _lse(_bf16, 32000),
+        32000,
+        4,
+        rows=8192,
+        vector_loads=4,
+        instructions=(15.5,),
+    ),
+    _forward(_bf16, 151936, "kl", instructions=(15.5, 12)),
+    _forward(_bf16, 32000, "js", instructions=(15.5, 20)),
+    _forward(_bf16, 32000, "rest", instructions=(15.5, 23.5)),
+    _forward(_bf16, 151936, "metrics", instructions=(15.5, 30.5)),
+    _forward(_bf16, 32000, "labels", instructions=(25, 12)),
+    _forward(_bf16, 32001, "kl", instructions=(17, 15)),
     _forward(_fp32, 32000, "js", registers=80),
     _backward(_bf16, 151936, "kl", True, False),
     _backward(_bf16, 32000, "js", True, False, registers=96),
+    _backward(_bf16, 32000, "labels", True, False),
     # 16 bytes a load would take more registers than there are; on AMD the loads have 8.
     _backward(_bf16, 32000, "all", True, True, registers=192, vector_loads=0),
     _backward(_fp32, 32000, "js", True, False),
+    *(_top_k(width, k, None) for width, k in ((151936, 64), (32000, 100))),
+    *(_top_k(width, k, support) for width, k in ((151936, 64), (32000, 100)) for support in SUPPORTS),
+    *(
+        _top_k_backward(width, k, support, True, False)
+        for width, k in ((151936, 64), (32000, 100))
+        for support in SUPPORTS
+    ),
 ]
