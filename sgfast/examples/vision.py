@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.model import NoisyModel
+from sgfast.model.noise_loss import check_interpolation
 from sgfast.noise_layer import BaseNoiseLayer, CloakNoiseLayerOneShot, PatchCloakNoiseLayer, parameter_groups
 from sgfast.noise_layer.arguments import check_count
 from sgfast.utils.files import replacing
 
 BATCH_SIZE, HELD_OUT = 64, 360
 BASE_EPOCHS, BASE_LEARNING_RATE = 20, 2e-3
-EPOCHS, LEARNING_RATE, ALPHA = 30, 0.05, 0.1
+EPOCHS, LEARNING_RATE, ALPHA = 40, 0.05, 0.05
 SCALE = (1e-3, 1.0)
 RHOS_INIT = -2.0
 PATCH_SIZE = 4
@@ -86,8 +87,8 @@ def train_base_model(images: Images) -> nn.Module:
 
 
 def _augment(batch: Tensor) -> Tensor:
-    """Erase up to half of the pixels of every second image, a common augmentation: the network relies on no pixel."""
-    erased = torch.rand(batch.shape) < 0.5 * torch.rand(len(batch), 1, 1, 1)
+    """Erase up to 80 % of the pixels of every second image, so that the network learns to rely on no single one."""
+    erased = torch.rand(batch.shape) < 0.8 * torch.rand(len(batch), 1, 1, 1)
     erased[::2] = False
     return torch.where(erased, 0, batch)
 
@@ -99,9 +100,7 @@ def _batches(images: Images) -> Sequence[Tensor]:
 
 def train_transform(noisy_model: NoisyModel, images: Images, alpha: float | None, epochs: int) -> None:
     """Train the noise layer against the frozen network's own loss."""
-    check_count("epochs", epochs)
     loss_function = noisy_model.noise_loss_wrapper(nn.CrossEntropyLoss(), alpha=alpha)
-    noisy_model(images.train[:1])  # gives the noise layer its shapes
     optimizer = torch.optim.AdamW(parameter_groups(noisy_model, weight_decay=1e-4), lr=LEARNING_RATE)
     steps = epochs * -(-len(images.train) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
@@ -147,7 +146,7 @@ def draw(path: Path, images: Images, results: Sequence[Result], columns: int = 1
     figure, axes = pyplot.subplots(len(rows), columns, figsize=(columns, 1.15 * len(rows)), squeeze=False)
     for (name, pictures), row in zip(rows, axes, strict=True):
         for axis, picture in zip(row, pictures, strict=False):
-            axis.imshow(picture[0], cmap="gray_r")
+            axis.imshow(picture[0].numpy(), cmap="gray_r")
             axis.set(xticks=[], yticks=[])
         row[0].set_title(name, loc="left", fontsize=9)
     figure.tight_layout()
@@ -165,20 +164,32 @@ def run(
     patch_size: int = PATCH_SIZE,
     seed: int = 0,
 ) -> tuple[float, list[Result]]:
-    """Train and measure everything, write the picture to ``out``; the clean accuracy and a result per transform."""
+    """Train and measure everything, write the picture to ``out``; the clean accuracy and a result per transform.
+
+    Raises:
+        ValueError: an option out of range, before anything is trained.
+        FileNotFoundError: likewise, ``out`` lies in no folder.
+    """
+    settings: dict[str, Any] = {"scale": SCALE, "percent_to_mask": percent_to_mask, "rhos_init": RHOS_INIT}
+    layers: list[tuple[type[BaseNoiseLayer], dict[str, Any]]] = [
+        (CloakNoiseLayerOneShot, settings),
+        (PatchCloakNoiseLayer, settings | {"patch_size": patch_size}),
+    ]
+    for layer_class, arguments in layers:
+        layer_class(**arguments)
+    check_count("epochs", epochs)
+    if alpha is not None:
+        check_interpolation(alpha)
+    if not out.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{out} cannot be written: there is no folder {out.parent}")
     torch.manual_seed(seed)
     images = load_images(seed)
     base_model = train_base_model(images)
     with torch.no_grad():
         clean_accuracy = accuracy(base_model(images.held_out), images.held_out_classes)
-    settings: dict[str, Any] = {"scale": SCALE, "percent_to_mask": percent_to_mask, "rhos_init": RHOS_INIT}
-    layers: list[tuple[type[BaseNoiseLayer], dict[str, Any]]] = [
-        (CloakNoiseLayerOneShot, {}),
-        (PatchCloakNoiseLayer, {"patch_size": patch_size}),
-    ]
     results = []
-    for layer_class, own_settings in layers:
-        noisy_model = NoisyModel(layer_class, base_model, **settings, **own_settings)
+    for layer_class, arguments in layers:
+        noisy_model = NoisyModel(layer_class, base_model, **arguments)
         train_transform(noisy_model, images, alpha, epochs)
         results.append(measure(layer_class.__name__, noisy_model, images))
     draw(out, images, results)

@@ -49,7 +49,7 @@ class NoisyModel(nn.Module):
         target_parameter: name of the argument of the base's forward that is transformed; without it and
             ``target_layer``, the first one.
         input_shape: (batch, *features) of what is transformed, for noise layers that take it; None to take the shape
-            from the first forward.
+            from the first forward (which must then come before DistributedDataParallel).
         noise_layer_kwargs: what ``noise_layer_class`` takes besides. The noise layer is put on the base's device.
 
     Raises:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The example with its own settings."""
+    """What the example makes of its own settings."""
     out = tmp_path_factory.mktemp("vision") / "digits.png"
     clean_accuracy, results = vision.run(out, percent_to_mask=0.6, alpha=vision.ALPHA, epochs=vision.EPOCHS)
     return out, clean_accuracy, results
@@ -30,15 +30,22 @@ def test_at_most_five_points_of_accuracy_are_lost(trained):
         assert 0.05 < result.mean_sigma < 1.0
 
 
-def test_the_picture_shows_originals_beside_transformed_images(trained):
+def test_the_picture_shows_originals_above_transformed_images(trained, tmp_path):
     from matplotlib import pyplot
 
-    picture = pyplot.imread(trained[0])
-    dark = (picture[..., :3].mean(-1) < 0.5).any(1).nonzero()[0]
-    assert len(picture) > 300
-    assert dark.min() < len(picture) / 3
-    assert dark.max() > len(picture) * 2 / 3
+    left_is_dark = torch.zeros(1, 1, 8, 8)
+    left_is_dark[..., :4] = 1.0
+    classes = torch.zeros(1, dtype=torch.long)
+    images = vision.Images(left_is_dark, classes, left_is_dark, classes)
+    mirrored = vision.Result("mirrored", 1.0, 0.1, 0.0, left_is_dark.flip(-1))
+    vision.draw(tmp_path / "pair.png", images, [mirrored], columns=1)
+    light = pyplot.imread(tmp_path / "pair.png")[..., :3].mean(-1)
+    top, bottom = light[: len(light) // 2], light[len(light) // 2 :]
+    middle = light.shape[1] // 2
+    assert top[:, :middle].mean() < top[:, middle:].mean() - 0.2
+    assert bottom[:, middle:].mean() < bottom[:, :middle].mean() - 0.2
     assert pyplot.get_fignums() == []
+    assert pyplot.imread(trained[0]).shape[:2] == (414, 1200)
 
 
 def test_transforms_hide_the_pixels_they_suppress(trained):
@@ -73,8 +80,9 @@ def test_command_line(tmp_path):
         (["--out", "missing/digits.png"], "missing"),
     ],
 )
-def test_wrong_options_end_with_one_line(arguments, message, capsys, monkeypatch):
+def test_wrong_options_end_before_anything_is_trained(arguments, message, capsys, monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+    monkeypatch.setattr(vision, "load_images", lambda _: pytest.fail("it began"))
     with pytest.raises(SystemExit) as caught:
         vision.main(arguments)
     assert caught.value.code == 2
