@@ -1,5 +1,6 @@
 """What PyTorch asks of the presets' operators: compiled, exported, differentiated twice, on fake GPUs."""
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -73,7 +74,8 @@ CASES = [
 ]
 
 
-@registration.each_check(CASES)
+@pytest.mark.parametrize("check", registration.CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_registration(check, case):
     check(case)
 
