@@ -22,8 +22,8 @@ For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and tempe
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
 logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits. The Triton kernels are ``lse``, ``divergence`` and
-``divergence_backward`` of ``sgfast_kernels``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
+forms that keep their digits. The Triton kernels, of ``sgfast_kernels``, are ``lse``, ``divergence`` and
+``divergence_backward``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
 """
 
 from collections.abc import Sequence
@@ -146,7 +146,9 @@ def _forward(
         options = (kinds.split(","), beta, skew)
         if top_k:
             top_k_options = (top_k, support, *options)
-            return dispatch.kernels().divergence_topk_forward(noisy, clean, mask, temperature, *top_k_options)
+            found = dispatch.kernels().divergence_topk_forward(noisy, clean, mask, temperature, *top_k_options)
+            values, kept_indices, row_scalars = found
+            return values, kept_indices, row_scalars
         values, row_scalars = dispatch.kernels().divergence_forward(noisy, clean, mask, temperature, *options)
         return values, noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32), row_scalars
     body = dispatch.implementation_of(forward_rows, choice.implementation)
@@ -214,7 +216,11 @@ def _backward(
     choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask))
     wanted = (noisy_wanted, clean_wanted)
     if choice.implementation == "triton":
-        kernels, options, rows_read = dispatch.kernels(), (kinds.split(","), beta, skew), (noisy, clean, mask, temperature)
+        kernels, options, rows_read = (
+            dispatch.kernels(),
+            (kinds.split(","), beta, skew),
+            (noisy, clean, mask, temperature),
+        )
         # There are no row scalars if PyTorch was to run when the graph was traced.
         if top_k:
             if row_scalars is None:
@@ -406,7 +412,7 @@ def divergences(
     Returns:
         For each kind, values of shape (...) in float32 (float64 if an input is), differentiable with respect to both
         sides; gradients are in the inputs' dtypes. Kept for backward beyond the inputs: with
-        ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars and 2 per kind a row.
+        ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars (8 with ``top_k``) and 2 per kind a row.
 
     Raises:
         TypeError: an argument's type.

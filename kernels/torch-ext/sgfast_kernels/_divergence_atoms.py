@@ -37,7 +37,7 @@ from .topk import reference
 SUPPORTS = ("truncate", "renormalize", "tail")
 TRUNCATE, RENORMALIZE, TAIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# Scalars of a row before those of the kinds: largest logit and sum of weights of x and of y, then the same of the tails.
+# Scalars of a row before those of the kinds: largest logit and sum of weights of x and of y, the same of the tails.
 ROW_SCALARS = 8
 
 
@@ -66,7 +66,12 @@ def atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT
     b_d, b_log_p = tl.fma((b_x - b_y) - gap, slope, -shift), b_zx - tl.log2(s_a)
     m_tail = tl.arange(0, BK)[None, :] == size
     if SUPPORT == TAIL:
-        c_a, c_b, c_ra, c_rb = reference(m_a, slope), reference(m_b, slope), reference(r_a, slope), reference(r_b, slope)
+        c_a, c_b, c_ra, c_rb = (
+            reference(m_a, slope),
+            reference(m_b, slope),
+            reference(r_a, slope),
+            reference(r_b, slope),
+        )
         p = (t_a / s_a) * tl.exp2(c_ra - c_a)
         q = (t_b / s_b) * tl.exp2(c_rb - c_b)
         # Differences before sums, as in `offsets`.

@@ -1,9 +1,10 @@
 """Divergences over the union of both sides' top-k: one read of each side (``topk``), then O(k) a row.
 
 ``divergence_topk_forward``  values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars
-                             (8 + 2·kinds, ...) for backward: m_x, S_x, m_y, S_y over what the support normalises by,
-                             the same of the tails (0 where there is none), then per kind and side what a logit outside the support has for
-                             gradient, in units of its share of the tail (``tail``) or of its probability (``truncate``).
+                             (8 + 2·kinds, ...) for backward: m_x, S_x, m_y, S_y over what the support normalises by;
+                             the same of the tails, 0 where there is none; then per kind and side what a logit outside
+                             the support has for gradient, in units of its share of the tail (``tail``) or of its
+                             probability (``truncate``).
 
 The tail of a side is its weights outside its own top-k less those that the other's top-k takes. Where that would leave
 an eighth or less, and lose digits, the row is read once more. −inf, NaN and masked rows are as in ``divergence``.
@@ -104,9 +105,7 @@ def _is_first(b_x, b_index, value, index):
 
 
 @triton.jit
-def _tail(
-    b_index, b_x, x_row, y_row, masses, other_masses, width, slope, BN: tl.constexpr, BV: tl.constexpr
-):
+def _tail(b_index, b_x, x_row, y_row, masses, other_masses, width, slope, BN: tl.constexpr, BV: tl.constexpr):
     """Largest logit of x outside the support and the weights outside against it, or of a larger reference."""
     _, _, r, total, value, index = masses
     _, _, _, _, other_value, other_index = other_masses
@@ -218,9 +217,7 @@ def _forward_kernel(
     for i in tl.static_range(_FIRST_FIELDS):
         tl.store(scalars_ptr + i * field + o_row, tl.where(m_read, row_scalars[i], 0.0), mask=m_row)
 
-    b_p, b_q, b_d, b_log_p, m_tail = atoms(
-        b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK
-    )
+    b_p, b_q, b_d, b_log_p, m_tail = atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK)
     i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
     for i in tl.static_range(9):
         if KINDS >> i & 1:
