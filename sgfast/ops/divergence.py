@@ -26,8 +26,8 @@ With hard labels one more, always over the whole vocabulary and at temperature 1
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
 logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits. The Triton kernels are ``lse``, ``divergence`` and
-``divergence_backward`` of ``sgfast_kernels``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
+forms that keep their digits. The Triton kernels, of ``sgfast_kernels``, are ``lse``, ``divergence`` and
+``divergence_backward``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
 """
 
 from collections.abc import Sequence
@@ -460,8 +460,8 @@ def divergences(
     Returns:
         For each kind (and for ``label_cross_entropy`` with ``labels``), values of shape (...) in float32 (float64 if
         an input is), differentiable with respect to both sides; gradients are in the inputs' dtypes. Kept for
-        backward beyond the inputs: with ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars and 2
-        per kind a row.
+        backward beyond the inputs: with ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars (8 with
+        ``top_k``) and 2 per kind a row.
 
     Raises:
         TypeError: an argument's type.

@@ -37,7 +37,7 @@ from .topk import reference
 SUPPORTS = ("truncate", "renormalize", "tail")
 TRUNCATE, RENORMALIZE, TAIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# Scalars of a row before those of the kinds: largest logit and sum of weights of x and of y, then the same of the tails.
+# Scalars of a row before those of the kinds: largest logit and sum of weights of x and of y, the same of the tails.
 ROW_SCALARS = 8
 
 

@@ -1,9 +1,10 @@
 """Divergences over the union of both sides' top-k: one read of each side (``topk``), then O(k) a row.
 
 ``divergence_topk_forward``  values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars
-                             (8 + 2·kinds, ...) for backward: m_x, S_x, m_y, S_y over what the support normalises by,
-                             the same of the tails (0 where there is none), then per kind and side what a logit outside the support has for
-                             gradient, in units of its share of the tail (``tail``) or of its probability (``truncate``).
+                             (8 + 2·kinds, ...) for backward: m_x, S_x, m_y, S_y over what the support normalises by;
+                             the same of the tails, 0 where there is none; then per kind and side what a logit outside
+                             the support has for gradient, in units of its share of the tail (``tail``) or of its
+                             probability (``truncate``).
 
 The tail of a side is its weights outside its own top-k less those that the other's top-k takes. Where that would leave
 an eighth or less, and lose digits, the row is read once more. −inf, NaN and masked rows are as in ``divergence``.

@@ -235,19 +235,21 @@ def _select_kernel(
     BV: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
+    selected = 1
     if mask_ptr is not None:
-        if tl.load(mask_ptr + i_row) == 0:
-            return
+        selected = tl.load(mask_ptr + i_row)
+    if selected == 0:
+        return
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
     x_row = x_ptr + row_start(i_row, inner, outer_stride, inner_stride)
     selected_row = selected_ptr + i_row * k
-    BITS: tl.constexpr = 16 if x_ptr.dtype.element_ty == tl.bfloat16 else 32
+    bits: tl.constexpr = 16 if x_ptr.dtype.element_ty == tl.bfloat16 else 32
     if GROUP > 0:
         o_group = tl.arange(0, GROUPS)[None, :]
         m_group = o_group < groups
         b_max = tl.load(maxima_ptr + i_row * groups + o_group, mask=m_group, other=float("-inf")).to(tl.float32)
         b_sum = tl.load(sums_ptr + i_row * groups + o_group, mask=m_group, other=0.0)
-        b_key = _keys(b_max, m_group, BITS)
+        b_key = _keys(b_max, m_group, bits)
         least = _kth_largest(b_key, tl.min(tl.where(m_group, b_key, 2147483647)), k)
         m_first, b_place = _first(b_key, least, k)
         tl.store(selected_row + b_place, o_group, mask=m_first)
@@ -262,12 +264,12 @@ def _select_kernel(
         b_index = b_first[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
         m_x = (o_first < k)[:, None] & (b_index < width)
         b_x = tl.load(x_row + b_index, mask=m_x, other=float("-inf")).to(tl.float32)
-        b_key = _keys(b_x, m_x, BITS)
+        b_key = _keys(b_x, m_x, bits)
     else:
         b_index = tl.arange(0, BV)[None, :]
         m_x = b_index < width
         b_x = tl.load(x_row + b_index, mask=m_x, other=float("-inf")).to(tl.float32)
-        b_key = _keys(b_x, m_x, BITS)
+        b_key = _keys(b_x, m_x, bits)
         least = tl.min(tl.where(m_x, b_key, 2147483647))
         unread, unread_total = float("-inf"), 0.0
 
@@ -299,10 +301,12 @@ def _union_kernel(mask_ptr, selected_ptr, union_ptr, rows, k, size, BK: tl.const
     i_row = tl.program_id(0).to(tl.int64)
     o_k, o_union = tl.arange(0, BK), tl.arange(0, 2 * BK)
     union_row = union_ptr + i_row * size
+    selected = 1
     if mask_ptr is not None:
-        if tl.load(mask_ptr + i_row) == 0:
-            tl.store(union_row + o_union, -1, mask=o_union < size)
-            return
+        selected = tl.load(mask_ptr + i_row)
+    if selected == 0:
+        tl.store(union_row + o_union, -1, mask=o_union < size)
+        return
     m_k = o_k < k
     a_row = selected_ptr + i_row * k
     b_row = a_row + rows.to(tl.int64) * k
