@@ -7,15 +7,11 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.noise_layer.arguments import check_real
+from sgfast.ops import rows
 
 _MEASURED_BATCHES = 10
 _RATE = 0.05
 _MOMENTUM = 0.9
-
-
-def wide(values: Tensor) -> Tensor:
-    """Float32, or float64 for float64 values."""
-    return values if values.dtype == torch.float64 else values.float()
 
 
 def negative_log_mean(
@@ -37,7 +33,7 @@ def negative_log_mean(
         >>> negative_log_mean(torch.tensor([0.5, 1.5, 9.0]), torch.tensor([False, False, True])).abs()
         tensor(0.)
     """
-    std = wide(std)
+    std = std.to(rows.compute_dtype(std))
     kept = None if mask is None else ~mask
     if noise_mask is not None:
         assert shape is not None
@@ -65,7 +61,7 @@ def scalar_loss(name: str, value: Any) -> Tensor:
         raise TypeError(f"{name} must return a torch.Tensor; got {type(value).__name__}")
     if value.numel() != 1:
         raise ValueError(f"{name} must return a scalar (reduction='mean', say); got shape {tuple(value.shape)}")
-    return wide(value.reshape(()))
+    return value.reshape(()).to(rows.compute_dtype(value))
 
 
 def check_interpolation(alpha: Any) -> float:

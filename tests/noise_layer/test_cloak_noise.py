@@ -18,7 +18,7 @@ from sgfast.noise_layer import (
     check_weight_decay,
     parameter_groups,
 )
-from sgfast.ops.noise import standard_normal
+from sgfast.ops import standard_normal
 
 SHAPE = (3, 5, 4)
 SCALE = (0.05, 1.5)
