@@ -1,1 +1,1 @@
-"""Examples that run: python -m sgfast.examples.<name>."""
+"""Small programs to copy from: ``python -m sgfast.examples.NAME``."""

@@ -13,6 +13,10 @@ For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and tempe
     skew_forward_kl    KL(q‖skew·q + (1−skew)·p)         (Ko et al. 2024, DistiLLM)
     skew_reverse_kl    KL(p‖skew·p + (1−skew)·q)
 
+With hard labels one more, always over the whole vocabulary and at temperature 1:
+
+    label_cross_entropy  − log softmax(x)[label], gradient softmax(x) − onehot(label)
+
 ``top_k`` restricts the sums to S, the union of both sides' top-k indices (constant for the gradient):
 
     truncate     the terms in S of the full-vocabulary p and q
@@ -22,23 +26,20 @@ For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and tempe
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
 logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits. The Triton kernels, for the whole vocabulary, are ``lse``, ``divergence`` and
-``divergence_backward`` of ``sgfast_kernels``.
+forms that keep their digits. The Triton kernels, of ``sgfast_kernels``, are ``lse``, ``divergence`` and
+``divergence_backward``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgfast.ops import dispatch, rows, topk, validation
+from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
-from sgfast.ops.divergence_rows import Settings, backward_rows, forward_rows
-from sgfast.ops.divergence_terms import KINDS
-
-Support = Literal["truncate", "renormalize", "tail"]
-SUPPORTS = ("truncate", "renormalize", "tail")
+from sgfast.ops.divergence_options import Support, check_labels, check_options, row_temperature
+from sgfast.ops.divergence_rows import LABEL_KIND, Settings, backward_rows, forward_rows
 
 
 def reference(
@@ -48,13 +49,18 @@ def reference(
     indices: Tensor,
     valid: Tensor,
     temperature: Tensor,
+    labels: Tensor | None = None,
 ) -> Tensor:
     """The definitions above, by autograd: (kinds, ...). Keeps several temporaries per logit."""
     a, b = (
         _reference_log_probabilities(logits / temperature[..., None], settings.support, indices, valid)
         for logits in (noisy, clean)
     )
-    return torch.stack([_definition(kind, a, b, settings).sum(-1) for kind in settings.kinds])
+    values = [_definition(kind, a, b, settings).sum(-1) for kind in settings.kinds if kind != LABEL_KIND]
+    if labels is not None:
+        at_label = noisy.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        values.append(torch.where(labels < 0, 0, noisy.logsumexp(-1) - at_label))
+    return torch.stack(values)
 
 
 def _reference_log_probabilities(logits: Tensor, support: str, indices: Tensor, valid: Tensor) -> Tensor:
@@ -104,29 +110,19 @@ def _definition(kind: str, a: Tensor, b: Tensor, settings: Settings) -> Tensor:
     raise AssertionError(kind)
 
 
-def _triton_refusal(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
-    kinds: object = None,
-    *,
-    top_k: int | None = None,
-    mask: Tensor | None = None,
-    **_: Any,
-) -> str | None:
-    refusal = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
-    if refusal is None and top_k:
-        return "the Triton kernels cover the whole vocabulary; top_k runs in PyTorch"
-    return refusal or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
-
-
 # Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
-_TEMPORARIES = 25
+_TEMPORARIES = 20
+
+
+# What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
+_LOGITS_PER_THREAD = 64 * 1024
 
 
 @torch.library.custom_op("sgfast::divergences", mutates_args=())
 def _forward(
     noisy: Tensor,
     clean: Tensor,
+    labels: Tensor | None,
     kinds: str,
     top_k: int,
     support: str,
@@ -139,25 +135,37 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values (kinds, ...), the support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
 
-    The row scalars (4 + 2·kinds, ...) are for the Triton backward: zeros where PyTorch ran, none with top_k.
+    The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the Triton backward: zeros where PyTorch ran.
     """
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
     if choice.implementation == "triton":
-        options = (kinds.split(","), beta, skew)
-        values, row_scalars = dispatch.kernels().divergence_forward(noisy, clean, mask, temperature, *options)
-        return values, noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32), row_scalars
+        problem = divergence_triton.Problem(
+            noisy, clean, mask, temperature, kinds.split(","), top_k, support, beta, skew
+        )
+        return divergence_triton.forward(problem, labels)
+    if labels is not None:
+        _check_label_values(labels, mask, noisy.shape[-1])
     body = dispatch.implementation_of(forward_rows, choice.implementation)
     find_support = dispatch.implementation_of(topk.union_of_top_k, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
-    settings = Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew)
+    settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
     values = noisy.new_zeros((len(settings.kinds), *shape), dtype=dtype)
     kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
-    for chunk in rows.row_chunks(shape, mask, _row_bytes(size, dtype), max_chunk_bytes):
-        noisy_rows, clean_rows = rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk)
+    for chunk in rows.row_chunks(
+        shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
+    ):
+        noisy_rows, clean_rows = (_read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else _no_support(noisy)
-        chunk_temperature = rows.read_scalars(temperature, chunk)
-        chunk_values = body(noisy_rows, clean_rows, chunk_temperature, settings, indices, valid)
+        chunk_values = body(
+            noisy_rows,
+            clean_rows,
+            1 / rows.read_scalars(temperature, chunk),
+            settings,
+            indices,
+            valid,
+            _read_labels(labels, chunk),
+        )
         values.view(len(settings.kinds), -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
         if top_k:
             kept_indices.view(-1, kept_indices.shape[-1])[chunk] = indices.masked_fill(~valid, -1).int()
@@ -168,6 +176,7 @@ def _forward(
 def _(
     noisy: Tensor,
     clean: Tensor,
+    labels: Tensor | None,
     kinds: str,
     top_k: int,
     support: str,
@@ -185,13 +194,14 @@ def _(
 
 
 def _row_scalars_shape(noisy: Tensor, kinds: str, top_k: int) -> tuple[int, ...]:
-    return (0 if top_k else 4 + 2 * len(kinds.split(",")), *noisy.shape[:-1])
+    return (divergence_triton.row_scalar_count(kinds.split(","), top_k), *noisy.shape[:-1])
 
 
 @torch.library.custom_op("sgfast::divergences_backward", mutates_args=())
 def _backward(
     noisy: Tensor,
     clean: Tensor,
+    labels: Tensor | None,
     upstream: Tensor,
     kept_indices: Tensor,
     row_scalars: Tensor | None,
@@ -208,35 +218,38 @@ def _backward(
     clean_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the sides wanted; an unwanted one comes back empty."""
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
     wanted = (noisy_wanted, clean_wanted)
     if choice.implementation == "triton":
-        kernels, options = dispatch.kernels(), (kinds.split(","), beta, skew)
-        if row_scalars is None:  # when the graph was traced, PyTorch was to run
-            row_scalars = kernels.divergence_forward(noisy, clean, mask, temperature, *options)[1]
-        found = kernels.divergence_backward(noisy, clean, mask, temperature, upstream, row_scalars, *options, *wanted)
+        problem = divergence_triton.Problem(
+            noisy, clean, mask, temperature, kinds.split(","), top_k, support, beta, skew
+        )
+        found = divergence_triton.backward(problem, labels, upstream, kept_indices, row_scalars, wanted)
         noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
         return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(backward_rows, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
-    settings = Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew)
+    settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
     gradients = _empty_gradients(noisy, clean, wanted)
     if mask is not None:
         for gradient in gradients:
             gradient.zero_()
     flat_upstream = upstream.reshape(len(settings.kinds), -1)
-    for chunk in rows.row_chunks(shape, mask, _row_bytes(size, dtype), max_chunk_bytes):
-        indices, valid = _unpack_support(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
+    for chunk in rows.row_chunks(
+        shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
+    ):
+        indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
         chunk_gradients = body(
-            rows.read_rows(noisy, chunk),
-            rows.read_rows(clean, chunk),
-            rows.read_scalars(temperature, chunk),
+            _read_logits(noisy, chunk, choice),
+            _read_logits(clean, chunk, choice),
+            1 / rows.read_scalars(temperature, chunk),
             settings,
             indices,
             valid,
             flat_upstream[:, chunk],
             wanted,
+            _read_labels(labels, chunk),
         )
         for gradient, chunk_gradient in zip(gradients, chunk_gradients, strict=True):
             if chunk_gradient is not None:
@@ -249,6 +262,7 @@ def _backward(
 def _(
     noisy: Tensor,
     clean: Tensor,
+    labels: Tensor | None,
     upstream: Tensor,
     kept_indices: Tensor,
     row_scalars: Tensor | None,
@@ -267,6 +281,30 @@ def _(
     return _empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
 
 
+def _settings(
+    kinds: str, top_k: int, support: str, beta: float, skew: float, labels: Tensor | None, temperature: Tensor
+) -> Settings:
+    # Only a CPU can look at the temperature without waiting for a queue.
+    unit_temperature = labels is not None and temperature.device.type == "cpu" and bool((temperature == 1).all())
+    return Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew, unit_temperature)
+
+
+def _check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
+    """Refuse a label outside the vocabulary; on a GPU, where looking would stop the queue, its row becomes NaN."""
+    if labels.device.type != "cpu":
+        return
+    outside = labels >= size if mask is None else (labels >= size) & mask
+    if outside.any():
+        position = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"labels must be less than the vocabulary's size, {size}; got {labels[position]} at {position}"
+        )
+
+
+def _read_labels(labels: Tensor | None, chunk: Tensor | slice) -> Tensor | None:
+    return None if labels is None else rows.read_scalars(labels, chunk)
+
+
 def _empty_gradients(noisy: Tensor, clean: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     first, second = (
         side.new_empty(side.shape if side_wanted else 0)
@@ -279,32 +317,46 @@ def _row_bytes(size: int, dtype: torch.dtype) -> int:
     return max(size * dtype.itemsize * _TEMPORARIES, size * topk.TEMPORARY_BYTES_PER_LOGIT)
 
 
+def _chunk_bytes(logits: Tensor, choice: dispatch.Choice, dtype: torch.dtype, max_chunk_bytes: int) -> int:
+    """The bound on a chunk's temporaries: less than the caller's where less is faster.
+
+    Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
+    enough to do. Temporaries of 1 MiB and more would also come from the system anew every time, page by page.
+    """
+    if logits.device.type != "cpu" or choice.implementation != "torch":
+        return max_chunk_bytes
+    threads = torch.get_num_threads()
+    return min(max_chunk_bytes, _LOGITS_PER_THREAD * threads * dtype.itemsize * _TEMPORARIES)
+
+
+def _read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:
+    found = rows.read_rows(logits, chunk)
+    if choice.implementation == "compile":
+        torch._dynamo.mark_static(found, 1)  # loops of a known length are twice as fast
+    return found
+
+
 def _no_support(like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
 
 
-def _unpack_support(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
-    valid = kept_indices >= 0
-    last_valid = kept_indices.amax(-1, keepdim=True)
-    return torch.where(valid, kept_indices, last_valid).long(), valid
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    noisy, clean, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs
+    noisy, clean, labels, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs
     ctx.impl = dispatch.pinned(impl)
     _, kept_indices, row_scalars = output
     ctx.mark_non_differentiable(kept_indices, row_scalars)
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=ctx.options[1], mask=mask))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=ctx.options[1], mask=mask))
     kept_scalars = row_scalars if choice.implementation == "triton" else None
-    ctx.save_for_backward(noisy, clean, kept_indices, kept_scalars, mask, temperature)
+    ctx.save_for_backward(noisy, clean, labels, kept_indices, kept_scalars, mask, temperature)
 
 
 def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    noisy, clean, kept_indices, row_scalars, mask, temperature = ctx.saved_tensors
+    noisy, clean, labels, kept_indices, row_scalars, mask, temperature = ctx.saved_tensors
     noisy_wanted, clean_wanted = ctx.needs_input_grad[:2]
     noisy_gradient, clean_gradient = _backward(
         noisy,
         clean,
+        labels,
         upstream,
         kept_indices,
         row_scalars,
@@ -318,49 +370,50 @@ def _gradients(ctx: Any, upstream: Tensor, *_: Tensor | None) -> tuple[Tensor | 
         noisy_wanted,
         clean_wanted,
     )
-    constants = (None,) * 9
+    constants = (None,) * 10
     return noisy_gradient if noisy_wanted else None, clean_gradient if clean_wanted else None, *constants
 
 
 def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    noisy, clean, upstream, kept_indices, _, *ctx.options, mask, temperature, ctx.beta, ctx.skew = inputs[:12]
-    _, ctx.impl, *ctx.wanted = inputs[12:]
-    ctx.save_for_backward(noisy, clean, upstream, kept_indices, mask, temperature)
+    noisy, clean, labels, upstream, kept_indices, _, *ctx.options, mask, temperature, ctx.beta, ctx.skew = inputs[:13]
+    _, ctx.impl, *ctx.wanted = inputs[13:]
+    ctx.save_for_backward(noisy, clean, labels, upstream, kept_indices, mask, temperature)
 
 
 def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    noisy, clean, upstream, kept_indices, mask, temperature = ctx.saved_tensors
+    noisy, clean, labels, upstream, kept_indices, mask, temperature = ctx.saved_tensors
     kinds, top_k, support = ctx.options
     settings = Settings(tuple(kinds.split(",")), support if top_k else "full", ctx.beta, ctx.skew)
 
     def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
         dtype = rows.compute_dtype(noisy, clean)
-        support_indices = _unpack_support(kept_indices) if top_k else _no_support(noisy)
+        support_indices = topk.unpack_union(kept_indices) if top_k else _no_support(noisy)
         if mask is None:
-            return reference(noisy.to(dtype), clean.to(dtype), settings, *support_indices, temperature)
+            return reference(noisy.to(dtype), clean.to(dtype), settings, *support_indices, temperature, labels)
         # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
         noisy, clean = (torch.where(mask[..., None], side, 0).to(dtype) for side in (noisy, clean))
         indices, valid = support_indices
-        values = reference(noisy, clean, settings, indices.clamp(min=0), valid | ~mask[..., None], temperature)
+        values = reference(noisy, clean, settings, indices.clamp(min=0), valid | ~mask[..., None], temperature, labels)
         return torch.where(mask, values, 0)
 
     gradients = double_backward(
         "divergences",
         ctx.impl,
-        _triton_refusal(noisy, clean, top_k=top_k, mask=mask),
+        divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask),
         masked_reference,
         (noisy, clean),
         upstream,
         [outer if side_wanted else None for outer, side_wanted in zip(upstream_of_gradients, ctx.wanted, strict=True)],
     )
-    return *gradients, *(None,) * 13
+    to_noisy, to_clean, to_upstream = gradients
+    return to_noisy, to_clean, None, to_upstream, *(None,) * 13
 
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 _backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
 
 
-@dispatch.describe_triton(_triton_refusal)
+@dispatch.describe_triton(divergence_triton.refusal)
 def divergences(
     noisy_logits: Tensor,
     clean_logits: Tensor,
@@ -369,6 +422,7 @@ def divergences(
     top_k: int | None = None,
     support: Support = "truncate",
     mask: Tensor | None = None,
+    labels: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     beta: float = 0.5,
     skew: float = 0.1,
@@ -386,12 +440,16 @@ def divergences(
             ``logits[:, :-1]`` are read in place. Inputs are never written to.
         clean_logits: of the same shape: the teacher, q.
         kinds: one or more of ``forward_kl``, ``reverse_kl``, ``jeffreys``, ``jensen_shannon``, ``total_variation``,
-            ``squared_hellinger``, ``cross_entropy``, ``skew_forward_kl``, ``skew_reverse_kl``.
+            ``squared_hellinger``, ``cross_entropy``, ``skew_forward_kl``, ``skew_reverse_kl``. May be empty where
+            there are ``labels``.
         top_k: restrict to the union of both sides' top-k indices (ties: the lower index); None for the whole
             vocabulary.
         support: what the restriction means: ``truncate`` (a lower bound that grows with k for the non-KL kinds;
             the KL and skew kinds may be negative and are not clamped), ``renormalize`` or ``tail``.
         mask: (...), nonzero = selected. Masked rows are not read; they give 0 and zero gradient.
+        labels: (...), integers < V; negative = ignored. Adds ``label_cross_entropy``, the noisy side's cross-entropy
+            with these hard labels at temperature 1 over the whole vocabulary, from the same pass; 0 where ignored. On
+            a GPU a label ≥ V gives NaN.
         temperature: divides both logits; a positive number or a tensor of shape (...). A constant: no gradient.
         beta: weight of q in the Jensen–Shannon mixture, 0 < beta < 1.
         skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1.
@@ -400,14 +458,15 @@ def divergences(
         impl: see ``sgfast.ops.dispatch``.
 
     Returns:
-        For each kind, values of shape (...) in float32 (float64 if an input is), differentiable with respect to both
-        sides; gradients are in the inputs' dtypes. Kept for backward beyond the inputs: with
-        ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars and 2 per kind a row.
+        For each kind (and for ``label_cross_entropy`` with ``labels``), values of shape (...) in float32 (float64 if
+        an input is), differentiable with respect to both sides; gradients are in the inputs' dtypes. Kept for
+        backward beyond the inputs: with ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars (8 with
+        ``top_k``) and 2 per kind a row.
 
     Raises:
         TypeError: an argument's type.
         ValueError: shapes, devices, an unknown kind or support, ``top_k``, ``temperature``, ``beta`` or ``skew`` out
-            of range.
+            of range; on a CPU also a label ≥ V.
 
     Example:
         >>> import torch
@@ -418,58 +477,26 @@ def divergences(
     """
     validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
     mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
-    names = _check_kinds(kinds)
-    if support not in SUPPORTS:
-        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}; got {support!r}")
+    labels = check_labels(labels, "noisy_logits", noisy_logits)
+    names = check_options(kinds, support, beta, skew, impl, with_labels=labels is not None)
     if top_k is not None:
         topk.check_k("top_k", top_k, noisy_logits.shape[-1])
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"beta must lie between 0 and 1, both excluded; got {beta}. "
-            "At the ends ask for the kinds forward_kl or reverse_kl instead"
-        )
-    if not 0 <= skew < 1:
-        raise ValueError(f"skew must be at least 0 and less than 1; got {skew}")
-    dispatch.check_impl(impl)
+    if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
+        mask = labels >= 0 if mask is None else mask & (labels >= 0)
+        top_k = None
     dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
     values, *_ = _forward(
         noisy_logits,
         clean_logits,
+        labels,
         ",".join(names),
         top_k or 0,
         support,
         mask,
-        _row_temperature(temperature, noisy_logits),
+        row_temperature(temperature, noisy_logits),
         float(beta),
         float(skew),
         validation.chunk_bytes(max_chunk_bytes),
         impl,
     )
     return dict(zip(names, values.unbind(0), strict=True))
-
-
-def _check_kinds(kinds: str | Sequence[str]) -> tuple[str, ...]:
-    names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not names:
-        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)}")
-    for name in names:
-        if name not in KINDS:
-            raise ValueError(f"kinds must be among {', '.join(KINDS)}; got {name!r}")
-    return tuple(dict.fromkeys(names))
-
-
-def _row_temperature(temperature: float | Tensor, logits: Tensor) -> Tensor:
-    """The temperature as a tensor of the row shape; a number is expanded without memory."""
-    dtype = rows.compute_dtype(logits)
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature must not require a gradient: it is a constant of the divergence")
-        if temperature.shape not in (logits.shape[:-1], torch.Size([])):
-            raise ValueError(
-                f"temperature must be a number or have the row shape {tuple(logits.shape[:-1])}; "
-                f"got {tuple(temperature.shape)}"
-            )
-        return temperature.to(logits.device, dtype).expand(logits.shape[:-1])
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite; got {temperature}")
-    return torch.full((), temperature, dtype=dtype, device=logits.device).expand(logits.shape[:-1])

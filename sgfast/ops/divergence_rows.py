@@ -1,15 +1,23 @@
 """From rows of logits to the atoms that divergences are summed over, and from partials back to logit gradients.
 
-One chunk of rows at a time: what `divergence` runs, eagerly or through torch.compile.
+One chunk of rows at a time: what `divergence` runs, eagerly or through torch.compile. Tensors made here are reused in
+place where they are needed no more; the rows that come in are never written to.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import rows
-from sgfast.ops.divergence_terms import Atoms, divergence, make_atoms, partials
+from sgfast.ops.divergence_terms import Atoms, divergence, nan_to_zero, partials
+
+# The name under which hard labels' cross-entropy travels among the kinds, always the last.
+LABEL_KIND = "label_cross_entropy"
+
+
+_LOG2_E = math.log2(math.e)
 
 
 class Settings(NamedTuple):
@@ -19,113 +27,193 @@ class Settings(NamedTuple):
     support: str  # "full" or one of SUPPORTS
     beta: float
     skew: float
+    unit_temperature: bool = False  # the temperature is known to be 1: the labels' softmax is that of the kinds
+
+    @property
+    def divergences(self) -> tuple[str, ...]:
+        """The kinds that compare the two sides."""
+        return tuple(kind for kind in self.kinds if kind != LABEL_KIND)
 
 
 class _Side(NamedTuple):
-    """One side's rows: logits over temperature (rows, V), their maximum and e^(logits − maximum)."""
+    """One side's rows: logits and probabilities (rows, V), maximum and Σ e^((logits − maximum) / T) (rows, 1)."""
 
     logits: Tensor
+    probabilities: Tensor
     maximum: Tensor
-    weights: Tensor
+    sum: Tensor
 
 
-def _side(logits: Tensor, temperature: Tensor, dtype: torch.dtype) -> _Side:
-    scaled = logits.to(dtype) / temperature
-    maximum = scaled.amax(-1, keepdim=True)
-    return _Side(scaled, maximum, (scaled - maximum).exp())
+def _side(logits: Tensor, inverse_temperature: Tensor | float, dtype: torch.dtype) -> _Side:
+    logits = logits.to(dtype)
+    maximum = logits.amax(-1, keepdim=True)
+    # exp2 is the cheapest exponential; where its argument is large, and its rounding felt, the weight is next to 0.
+    weights = (logits - maximum).mul_(inverse_temperature * _LOG2_E).exp2_()
+    total = weights.sum(-1, keepdim=True)
+    return _Side(logits, weights.mul_(1 / total), maximum, total)
 
 
-def _gathered(side: _Side, indices: Tensor, valid: Tensor) -> _Side:
-    weights = side.weights.gather(-1, indices).masked_fill(~valid, 0)
-    return _Side(side.logits.gather(-1, indices), side.maximum, weights)
+def _gathered(side: _Side, indices: Tensor, valid: Tensor, support: str) -> _Side:
+    """The side over the support's logits; under ``renormalize`` its probabilities sum to 1 there."""
+    probabilities = side.probabilities.gather(-1, indices).masked_fill_(~valid, 0)
+    total = side.sum
+    if support == "renormalize":
+        mass = probabilities.sum(-1, keepdim=True)
+        probabilities, total = probabilities.div_(mass), total * mass
+    return _Side(side.logits.gather(-1, indices), probabilities, side.maximum, total)
 
 
-def _outside(side: _Side, indices: Tensor) -> Tensor:
-    """The weights with those in the support set to 0: summed, they are the tail, with none of its digits lost."""
-    return side.weights.scatter(-1, indices, 0)
+def _tail(side: _Side, indices: Tensor) -> Tensor:
+    """The probability outside the support, summed, so that none of the tail's digits are lost, (rows, 1)."""
+    return side.probabilities.scatter(-1, indices, 0).sum(-1, keepdim=True)
 
 
 def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.log1p((numerator - denominator) / denominator)
 
 
-def _atoms(noisy: _Side, clean: _Side, support: str, indices: Tensor, valid: Tensor) -> tuple[Atoms, Tensor, Tensor]:
-    """The support's atoms, and both sides' sums of weights."""
-    inside = (noisy, clean)
-    if support != "full":
-        inside = (_gathered(noisy, indices, valid), _gathered(clean, indices, valid))
-    whole = inside if support == "renormalize" else (noisy, clean)
-    noisy_sum, clean_sum = (side.weights.sum(-1, keepdim=True) for side in whole)
-    p, q = inside[0].weights / noisy_sum, inside[1].weights / clean_sum
-    log_p = inside[0].logits - noisy.maximum - noisy_sum.log()
+def _probabilities(
+    noisy: _Side, clean: _Side, log_ratio: Tensor, inverse_temperature: Tensor, support: str
+) -> tuple[Tensor, Tensor]:
+    if not torch.compiler.is_compiling() or support != "full":
+        return noisy.probabilities, clean.probabilities
+    # Compiled code computes them anew: the larger probability is one exponential, the smaller that times e^−|d|.
+    noisy_is_larger = log_ratio > 0
+    exponent = torch.where(noisy_is_larger, noisy.logits - noisy.maximum, clean.logits - clean.maximum)
+    larger = (exponent * (inverse_temperature * _LOG2_E)).exp2()
+    larger = larger * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
+    root = (log_ratio.abs() * -0.5).exp()
+    smaller = larger * (root * root)
+    return torch.where(noisy_is_larger, larger, smaller), torch.where(noisy_is_larger, smaller, larger)
+
+
+def _atoms(
+    noisy: _Side, clean: _Side, inverse_temperature: Tensor, settings: Settings, indices: Tensor, valid: Tensor
+) -> tuple[Atoms, _Side, _Side]:
+    """The support's atoms, and both sides over the logits among them."""
+    whole = (noisy, clean)
+    if settings.support != "full":
+        noisy, clean = (_gathered(side, indices, valid, settings.support) for side in whole)
     # Differences before sums: x − y is exact where the sides are close, and so is what is subtracted from it.
-    log_ratio = (inside[0].logits - inside[1].logits) - (noisy.maximum - clean.maximum)
-    log_ratio = log_ratio - _log_quotient(noisy_sum, clean_sum)
-    if support != "full":
-        log_ratio = log_ratio.masked_fill(~valid, 0)
-    if support == "tail":
-        noisy_tail, clean_tail = (_outside(side, indices).sum(-1, keepdim=True) for side in (noisy, clean))
-        p, q = torch.cat([p, noisy_tail / noisy_sum], -1), torch.cat([q, clean_tail / clean_sum], -1)
-        log_p = torch.cat([log_p, (noisy_tail / noisy_sum).log()], -1)
-        tail_ratio = _log_quotient(noisy_tail, clean_tail) - _log_quotient(noisy_sum, clean_sum)
-        log_ratio = torch.cat([log_ratio, tail_ratio], -1)
-    return make_atoms(p, q, log_p, log_ratio), noisy_sum, clean_sum
+    offset = (noisy.maximum - clean.maximum) * inverse_temperature + _log_quotient(noisy.sum, clean.sum)
+    log_ratio = (noisy.logits - clean.logits).mul_(inverse_temperature).sub_(offset)
+    log_ratio = nan_to_zero(log_ratio)
+    p, q = _probabilities(noisy, clean, log_ratio, inverse_temperature, settings.support)
+    log_p = None
+    if "cross_entropy" in settings.kinds:
+        log_p = (noisy.logits - noisy.maximum).mul_(inverse_temperature).sub_(noisy.sum.log())
+    if settings.support != "full":
+        log_ratio.masked_fill_(~valid, 0)
+    if settings.support == "tail":
+        noisy_tail, clean_tail = (_tail(side, indices) for side in whole)
+        p, q = torch.cat([p, noisy_tail], -1), torch.cat([q, clean_tail], -1)
+        log_ratio = torch.cat([log_ratio, nan_to_zero(_log_quotient(noisy_tail, clean_tail))], -1)
+        if log_p is not None:
+            log_p = torch.cat([log_p, noisy_tail.log()], -1)
+    return Atoms(p, q, log_ratio, log_p, settings.kinds), noisy, clean
 
 
 def forward_rows(
-    noisy: Tensor, clean: Tensor, temperature: Tensor, settings: Settings, indices: Tensor, valid: Tensor
+    noisy: Tensor,
+    clean: Tensor,
+    inverse_temperature: Tensor,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    labels: Tensor | None = None,
 ) -> Tensor:
-    """(rows, V) twice → values (kinds, rows)."""
+    """(rows, V) twice → values (kinds, rows); the reciprocal of the temperature is (rows, 1)."""
     dtype = rows.compute_dtype(noisy, clean)
-    sides = (_side(noisy, temperature, dtype), _side(clean, temperature, dtype))
-    atoms, _, _ = _atoms(*sides, settings.support, indices, valid)
-    truncated = settings.support == "truncate"
-    return torch.stack([divergence(kind, atoms, settings.beta, settings.skew, truncated) for kind in settings.kinds])
+    noisy_side = _side(noisy, inverse_temperature, dtype)
+    values = []
+    if labels is not None:
+        values.append(_label_cross_entropy(_at_temperature_1(noisy_side, settings), labels))
+    if settings.divergences:
+        clean_side = _side(clean, inverse_temperature, dtype)
+        atoms, *over_support = _atoms(noisy_side, clean_side, inverse_temperature, settings, indices, valid)
+        # A row with a NaN (or with two infinities of one sign) has a NaN sum; its terms may have lost it.
+        nan = sum(0 * side.sum.squeeze(-1) for side in over_support)
+        truncated = settings.support == "truncate"
+        values = [
+            *(divergence(kind, atoms, settings.beta, settings.skew, truncated) + nan for kind in settings.divergences),
+            *values,
+        ]
+    return torch.stack(values)
 
 
 def backward_rows(
     noisy: Tensor,
     clean: Tensor,
-    temperature: Tensor,
+    inverse_temperature: Tensor,
     settings: Settings,
     indices: Tensor,
     valid: Tensor,
     upstream: Tensor,
     sides_wanted: tuple[bool, bool],
+    labels: Tensor | None = None,
 ) -> list[Tensor | None]:
     """Gradients (rows, V) to the sides wanted, in the arithmetic's dtype; ``upstream`` is (kinds, rows)."""
     dtype = rows.compute_dtype(noisy, clean)
-    sides = (_side(noisy, temperature, dtype), _side(clean, temperature, dtype))
-    atoms, *sums = _atoms(*sides, settings.support, indices, valid)
-    totals = [torch.zeros_like(atoms.p), torch.zeros_like(atoms.q)]
-    for kind, kind_upstream in zip(settings.kinds, upstream, strict=True):
-        for side, partial in enumerate(
-            partials(kind, atoms, settings.beta, settings.skew, settings.support == "truncate")
-        ):
-            if sides_wanted[side]:
-                totals[side] = totals[side] + kind_upstream[:, None] * partial
-    return [
-        _logit_gradient(sides[side], sums[side], (atoms.p, atoms.q)[side], totals[side], settings.support, indices)
-        / temperature
-        if sides_wanted[side]
-        else None
-        for side in (0, 1)
-    ]
+    sides = [_side(side, inverse_temperature, dtype) for side in (noisy, clean)]
+    atoms, *over_support = _atoms(sides[0], sides[1], inverse_temperature, settings, indices, valid)
+    nan = sum(0 * side.sum for side in over_support)
+    totals: list[Tensor | None] = [None, None]
+    for kind, kind_upstream in zip(settings.divergences, upstream, strict=False):
+        truncated, weight = settings.support == "truncate", kind_upstream[:, None] * inverse_temperature + nan
+        found = partials(kind, atoms, settings.beta, settings.skew, truncated, sides_wanted)
+        for side, partial in enumerate(found):
+            if partial is not None:
+                total = totals[side]
+                totals[side] = partial * weight if total is None else total.addcmul_(partial, weight)
+    gradients: list[Tensor | None] = [None, None]
+    for side, probability in enumerate((atoms.p, atoms.q)):
+        total = totals[side]
+        if total is not None:
+            gradients[side] = _logit_gradient(sides[side], probability, total, settings, indices)
+        elif sides_wanted[side]:  # labels alone
+            gradients[side] = torch.zeros_like(sides[side].probabilities)
+    if labels is not None and gradients[0] is not None:
+        _add_label_gradient(gradients[0], _at_temperature_1(sides[0], settings), labels, upstream[-1])
+    return gradients
 
 
 def _logit_gradient(
-    side: _Side, weights_sum: Tensor, probability: Tensor, partial: Tensor, support: str, indices: Tensor
+    side: _Side, atom_probabilities: Tensor, partial: Tensor, settings: Settings, indices: Tensor
 ) -> Tensor:
-    """From partials with respect to the atoms' log-probabilities to the gradient of the side's scaled logits."""
+    """From partials with respect to the atoms' log-probabilities, a new tensor, to the gradient of the logits."""
     partial_sum = partial.sum(-1, keepdim=True)
-    if support == "full":
-        return partial - probability * partial_sum
-    if support == "truncate":
-        return (-side.weights / weights_sum * partial_sum).scatter_add(-1, indices, partial)
-    if support == "renormalize":
-        return torch.zeros_like(side.weights).scatter_add(-1, indices, partial - probability * partial_sum)
-    inside, tail = (probability[:, :-1], partial[:, :-1]), (probability[:, -1:], partial[:, -1:])
-    # The tail's partial is shared among its logits in proportion to their weights.
-    tail_rate = torch.where(tail[0] == 0, 0, tail[1] / tail[0]) - partial_sum
-    outside = _outside(side, indices) / weights_sum * tail_rate
-    return outside.scatter_add(-1, indices, inside[1] - inside[0] * partial_sum)
+    if settings.support == "full":
+        return partial.addcmul_(atom_probabilities, -partial_sum)
+    if settings.support == "truncate":
+        return (side.probabilities * -partial_sum).scatter_add_(-1, indices, partial)
+    if settings.support == "renormalize":
+        inside = partial.addcmul_(atom_probabilities, -partial_sum)
+        return torch.zeros_like(side.probabilities).scatter_add_(-1, indices, inside)
+    tail_probability, tail_partial = atom_probabilities[:, -1:], partial[:, -1:]
+    # The tail's partial is shared among its logits in proportion to their probabilities.
+    tail_rate = torch.where(tail_probability == 0, 0, tail_partial / tail_probability) - partial_sum
+    outside = side.probabilities.scatter(-1, indices, 0).mul_(tail_rate)
+    return outside.scatter_add_(-1, indices, partial[:, :-1] - atom_probabilities[:, :-1] * partial_sum)
+
+
+def _at_temperature_1(side: _Side, settings: Settings) -> _Side:
+    return side if settings.unit_temperature else _side(side.logits, 1.0, side.logits.dtype)
+
+
+def _label_cross_entropy(noisy: _Side, labels: Tensor) -> Tensor:
+    """−log softmax(noisy)[label], (rows,): 0 for a negative label, NaN for one outside the vocabulary."""
+    at_label = noisy.logits.gather(-1, labels.clamp(0, noisy.logits.shape[-1] - 1))
+    values = noisy.sum.log() + (noisy.maximum - at_label)
+    return (torch.where(labels < 0, 0, values) + _nan_outside(labels, noisy)).squeeze(-1)
+
+
+def _add_label_gradient(gradient: Tensor, noisy: _Side, labels: Tensor, upstream: Tensor) -> None:
+    """Add upstream · (softmax(noisy) − onehot(label))."""
+    weight = torch.where(labels < 0, 0, upstream[:, None] + _nan_outside(labels, noisy))
+    gradient.addcmul_(noisy.probabilities, weight)
+    gradient.scatter_add_(-1, labels.clamp(0, gradient.shape[-1] - 1), -weight)
+
+
+def _nan_outside(labels: Tensor, noisy: _Side) -> Tensor:
+    """NaN where a label lies outside the vocabulary, else 0, (rows, 1)."""
+    return torch.zeros_like(noisy.maximum).masked_fill(labels >= noisy.logits.shape[-1], torch.nan)

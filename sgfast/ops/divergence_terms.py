@@ -1,20 +1,25 @@
 r"""Divergences between two distributions, atom by atom, in forms that keep their digits.
 
 Atoms carry probabilities p (noisy) and q (clean) and d = log p − log q, which is formed from the logits and never from
-the rounded probabilities. With w = 1 − e^−|d| and the larger of p and q,
+the rounded probabilities. With P = max(p, q), w = 1 − e^−|d| and h = 1 − e^(−|d|/2), so that w = h(2 − h),
 
-    p − q = ± max(p, q) · w                 exact to one rounding however close p and q are, and free of overflow
-    KL(q‖λq + (1−λ)p) = Σ (1−λ)(p − q) − q·log(m/q),    each term ≥ 0;  λ = 0 is KL(q‖p)
+    |p − q| = P·w,  (√p − √q)² = P·h²       exact to one rounding however close p and q are, and free of overflow
+    m = λq + (1−λ)p = P·(1 − κw)            κ is the weight of the smaller: λ where p > q, else 1−λ
+    log(m/q) = log1p(−κw) + max(d, 0)       and log(m/p) = log1p(−κw) + max(−d, 0)
+    KL(q‖m) = Σ (1−λ)(p − q) − q·log(m/q)   each term ≥ 0;  λ = 0 is KL(q‖p)
 
-The linear part (1−λ)(p − q) sums to 0 over a whole distribution; a truncated sum takes it off again. Jensen–Shannon is
-beta·KL(q‖m) + (1−beta)·KL(p‖m) with the linear parts cancelled.
+The linear part (1−λ)(p − q) sums to 0 over a whole distribution; a truncated sum goes without. Jensen–Shannon is
+beta·KL(q‖m) + (1−beta)·KL(p‖m), whose linear parts cancel.
 
 Partials with respect to log p and log q (not the logits) are given the same way: for whole distributions a multiple
 of p (of q) may be added to them without changing the gradient, because Σ p = 1; it is chosen so that nothing cancels
 near p = q.
+
+The arithmetic is written for the CPU, where every operation is a pass over memory: a selection (torch.where) costs as
+much as ten products there, so signs enter through copysign, and 0 · inf = 0 through nan_to_num.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -32,158 +37,215 @@ KINDS = (
 )
 
 
-class Atoms(NamedTuple):
-    """Both distributions over the same atoms; every field is (rows, atoms)."""
+class Atoms:
+    """Both distributions over the same atoms; what a kind needs of them, computed once. Fields are (rows, atoms)."""
 
-    p: Tensor
-    q: Tensor
-    log_p: Tensor
-    log_ratio: Tensor  # d = log p − log q; ±inf where one side is 0, 0 where both are
-    shrinkage: Tensor  # w = 1 − e^−|d|, in [0, 1]
-    difference: Tensor  # p − q
+    def __init__(self, p: Tensor, q: Tensor, log_ratio: Tensor, log_p: Tensor | None, kinds: tuple[str, ...]) -> None:
+        """Take d = log p − log q: ±inf where one side is 0, 0 where both are; log p if it is needed."""
+        self.p, self.q, self.log_p = p, q, log_p
+        self.log_ratio = log_ratio
+        # Compiled code has e^(−|d|/2) from `probabilities` already.
+        self._halves = torch.compiler.is_compiling() or "squared_hellinger" in kinds
+        self._computed: dict[str, Tensor] = {}
+
+    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        # functools.cached_property takes a lock, which torch.compile cannot trace.
+        if name not in self._computed:
+            self._computed[name] = compute()
+        return self._computed[name]
+
+    @property
+    def gap(self) -> Tensor:
+        """|d|."""
+        return self._once("gap", lambda: self.log_ratio.abs())
+
+    @property
+    def larger(self) -> Tensor:
+        """P = max(p, q)."""
+        return self._once("larger", lambda: torch.maximum(self.p, self.q))
+
+    @property
+    def half_shrinkage(self) -> Tensor:
+        """h = 1 − e^(−|d|/2), in [0, 1]."""
+        return self._once("half_shrinkage", lambda: one_minus_exp(self.gap * -0.5))
+
+    @property
+    def shrinkage(self) -> Tensor:
+        """w = 1 − e^−|d|, in [0, 1]."""
+        if self._halves:
+            return self._once("shrinkage", lambda: (2 - self.half_shrinkage).mul_(self.half_shrinkage))
+        return self._once("shrinkage", lambda: one_minus_exp(-self.gap))
+
+    @property
+    def signed_shrinkage(self) -> Tensor:
+        """w with the sign of d."""
+        return self._once("signed_shrinkage", lambda: torch.copysign(self.shrinkage, self.log_ratio))
+
+    @property
+    def difference(self) -> Tensor:
+        """p − q."""
+        return self._once("difference", lambda: self.larger * self.signed_shrinkage)
+
+    def mixture_loss(self, weight: float) -> Tensor:
+        """κw for the mixture with this weight of q, in [0, 1]; a new tensor."""
+        if weight == 0.5:
+            return self.shrinkage * 0.5
+        return (self.shrinkage * 0.5).add_(self.signed_shrinkage, alpha=weight - 0.5)
 
 
-def make_atoms(p: Tensor, q: Tensor, log_p: Tensor, log_ratio: Tensor) -> Atoms:
-    """Complete the atoms from probabilities and log-ratio (NaN where both sides are 0)."""
-    log_ratio = log_ratio.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
-    shrinkage = -torch.expm1(-log_ratio.abs())
-    difference = torch.copysign(torch.maximum(p, q) * shrinkage, log_ratio)
-    return Atoms(p, q, log_p, log_ratio, shrinkage, difference)
+def nan_to_zero(tensor: Tensor) -> Tensor:
+    """0 where a new tensor is NaN, as in 0 · inf; a distribution that is NaN itself shows in the row's sums."""
+    if torch.compiler.is_compiling():  # where Inductor tests for NaN it leaves the vector unit
+        return torch.where(tensor == tensor, tensor, 0)
+    return tensor.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def one_minus_exp(exponent: Tensor) -> Tensor:
+    """1 − e^x of a new tensor x ≤ 0, with all its digits."""
+    if not torch.compiler.is_compiling():
+        return exponent.expm1_().neg_()
+    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 the series takes over.
+    series = torch.zeros_like(exponent)
+    for n in range(7 if exponent.dtype == torch.float32 else 14, 0, -1):
+        series = (series + 1) * (exponent / n)
+    return torch.where(exponent > -0.25, -series, 1 - exponent.exp())
 
 
 def divergence(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
     """Row sums (rows,) of one kind; never negative, the KL and skew kinds of a truncated sum excepted."""
-    terms = _terms(kind, atoms, beta, skew)
-    if truncated and (linear := _linear_part(kind, skew)):
-        return (terms - linear * atoms.difference).sum(-1)
-    return terms.sum(-1).clamp(min=0)  # ≥ 0 already but for the last rounding
+    kind = _without_skew(kind, skew)
+    if truncated and kind in ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl"):
+        return _terms(kind, atoms, beta, skew, linear=False).sum(-1)
+    return _terms(kind, atoms, beta, skew, linear=True).sum(-1).clamp(min=0)  # ≥ 0 already but for the last rounding
 
 
-def _linear_part(kind: str, skew: float) -> float:
-    """The multiple of (p − q) that `_terms` added to each atom of the definition."""
-    return {
-        "forward_kl": 1.0,
-        "reverse_kl": -1.0,
-        "skew_forward_kl": 1 - skew,
-        "skew_reverse_kl": skew - 1,
-    }.get(kind, 0.0)
+def _without_skew(kind: str, skew: float) -> str:
+    return kind.removeprefix("skew_") if skew == 0 else kind
 
 
-def _terms(kind: str, atoms: Atoms, beta: float, skew: float) -> Tensor:
-    forward = (atoms.q, atoms.difference, atoms.log_ratio, atoms.shrinkage)
-    reverse = (atoms.p, -atoms.difference, -atoms.log_ratio, atoms.shrinkage)
+def _terms(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
     match kind:
         case "forward_kl":
-            return _skew_kl(*forward, 0.0)
+            terms = nan_to_zero(atoms.q * atoms.log_ratio).neg_()
+            return terms.add_(atoms.difference) if linear else terms
         case "reverse_kl":
-            return _skew_kl(*reverse, 0.0)
+            terms = nan_to_zero(atoms.p * atoms.log_ratio)
+            return terms.sub_(atoms.difference) if linear else terms
         case "skew_forward_kl":
-            return _skew_kl(*forward, skew)
+            terms = _times_log_mixture(atoms, "q", skew, -1.0)
+            return terms.add_(atoms.difference, alpha=1 - skew) if linear else terms
         case "skew_reverse_kl":
-            return _skew_kl(*reverse, skew)
+            terms = _times_log_mixture(atoms, "p", 1 - skew, -1.0)
+            return terms.sub_(atoms.difference, alpha=1 - skew) if linear else terms
         case "jeffreys":
-            return _times(atoms.difference, atoms.log_ratio)
+            return nan_to_zero((atoms.larger * atoms.shrinkage).mul_(atoms.gap))
         case "jensen_shannon":
-            log_m_over_q = _log_mixture_ratio(atoms.log_ratio, atoms.shrinkage, beta)
-            log_m_over_p = _log_mixture_ratio(-atoms.log_ratio, atoms.shrinkage, 1 - beta)
-            return -beta * _times(atoms.q, log_m_over_q) - (1 - beta) * _times(atoms.p, log_m_over_p)
+            return _jensen_shannon(atoms, beta)
         case "total_variation":
-            return atoms.difference.abs() / 2
+            return (atoms.larger * atoms.shrinkage).mul_(0.5)
         case "squared_hellinger":
-            return torch.maximum(atoms.p, atoms.q) * _half_shrinkage(atoms).square() / 2
+            return (atoms.half_shrinkage * atoms.half_shrinkage).mul_(atoms.larger).mul_(0.5)
         case "cross_entropy":
-            return -_times(atoms.q, atoms.log_p)
+            assert atoms.log_p is not None
+            return nan_to_zero(atoms.q * atoms.log_p).neg_()
     raise AssertionError(kind)
 
 
-def partials(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> tuple[Tensor, Tensor]:
-    """Partial derivatives of one kind's row sum with respect to log p and log q, (rows, atoms) each.
+def _jensen_shannon(atoms: Atoms, beta: float) -> Tensor:
+    """−beta·q·log(m/q) − (1−beta)·p·log(m/p) = −m·log1p(−κw) − κ·min(p, q)·|d|."""
+    if beta != 0.5:
+        return _times_log_mixture(atoms, "q", beta, -beta).add_(_times_log_mixture(atoms, "p", beta, beta - 1))
+    terms = atoms.mixture_loss(beta).neg_().log1p_().mul_(atoms.p + atoms.q)
+    return terms.add_(nan_to_zero(torch.minimum(atoms.p, atoms.q).mul_(atoms.gap))).mul_(-0.5)
+
+
+def _times_log_mixture(atoms: Atoms, side: str, weight: float, factor: float) -> Tensor:
+    """factor · q · log(m/q), or of p, for the mixture m = weight·q + (1−weight)·p, 0 < weight < 1; a new tensor."""
+    own, ratio = (atoms.q, atoms.log_ratio) if side == "q" else (atoms.p, -atoms.log_ratio)
+    log_mixture = atoms.mixture_loss(weight).neg_().log1p_().add_(ratio.clamp(min=0))
+    return nan_to_zero(log_mixture.mul_(own)).mul_(factor)
+
+
+def partials(
+    kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool, sides_wanted: tuple[bool, bool] = (True, True)
+) -> tuple[Tensor | None, Tensor | None]:
+    """Partial derivatives of one kind's row sum with respect to log p and log q, (rows, atoms); None if not wanted.
 
     A row whose divergence is infinite (q > 0 where p = 0, or the reverse) gives 0 on the side where the partial is
     infinite: a step in that direction does not exist.
     """
-    to_p, to_q = _partials(kind, atoms, beta, skew)
-    if truncated and (linear := _linear_part(kind, skew)):
-        to_p, to_q = to_p - linear * atoms.p, to_q + linear * atoms.q
-    elif truncated and kind == "cross_entropy":
-        to_p = to_p - atoms.p
-    return _finite_rows(to_p), _finite_rows(to_q)
+    kind = _without_skew(kind, skew)
+    to_p = _partial_to_p(kind, atoms, beta, skew, not truncated) if sides_wanted[0] else None
+    to_q = _partial_to_q(kind, atoms, beta, skew, not truncated) if sides_wanted[1] else None
+    return to_p, to_q
 
 
-def _partials(kind: str, atoms: Atoms, beta: float, skew: float) -> tuple[Tensor, Tensor]:
-    forward = (atoms.q, atoms.difference, atoms.log_ratio, atoms.shrinkage)
-    reverse = (atoms.p, -atoms.difference, -atoms.log_ratio, atoms.shrinkage)
+def _partial_to_p(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
     match kind:
-        case "forward_kl":
-            return _skew_kl_partials(*forward, 0.0)
+        case "forward_kl" | "cross_entropy":
+            return atoms.difference if linear else -atoms.q
         case "reverse_kl":
-            return _skew_kl_partials(*reverse, 0.0)[::-1]
+            partial = finite_rows(nan_to_zero(atoms.p * atoms.log_ratio))
+            return partial if linear else partial + atoms.p
         case "skew_forward_kl":
-            return _skew_kl_partials(*forward, skew)
+            partial = _mixture_share(atoms, "p", skew).mul_(atoms.difference).mul_((1 - skew) ** 2)
+            return partial if linear else partial.sub_(atoms.p, alpha=1 - skew)
         case "skew_reverse_kl":
-            return _skew_kl_partials(*reverse, skew)[::-1]
+            partial = _mixture_share(atoms, "p", 1 - skew).mul_(atoms.difference).mul_((skew - 1) * skew)
+            partial = finite_rows(partial.add_(_times_log_mixture(atoms, "p", 1 - skew, -1.0)))
+            return partial if linear else partial.add_(atoms.p, alpha=1 - skew)
         case "jeffreys":
-            return (
-                _times(atoms.p, atoms.log_ratio) + atoms.difference,
-                -_times(atoms.q, atoms.log_ratio) - atoms.difference,
-            )
+            return finite_rows(nan_to_zero(atoms.p * atoms.log_ratio).add_(atoms.difference))
         case "jensen_shannon":
-            log_m_over_q = _log_mixture_ratio(atoms.log_ratio, atoms.shrinkage, beta)
-            log_m_over_p = _log_mixture_ratio(-atoms.log_ratio, atoms.shrinkage, 1 - beta)
-            return (beta - 1) * _times(atoms.p, log_m_over_p), -beta * _times(atoms.q, log_m_over_q)
+            return _times_log_mixture(atoms, "p", beta, beta - 1)
         case "total_variation":
-            sign = atoms.log_ratio.sign() / 2
-            return sign * atoms.p, -sign * atoms.q
+            return atoms.log_ratio.sign().mul_(atoms.p).mul_(0.5)
         case "squared_hellinger":
-            # ½(p − √pq) and ½(q − √pq), with √pq = max(p, q)·(1 − h).
-            half = _half_shrinkage(atoms)
-            larger = torch.maximum(atoms.p, atoms.q) * half / 2
-            smaller = larger * (half - 1)
-            noisy_is_larger = atoms.log_ratio > 0
-            return torch.where(noisy_is_larger, larger, smaller), torch.where(noisy_is_larger, smaller, larger)
-        case "cross_entropy":
-            return atoms.difference, -_times(atoms.q, atoms.log_p)
+            # ½(p − √(pq)) = ¼((p − q) + (√p − √q)²)
+            squares = (atoms.half_shrinkage * atoms.half_shrinkage).mul_(atoms.larger)
+            return squares.add_(atoms.difference).mul_(0.25)
     raise AssertionError(kind)
 
 
-def _skew_kl(q: Tensor, difference: Tensor, log_ratio: Tensor, shrinkage: Tensor, skew: float) -> Tensor:
-    """Terms of KL(q‖m), m = skew·q + (1−skew)·p, each ≥ 0."""
-    return (1 - skew) * difference - _times(q, _log_mixture_ratio(log_ratio, shrinkage, skew))
+def _partial_to_q(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
+    match kind:
+        case "forward_kl":
+            partial = finite_rows(nan_to_zero(atoms.q * atoms.log_ratio).neg_())
+            return partial if linear else partial + atoms.q
+        case "reverse_kl":
+            return -atoms.difference if linear else -atoms.p
+        case "skew_forward_kl":
+            partial = _mixture_share(atoms, "q", skew).mul_(atoms.difference).mul_((1 - skew) * skew)
+            partial = finite_rows(partial.add_(_times_log_mixture(atoms, "q", skew, -1.0)))
+            return partial if linear else partial.add_(atoms.q, alpha=1 - skew)
+        case "skew_reverse_kl":
+            partial = _mixture_share(atoms, "q", 1 - skew).mul_(atoms.difference).mul_(-((1 - skew) ** 2))
+            return partial if linear else partial.sub_(atoms.q, alpha=1 - skew)
+        case "jeffreys":
+            return finite_rows(nan_to_zero(atoms.q * atoms.log_ratio).add_(atoms.difference).neg_())
+        case "jensen_shannon":
+            return _times_log_mixture(atoms, "q", beta, -beta)
+        case "total_variation":
+            return atoms.log_ratio.sign().mul_(atoms.q).mul_(-0.5)
+        case "squared_hellinger":
+            squares = (atoms.half_shrinkage * atoms.half_shrinkage).mul_(atoms.larger)
+            return squares.sub_(atoms.difference).mul_(0.25)
+        case "cross_entropy":
+            assert atoms.log_p is not None
+            return finite_rows(nan_to_zero(atoms.q * atoms.log_p).neg_())
+    raise AssertionError(kind)
 
 
-def _skew_kl_partials(
-    q: Tensor, difference: Tensor, log_ratio: Tensor, shrinkage: Tensor, skew: float
-) -> tuple[Tensor, Tensor]:
-    """Partials of those terms with respect to log p and log q."""
-    if skew == 0:
-        return difference, -_times(q, log_ratio)
-    noisy_is_larger = log_ratio > 0
-    # m over the larger of p and q, then p/m and q/m.
-    m = 1 - torch.where(noisy_is_larger, skew * shrinkage, (1 - skew) * shrinkage)
-    p_over_m = torch.where(noisy_is_larger, 1, 1 - shrinkage) / m
-    q_over_m = torch.where(noisy_is_larger, 1 - shrinkage, 1) / m
-    to_p = (1 - skew) ** 2 * p_over_m * difference
-    to_q = (1 - skew) * skew * q_over_m * difference
-    return to_p, to_q - _times(q, _log_mixture_ratio(log_ratio, shrinkage, skew))
+def _mixture_share(atoms: Atoms, side: str, weight: float) -> Tensor:
+    """p/m or q/m for the mixture with this weight of q; a new tensor. The larger side over P is 1, the other 1 − w."""
+    sign = -1 if side == "p" else 1
+    share = (atoms.shrinkage + sign * atoms.signed_shrinkage).mul_(-0.5).add_(1)
+    return share.div_(1 - atoms.mixture_loss(weight))
 
 
-def _log_mixture_ratio(log_ratio: Tensor, shrinkage: Tensor, weight: float) -> Tensor:
-    """log(m/q) for m = weight·q + (1−weight)·p, from log p − log q."""
-    if weight == 0:
-        return log_ratio
-    loss_of_larger = torch.where(log_ratio > 0, weight * shrinkage, (1 - weight) * shrinkage)
-    return log_ratio.clamp(min=0) + torch.log1p(-loss_of_larger)
-
-
-def _half_shrinkage(atoms: Atoms) -> Tensor:
-    """h = 1 − e^(−|d|/2), so that |√p − √q| = √max(p, q) · h."""
-    return -torch.expm1(-atoms.log_ratio.abs() / 2)
-
-
-def _times(probability: Tensor, factor: Tensor) -> Tensor:
-    """Probability · factor with 0 · (±inf) = 0; a NaN probability stays NaN."""
-    return torch.where(probability == 0, 0, probability * factor)
-
-
-def _finite_rows(partial: Tensor) -> Tensor:
-    return torch.where(partial.sum(-1, keepdim=True).isinf(), 0, partial)
+def finite_rows(partial: Tensor) -> Tensor:
+    """Rows whose sum is infinite, all 0. A CPU looks first, because such rows are rare."""
+    infinite = partial.sum(-1, keepdim=True).isinf()
+    if partial.device.type == "cpu" and not torch.compiler.is_compiling() and not infinite.any():
+        return partial
+    return partial.masked_fill(infinite, 0)
