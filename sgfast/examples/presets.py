@@ -1,6 +1,6 @@
 """Distil SmolLM2 into a student made of its own first layers, with TextBrewer's presets.
 
-    python -m sgfast.examples.presets [--steps 40]
+    python -m sgfast.examples.presets [--steps 30]
 
 A cross entropy between logits and two matches of hidden states, as one would configure TextBrewer. Prints the losses,
 and how far the student is from its teacher on held-out text before and after. Minutes on a CPU, no download.
@@ -100,7 +100,7 @@ def distance(student: nn.Module, teacher: nn.Module, batch: Mapping[str, Tensor]
     return Distance(kl.item(), agreement.item())
 
 
-def main(steps: int = 40, batch_size: int = 4) -> tuple[Distance, Distance]:
+def main(steps: int = 30, batch_size: int = 4) -> tuple[Distance, Distance]:
     """Run the example; return the held-out distances before and after."""
     torch.manual_seed(0)
     teacher, tokenizer = load_causal_lm()
@@ -136,5 +136,5 @@ def main(steps: int = 40, batch_size: int = 4) -> tuple[Distance, Distance]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=30)
     main(parser.parse_args().steps)
