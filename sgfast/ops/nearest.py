@@ -70,21 +70,21 @@ def _row_sums(values: Tensor) -> Tensor:
     return values.squeeze(-1)
 
 
-def _points(vectors: Tensor, metric: str) -> Tensor:
-    """The points whose distances are compared, (n, D) float64: the vectors, or unit vectors (zero stays zero)."""
+def _points(vectors: Tensor, metric: str) -> tuple[Tensor, Tensor | None]:
+    """The points whose distances are compared, (n, D) float64: the vectors, or unit vectors and which are zero (n,)."""
     points = vectors.to(torch.float64)
-    if metric == "cosine":
-        norms = _row_sums(points.square()).sqrt()
-        points = points / torch.where(norms > 0, norms, 1)[:, None]
-    return points
+    if metric == "l2":
+        return points, None
+    norms = _row_sums(points.square()).sqrt()
+    return points / torch.where(norms > 0, norms, 1)[:, None], norms == 0
 
 
 def reference(queries: Tensor, vectors: Tensor, metric: str) -> Tensor:
     """d² of paired rows by direct differences in float64: (n, D) twice → (n,)."""
-    a, b = _points(queries, metric), _points(vectors, metric)
-    squares = _row_sums((a - b).square())
-    if metric == "cosine":
-        squares = torch.where((a == 0).all(-1) | (b == 0).all(-1), 2, squares)
+    (a, a_zero), (b, b_zero) = _points(queries, metric), _points(vectors, metric)
+    squares = _row_sums((a - b).square_())
+    if a_zero is not None and b_zero is not None:
+        squares = torch.where(a_zero | b_zero, 2, squares)
     return torch.where(squares.isnan(), math.inf, squares)
 
 
@@ -103,17 +103,17 @@ def _direct(
 def _side(vectors: Tensor, center: Tensor, metric: str) -> _Side:
     zero = None
     if metric == "cosine":
-        points = vectors.to(torch.float64)
-        # Not in the order of ``reference``: this is rounded to float32 anyway.
-        norms = points.square().sum(-1).sqrt()
-        points = points / torch.where(norms > 0, norms, 1)[:, None]
-        zero = (points == 0).all(-1)
+        # Summed in another order than for ``reference``, which the rounding to float32 hides.
+        points = vectors.to(torch.float64, copy=True)
+        norms = torch.linalg.vector_norm(points, dim=-1)
+        points.div_(torch.where(norms > 0, norms, 1)[:, None]).sub_(center)
+        zero = norms == 0
         if zero.device.type == "cpu" and not zero.any():
             zero = None
     else:
         # A float32 difference of float32 vectors is rounded once, as their float64 difference would be.
-        points = vectors.to(center.dtype)
-    centred = (points - center).to(torch.float32)
+        points = vectors.to(center.dtype) - center
+    centred = points.to(torch.float32)
     squares = centred.square().sum(-1)
     norms = squares.sqrt()
     valid = norms < _LARGEST_NORM
@@ -123,7 +123,7 @@ def _side(vectors: Tensor, center: Tensor, metric: str) -> _Side:
 def _center(queries: Tensor, table: Tensor, metric: str, max_bytes: int) -> Tensor:
     """The mean of a sample of the table: any center is right, a near one makes the bound tight."""
     sample = max(1, max_bytes // (_SCAN_BYTES * table.shape[1]))
-    points = _points(table[:: -(-table.shape[0] // sample)], metric)
+    points, _ = _points(table[:: -(-table.shape[0] // sample)], metric)
     return points.mean(0).nan_to_num(0, 0, 0).to(rows.compute_dtype(queries, table))
 
 
