@@ -191,9 +191,11 @@ def _forward_kernel(
     m_noise, m_any = m_tile, True
     if n_ptr is not None:
         o_n = (i_outer * n_outer + o_inner * n_inner)[:, None]
-        m_noise &= columns_of(n_ptr, o_n, o_col, m_row, m_tile, 0, NOISE_MASK_COLUMNS) != 0
-        m_row &= tl.max(m_noise.to(tl.int32), axis=1, keep_dims=True) != 0
-        m_any = tl.max(m_row.to(tl.int32)) != 0
+        m_selected = columns_of(n_ptr, o_n, o_col, m_row, m_tile, 0, NOISE_MASK_COLUMNS) != 0
+        m_noise &= m_selected
+        if not NOISE_MASK_COLUMNS:
+            m_row &= m_selected
+            m_any = tl.max(m_row.to(tl.int32)) != 0
     o_mean = (i_outer * mean_outer + o_inner * mean_inner)[:, None]
     o_std = (i_outer * std_outer + o_inner * std_inner)[:, None]
     b_mean = columns_of(mean_ptr, o_mean, o_col, m_row, m_noise, 0.0, MEAN_COLUMNS).to(tl.float32)

@@ -240,9 +240,11 @@ def _backward_kernel(
         m_noise, m_any = m_tile, True
         if n_ptr is not None:
             o_n = (i_outer * n_outer + o_inner * n_inner)[:, None]
-            m_noise &= columns_of(n_ptr, o_n, o_col, m_row, m_tile, 0, NOISE_MASK_COLUMNS) != 0
-            m_row &= tl.max(m_noise.to(tl.int32), axis=1, keep_dims=True) != 0
-            m_any = tl.max(m_row.to(tl.int32)) != 0
+            m_selected = columns_of(n_ptr, o_n, o_col, m_row, m_tile, 0, NOISE_MASK_COLUMNS) != 0
+            m_noise &= m_selected
+            if not NOISE_MASK_COLUMNS:
+                m_row &= m_selected
+                m_any = tl.max(m_row.to(tl.int32)) != 0
         m_keep = m_noise
         if k_ptr is not None:
             o_k = (i_outer * k_outer + o_inner * k_inner)[:, None]
