@@ -22,6 +22,8 @@ KINDS = (
     "skew_reverse_kl",
     "label_cross_entropy",
 )
+# What compares two sides: all but the last.
+DIVERGENCES = KINDS[:-1]
 FORWARD_KL, REVERSE_KL, JEFFREYS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 JENSEN_SHANNON, TOTAL_VARIATION, HELLINGER = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
 CROSS_ENTROPY, SKEW_FORWARD, SKEW_REVERSE = tl.constexpr(64), tl.constexpr(128), tl.constexpr(256)
@@ -32,6 +34,11 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 def kind_bits(kinds: Sequence[str]) -> int:
     return sum(1 << KINDS.index(kind) for kind in kinds)
+
+
+def positions(kinds: Sequence[str], among: Sequence[str] = KINDS) -> list[int]:
+    """Where each of ``among`` stands in ``kinds``; 0 for those not asked for."""
+    return [kinds.index(kind) if kind in kinds else 0 for kind in among]
 
 
 def row_count(tensor: Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ._divergence_atoms import SUPPORTS
-from ._divergence_launch import KINDS
+from ._divergence_launch import DIVERGENCES
 from .divergence import divergence_forward
 from .divergence_backward import divergence_backward
 from .divergence_topk import divergence_topk_forward
@@ -129,7 +129,7 @@ _KINDS = {
     "rest": ("jeffreys", "total_variation", "squared_hellinger"),
     "metrics": ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger"),
     "labels": ("forward_kl", "label_cross_entropy"),
-    "all": KINDS[:-1],
+    "all": DIVERGENCES,
 }
 
 

@@ -23,7 +23,7 @@ from ._divergence_atoms import (
     rows_and_atoms,
     term_and_partials,
 )
-from ._divergence_launch import KINDS, LOG2_E, kind_bits, row_count, rows_of, temperature_rows
+from ._divergence_launch import DIVERGENCES, LOG2_E, kind_bits, positions, row_count, rows_of, temperature_rows
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 from .topk import reference
 
@@ -106,7 +106,7 @@ def divergence_topk_backward(
                 *row_layout(clean),
                 beta,
                 skew,
-                *(list(kinds).index(kind) if kind in kinds else 0 for kind in KINDS),
+                *positions(kinds, DIVERGENCES),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
                 SUPPORT=SUPPORTS.index(support),
