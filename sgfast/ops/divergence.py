@@ -39,7 +39,7 @@ from torch import Tensor
 from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
 from sgfast.ops.divergence_options import Support, check_labels, check_options, row_temperature
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, backward_rows, forward_rows
+from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
 
 
 def reference(
@@ -227,7 +227,7 @@ def _backward(
         found = divergence_triton.backward(problem, labels, upstream, kept_indices, row_scalars, wanted)
         noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
         return noisy_gradient, clean_gradient
-    body = dispatch.implementation_of(backward_rows, choice.implementation)
+    body = dispatch.implementation_of(write_gradients, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
     settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
@@ -236,25 +236,31 @@ def _backward(
         for gradient in gradients:
             gradient.zero_()
     flat_upstream = upstream.reshape(len(settings.kinds), -1)
+    flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
     for chunk in rows.row_chunks(
         shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
     ):
         indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
-        chunk_gradients = body(
-            _read_logits(noisy, chunk, choice),
-            _read_logits(clean, chunk, choice),
+        noisy_rows, clean_rows = (_read_logits(side, chunk, choice) for side in (noisy, clean))
+        # Without a mask a chunk is a slice of the gradient, which is written where it lies.
+        targets = [
+            (gradient[chunk] if mask is None else gradient.new_empty(noisy_rows.shape)) if side_wanted else None
+            for gradient, side_wanted in zip(flat_gradients, wanted, strict=True)
+        ]
+        body(
+            noisy_rows,
+            clean_rows,
             1 / rows.read_scalars(temperature, chunk),
             settings,
             indices,
             valid,
             flat_upstream[:, chunk],
-            wanted,
+            targets,
             _read_labels(labels, chunk),
         )
-        for gradient, chunk_gradient in zip(gradients, chunk_gradients, strict=True):
-            if chunk_gradient is not None:
-                selected = rows.zero_masked(chunk_gradient, mask, chunk)
-                gradient.view(-1, size)[chunk] = selected.to(gradient.dtype)
+        for gradient, target in zip(flat_gradients, targets, strict=True):
+            if mask is not None and target is not None:
+                gradient[chunk] = rows.zero_masked(target, mask, chunk)
     return gradients
 
 

@@ -4,7 +4,7 @@ One chunk of rows at a time: what `divergence` runs, eagerly or through torch.co
 place where they are needed no more; the rows that come in are never written to.
 """
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,9 +15,6 @@ from sgfast.ops.divergence_terms import Atoms, divergence, nan_to_zero, partials
 
 # The name under which hard labels' cross-entropy travels among the kinds, always the last.
 LABEL_KIND = "label_cross_entropy"
-
-
-_LOG2_E = math.log2(math.e)
 
 
 class Settings(NamedTuple):
@@ -48,7 +45,8 @@ def _side(logits: Tensor, inverse_temperature: Tensor | float, dtype: torch.dtyp
     logits = logits.to(dtype)
     maximum = logits.amax(-1, keepdim=True)
     # exp2 is the cheapest exponential; where its argument is large, and its rounding felt, the weight is next to 0.
-    weights = (logits - maximum).mul_(inverse_temperature * _LOG2_E).exp2_()
+    # log2 e is written out: torch.compile would take a constant of the module for an input.
+    weights = (logits - maximum).mul_(inverse_temperature * 1.4426950408889634).exp2_()
     total = weights.sum(-1, keepdim=True)
     return _Side(logits, weights.mul_(1 / total), maximum, total)
 
@@ -80,8 +78,7 @@ def _probabilities(
     # Compiled code computes them anew: the larger probability is one exponential, the smaller that times e^−|d|.
     noisy_is_larger = log_ratio > 0
     exponent = torch.where(noisy_is_larger, noisy.logits - noisy.maximum, clean.logits - clean.maximum)
-    larger = (exponent * (inverse_temperature * _LOG2_E)).exp2()
-    larger = larger * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
+    larger = (exponent * inverse_temperature).exp() / torch.where(noisy_is_larger, noisy.sum, clean.sum)
     root = (log_ratio.abs() * -0.5).exp()
     smaller = larger * (root * root)
     return torch.where(noisy_is_larger, larger, smaller), torch.where(noisy_is_larger, smaller, larger)
@@ -175,6 +172,27 @@ def backward_rows(
     if labels is not None and gradients[0] is not None:
         _add_label_gradient(gradients[0], _at_temperature_1(sides[0], settings), labels, upstream[-1])
     return gradients
+
+
+def write_gradients(
+    noisy: Tensor,
+    clean: Tensor,
+    inverse_temperature: Tensor,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    upstream: Tensor,
+    targets: Sequence[Tensor | None],
+    labels: Tensor | None = None,
+) -> None:
+    """`backward_rows`, written to one target a side (None if not wanted): compiled code then needs no other copy."""
+    sides_wanted = (targets[0] is not None, targets[1] is not None)
+    gradients = backward_rows(
+        noisy, clean, inverse_temperature, settings, indices, valid, upstream, sides_wanted, labels
+    )
+    for target, gradient in zip(targets, gradients, strict=True):
+        if target is not None and gradient is not None:
+            target.copy_(gradient)
 
 
 def _logit_gradient(

@@ -77,6 +77,11 @@ class Atoms:
         return self._once("shrinkage", lambda: one_minus_exp(-self.gap))
 
     @property
+    def distance(self) -> Tensor:
+        """|p − q|."""
+        return self._once("distance", lambda: self.larger * self.shrinkage)
+
+    @property
     def signed_shrinkage(self) -> Tensor:
         """w with the sign of d."""
         return self._once("signed_shrinkage", lambda: torch.copysign(self.shrinkage, self.log_ratio))
@@ -86,11 +91,20 @@ class Atoms:
         """p − q."""
         return self._once("difference", lambda: self.larger * self.signed_shrinkage)
 
-    def mixture_loss(self, weight: float) -> Tensor:
-        """κw for the mixture with this weight of q, in [0, 1]; a new tensor."""
+    def log_mixture(self, weight: float) -> Tensor:
+        """log(m/P) = log1p(−κw) for the mixture m with this weight of q; a new tensor."""
+        if weight == 0.5 and torch.compiler.is_compiling() and self.shrinkage.dtype == torch.float32:
+            return _log1p_from_minus_half(self._negative_mixture_loss(weight))
+        return self._negative_mixture_loss(weight).log1p_()
+
+    def mixture(self, weight: float) -> Tensor:
+        """m/P = 1 − κw; a new tensor."""
+        return self._negative_mixture_loss(weight).add_(1)
+
+    def _negative_mixture_loss(self, weight: float) -> Tensor:
         if weight == 0.5:
-            return self.shrinkage * 0.5
-        return (self.shrinkage * 0.5).add_(self.signed_shrinkage, alpha=weight - 0.5)
+            return self.shrinkage * -0.5
+        return (self.shrinkage * -0.5).add_(self.signed_shrinkage, alpha=0.5 - weight)
 
 
 def nan_to_zero(tensor: Tensor) -> Tensor:
@@ -104,11 +118,22 @@ def one_minus_exp(exponent: Tensor) -> Tensor:
     """1 − e^x of a new tensor x ≤ 0, with all its digits."""
     if not torch.compiler.is_compiling():
         return exponent.expm1_().neg_()
-    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 the series takes over.
-    series = torch.zeros_like(exponent)
-    for n in range(7 if exponent.dtype == torch.float32 else 14, 0, -1):
-        series = (series + 1) * (exponent / n)
-    return torch.where(exponent > -0.25, -series, 1 - exponent.exp())
+    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 the series takes over: x(1 + x/2 (1 + x/3 (1 + …))).
+    terms = 7 if exponent.dtype == torch.float32 else 14
+    series = exponent * (1 / terms) + 1
+    for n in range(terms - 1, 1, -1):
+        series = series * exponent * (1 / n) + 1
+    return torch.where(exponent > -0.25, -exponent * series, 1 - exponent.exp())
+
+
+def _log1p_from_minus_half(x: Tensor) -> Tensor:
+    """log(1 + x) for −½ ≤ x ≤ 0 to float32's digits: 2 artanh(x / (2 + x)), a third of the time of compiled log1p."""
+    z = x / (2 + x)
+    square = z * z
+    series = square * (1 / 13) + 1 / 11
+    for n in (9, 7, 5, 3, 1):
+        series = series * square + 1 / n
+    return series * z * 2
 
 
 def divergence(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
@@ -138,11 +163,11 @@ def _terms(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> T
             terms = _times_log_mixture(atoms, "p", 1 - skew, -1.0)
             return terms.sub_(atoms.difference, alpha=1 - skew) if linear else terms
         case "jeffreys":
-            return nan_to_zero((atoms.larger * atoms.shrinkage).mul_(atoms.gap))
+            return nan_to_zero(atoms.distance * atoms.gap)
         case "jensen_shannon":
             return _jensen_shannon(atoms, beta)
         case "total_variation":
-            return (atoms.larger * atoms.shrinkage).mul_(0.5)
+            return atoms.distance * 0.5
         case "squared_hellinger":
             return (atoms.half_shrinkage * atoms.half_shrinkage).mul_(atoms.larger).mul_(0.5)
         case "cross_entropy":
@@ -155,14 +180,14 @@ def _jensen_shannon(atoms: Atoms, beta: float) -> Tensor:
     """−beta·q·log(m/q) − (1−beta)·p·log(m/p) = −m·log1p(−κw) − κ·min(p, q)·|d|."""
     if beta != 0.5:
         return _times_log_mixture(atoms, "q", beta, -beta).add_(_times_log_mixture(atoms, "p", beta, beta - 1))
-    terms = atoms.mixture_loss(beta).neg_().log1p_().mul_(atoms.p + atoms.q)
+    terms = atoms.log_mixture(beta).mul_(atoms.p + atoms.q)
     return terms.add_(nan_to_zero(torch.minimum(atoms.p, atoms.q).mul_(atoms.gap))).mul_(-0.5)
 
 
 def _times_log_mixture(atoms: Atoms, side: str, weight: float, factor: float) -> Tensor:
     """factor · q · log(m/q), or of p, for the mixture m = weight·q + (1−weight)·p, 0 < weight < 1; a new tensor."""
     own, ratio = (atoms.q, atoms.log_ratio) if side == "q" else (atoms.p, -atoms.log_ratio)
-    log_mixture = atoms.mixture_loss(weight).neg_().log1p_().add_(ratio.clamp(min=0))
+    log_mixture = atoms.log_mixture(weight).add_(ratio.clamp(min=0))
     return nan_to_zero(log_mixture.mul_(own)).mul_(factor)
 
 
@@ -240,7 +265,7 @@ def _mixture_share(atoms: Atoms, side: str, weight: float) -> Tensor:
     """p/m or q/m for the mixture with this weight of q; a new tensor. The larger side over P is 1, the other 1 − w."""
     sign = -1 if side == "p" else 1
     share = (atoms.shrinkage + sign * atoms.signed_shrinkage).mul_(-0.5).add_(1)
-    return share.div_(1 - atoms.mixture_loss(weight))
+    return share.div_(atoms.mixture(weight))
 
 
 def finite_rows(partial: Tensor) -> Tensor:
