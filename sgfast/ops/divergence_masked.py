@@ -57,7 +57,7 @@ def _forward(
         chunk_values = body(
             rows.read_rows(noisy, chunk),
             rows.read_rows(clean, chunk),
-            rows.read_scalars(temperature, chunk),
+            1 / rows.read_scalars(temperature, chunk),
             settings,
             *_indices(support_rows),
         )
@@ -114,7 +114,7 @@ def _backward(
         chunk_gradients = body(
             rows.read_rows(noisy, chunk),
             rows.read_rows(clean, chunk),
-            rows.read_scalars(temperature, chunk),
+            1 / rows.read_scalars(temperature, chunk),
             settings,
             *_indices(support_rows),
             flat_upstream[:, chunk],
