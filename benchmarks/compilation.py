@@ -91,20 +91,34 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Resources:
 
 
 class _Syntax(NamedTuple):
-    """How an assembly listing names labels, instructions (operation, operands) and the targets of jumps."""
+    """How an assembly listing names labels, instructions (operation, operands), the targets of jumps, and loads."""
 
     label: str
     instruction: str
     jump: str
+    load: str
 
 
-_SASS = _Syntax(r"(\.L_\w+):", r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", r"BRA\b.*?(\.L_\w+)")
-_PTX = _Syntax(r"(\$L__BB\w+):", r"\s*(?:@!?%p\d+\s+)?([a-z][a-z0-9_.:]*)(.*)", r"bra\S*\s+(\$L__BB\w+)")
-_AMDGCN = _Syntax(r"(\.LBB\w+):", r"\t([a-z]+_[a-z0-9_]+)(.*)", r"s_c?branch\S*\s+(\.LBB\w+)")
+_SASS = _Syntax(
+    r"(\.L_\w+):",
+    r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)",
+    r"BRA\b.*?(\.L_\w+)",
+    r"LD(G|GSTS)\b",
+)
+_PTX = _Syntax(
+    r"(\$L__BB\w+):",
+    r"\s*(?:@!?%p\d+\s+)?([a-z][a-z0-9_.:]*)(.*)",
+    r"bra\S*\s+(\$L__BB\w+)",
+    r"(ld\.global|cp\.async)\S*",
+)
+_AMDGCN = _Syntax(r"(\.LBB\w+):", r"\t([a-z]+_[a-z0-9_]+)(.*)", r"s_c?branch\S*\s+(\.LBB\w+)", r"(global|buffer)_load_")
 
 
 def _parse(listing: str, syntax: _Syntax) -> tuple[list[str], list[str]]:
-    """All instructions, and those of the longest innermost loop (all of them without a loop)."""
+    """All instructions, and those of the first innermost loop that loads (all of them without one).
+
+    Loops behind it are for tails, and for the rows that need care.
+    """
     code: list[str] = []
     labels: dict[str, int] = {}
     spans: list[tuple[int, int]] = []
@@ -119,7 +133,7 @@ def _parse(listing: str, syntax: _Syntax) -> tuple[list[str], list[str]]:
     # Behind every NVIDIA kernel waits an endless loop of one instruction.
     loops = [span for span in spans if span[1] - span[0] > 1]
     innermost = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
-    start, end = max(innermost, key=lambda span: span[1] - span[0], default=(0, len(code)))
+    start, end = min(((a, b) for a, b in innermost if _count(code[a:b], syntax.load)), default=(0, len(code)))
     return code, code[start:end]
 
 

@@ -4,9 +4,10 @@
     python -m benchmarks.kernel_report --check    compare with budgets and snapshot; exit 1 and say what changed
     python -m benchmarks.kernel_report --update   write the snapshot of the installed Triton version
 
-Budgets are hard: no spills, no double-precision arithmetic, and what the case says of registers (NVIDIA) and of 16-byte
-loads. Every number is also compared with ``kernel_reports/triton-<version>.json``. A compiler's output is
-deterministic: a difference is a change somebody made, to be looked at before it is accepted with ``--update``.
+Budgets are hard: no spills, no double-precision arithmetic, and what the case says of registers (NVIDIA), of 16-byte
+loads and of instructions per element (sm90). Every number is also compared with the snapshot,
+``kernel_reports/triton-<version>.json``. A compiler's output is deterministic: a difference is a change somebody made,
+to be looked at before it is accepted with ``--update``.
 """
 
 import argparse
@@ -53,7 +54,16 @@ def over_budget(report: Report) -> list[str]:
             wanted = case.vector_loads if nvidia else case.vector_loads // 2
             if found["vector_loads"] < wanted:
                 lines.append(f"{name}, {target}: {found['vector_loads']} 16-byte loads, at least {wanted} wanted")
+            budget = dict(enumerate(case.instructions)).get(_launch_index(name))
+            if target == "sm90" and budget is not None and found["instructions_per_element"] > budget:
+                spent = found["instructions_per_element"]
+                lines.append(f"{name}, sm90: {spent} instructions per element, budget {budget}")
     return lines
+
+
+def _launch_index(name: str) -> int:
+    """The i of "case [i]"; 0 for a case of one launch."""
+    return int(name[-2]) if name.endswith("]") else 0
 
 
 def differences(report: Report, snapshot: Report) -> list[str]:

@@ -34,8 +34,9 @@ class StainedGlassTransformForText:
     Args:
         model: the trained model.
         tokenizer_wrapper: how prompts become tokens and masks.
-        parameter_names: names, relative to ``model.base_model``, of the base model's parameters to include. The weight
-            of the model's target layer (the embedding table) must be among them.
+        parameter_names: names, relative to ``model.causal_lm`` (the base model, without PEFT's wrapper), of the base
+            model's parameters to include. The weight of the model's target layer (the embedding table) must be among
+            them.
 
     Raises:
         ValueError: a name the base model does not have, the embedding table is missing, or a noise layer that a file
@@ -51,14 +52,14 @@ class StainedGlassTransformForText:
         tokenizer_wrapper: TokenizerWrapper,
         parameter_names: Sequence[str],
     ) -> None:
-        embedding = model.base_model.get_submodule(model.target_layer)
+        embedding = model.causal_lm.get_submodule(model.target_layer)
         embedding_name = f"{model.target_layer}.weight"
         if embedding_name not in parameter_names:
             raise ValueError(f"parameter_names must include the embedding table, {embedding_name!r}")
         parameters = {}
         for name in parameter_names:
             try:
-                parameters[name] = model.base_model.get_parameter(name).detach()
+                parameters[name] = model.causal_lm.get_parameter(name).detach()
             except AttributeError as error:
                 raise ValueError(f"the base model has no parameter {name!r} (parameter_names)") from error
         if not isinstance(model.noise_layer, TransformerCloak):

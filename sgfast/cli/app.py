@@ -71,3 +71,20 @@ def transform(
         save_file(encoded, temporary)
     batch, tokens, width = encoded["inputs_embeds"].shape
     typer.echo(f"wrote {out}: {batch} x {tokens} tokens x {width} features")
+
+
+@app.command()
+def voronoi(
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
+    ] = None,
+    percentile: Annotated[float, typer.Option(min=0, max=100, help="Which percentile of the distances.")] = 5.0,
+    half: Annotated[
+        bool, typer.Option("--half/--full", help="To the border of the Voronoi cell, or to the nearest embedding.")
+    ] = True,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON instead of a table.")] = False,
+) -> None:
+    """Measure how close together a model's token embeddings lie: a length for the catalyst loss."""
+    from sgfast.cli.voronoi import run_voronoi
+
+    run_voronoi(model=model, percentile=percentile, half=half, as_json=as_json)

@@ -1,18 +1,19 @@
 """``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2."""
 
 import sys
+from collections.abc import Sequence
 
 _EXTRAS = {"typer", "rich", "transformers", "tokenizers", "safetensors", "matplotlib", "gguf"}
 
 
-def main() -> None:
-    """Run the command line."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line with these arguments, or with the process's own."""
     from sgfast.ops.dispatch import ImplementationError
 
     try:
         from sgfast.cli.app import app
 
-        app()
+        app(arguments)
     except (ValueError, OSError, ImplementationError) as error:
         _fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:

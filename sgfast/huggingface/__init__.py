@@ -1,5 +1,6 @@
 """Hugging Face integration; importing it does not import transformers, which loads where a function needs it."""
 
+from sgfast.huggingface.distillation import distillation_compute_loss
 from sgfast.huggingface.tokenization_utils import PromptType, TokenizerWrapper
 
-__all__ = ["PromptType", "TokenizerWrapper"]
+__all__ = ["PromptType", "TokenizerWrapper", "distillation_compute_loss"]

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
+from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 from sgfast.ops.nearest import Metric, embedding_ranks
+
+__all__ = ["compute_percentile_voronoi_l2_distance", "nearest_neighbor_failure_rate"]
 
 
 def nearest_neighbor_failure_rate(

@@ -1,6 +1,14 @@
 """Base models under a noise layer."""
 
+from sgfast.model.noisy_model import NoisyModel
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
+from sgfast.model.peft_noisy_transformer_masking_model import PeftNoiseMaskedNoisyTransformerModel
 
-__all__ = ["NoiseMaskedNoisyTransformerModel", "NoisyModelOutput", "SuperBatchOutput"]
+__all__ = [
+    "NoiseMaskedNoisyTransformerModel",
+    "NoisyModel",
+    "NoisyModelOutput",
+    "PeftNoiseMaskedNoisyTransformerModel",
+    "SuperBatchOutput",
+]

@@ -16,7 +16,7 @@ class Transform(NamedTuple):
 
 
 class Capture(NamedTuple):
-    """One forward of a noisy language model. Clean tensors have no graph."""
+    """One forward of a noisy language model. Clean tensors have a graph only for consumers that asked for it."""
 
     attention_mask: Tensor  # (B, T) bool
     noise_mask: Tensor  # (B, T) bool: transformed and attended
@@ -45,11 +45,13 @@ class Consumer:
     Args:
         layers: indices of the decoder layers whose outputs it reads.
         logits: whether it reads the logits.
+        clean_graph: whether it sends gradients through the clean half, to adapters in the base model.
     """
 
-    def __init__(self, layers: frozenset[int], logits: bool) -> None:
+    def __init__(self, layers: frozenset[int], logits: bool, clean_graph: bool = False) -> None:
         self.layers = layers
         self.logits = logits
+        self.clean_graph = clean_graph
         self.forwards = 0
         self._capture: Capture | None = None
 
@@ -59,6 +61,8 @@ class Consumer:
             self.forwards += 1
             if not self.logits:
                 capture = capture._replace(logits=None)  # far larger than all that it reads
+            if not self.clean_graph:
+                capture = _without_clean_graph(capture)
         self._capture = capture
 
     def pending(self, caller: str) -> Capture:
@@ -76,3 +80,9 @@ class Consumer:
         capture = self.pending(caller)
         self._capture = None
         return capture
+
+
+def _without_clean_graph(capture: Capture) -> Capture:
+    layers = {index: (clean.detach(), noisy) for index, (clean, noisy) in capture.layers.items()}
+    logits = None if capture.logits is None else (capture.logits[0].detach(), capture.logits[1])
+    return capture._replace(layers=layers, logits=logits)

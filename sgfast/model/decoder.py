@@ -9,8 +9,14 @@ from torch import Tensor, nn
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
+def causal_lm_of(base_model: Any) -> Any:
+    """The transformers model itself: what a PEFT model wraps, or the model."""
+    return base_model.get_base_model() if hasattr(base_model, "get_base_model") else base_model
+
+
 def backbone_of(base_model: nn.Module) -> nn.Module:
     """The model without its language-model head."""
+    base_model = causal_lm_of(base_model)
     prefix = getattr(base_model, "base_model_prefix", "")
     backbone = getattr(base_model, prefix, None) if prefix else None
     if not isinstance(backbone, nn.Module):

@@ -3,17 +3,21 @@
 import inspect
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
+from sgfast.model.adapters import adapter_parameters, with_adapters
 from sgfast.model.capture import Capture, Consumer, Transform
-from sgfast.model.decoder import decoder_layers, hidden_states_of, resolve_layer_index, shallow_trunk
+from sgfast.model.checkpointing import check_checkpointable, checkpointed_layers
+from sgfast.model.decoder import causal_lm_of, decoder_layers, hidden_states_of, resolve_layer_index, shallow_trunk
+from sgfast.model.hooks import hook_forward
+from sgfast.model.inputs import Pass, prepare_inputs
 from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
+from sgfast.model.sharing import Draw, share_draws, shared_draw
 from sgfast.noise_layer.base import BaseNoiseLayer
-from sgfast.utils.positions import position_ids_of
 
 CleanPass = Literal["separate", "joint"]
 
@@ -29,7 +33,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     layers 0..k and neither final norm nor head, and the output's logits are None. In eval mode, or when anything
     attached reads logits, it runs whole.
 
-    The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. The
+    The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. If PEFT has
+    put adapters into it, this model runs it without them; `PeftNoiseMaskedNoisyTransformerModel` runs it with them. The
     transform applies to this model's own calls only: ``base_model(...)`` is the clean model. One thread at a time may
     use a noisy model and its base.
 
@@ -39,12 +44,13 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         input_shape: (-1, D); checked against the embedding width. None to skip the check.
         target_layer: path of the module whose output is transformed.
         clean_pass: ``"separate"`` or ``"joint"``.
-        noise_layer: a ready layer to share, in place of ``noise_layer_class`` and its arguments.
+        noise_layer: a ready layer to share, in place of ``noise_layer_class`` and its arguments. Models that share
+            one see one noise draw: given the same tensors in turn, the second reuses what the first transformed.
         noise_layer_kwargs: what ``noise_layer_class`` takes.
 
     Raises:
         ValueError: no such target layer, a width that differs, an unknown clean_pass.
-        TypeError: base_model is not a module.
+        TypeError: base_model is not a module, or is a PEFT model.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
@@ -68,6 +74,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
 
     base_model: Any
     noise_layer: BaseNoiseLayer
+    _runs_adapters = False
 
     def __init__(
         self,
@@ -85,8 +92,9 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             raise TypeError(f"base_model must be a torch.nn.Module; got {type(base_model).__name__}")
         if clean_pass not in ("separate", "joint"):
             raise ValueError(f"clean_pass must be 'separate' or 'joint'; got {clean_pass!r}")
+        self._check_base(base_model)
         try:
-            base_model.get_submodule(target_layer)
+            causal_lm_of(base_model).get_submodule(target_layer)
         except AttributeError as error:
             raise ValueError(f"base_model has no module {target_layer!r} (target_layer)") from error
         self.base_model = base_model
@@ -101,26 +109,45 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         elif noise_layer_kwargs:
             raise TypeError(f"a ready noise_layer takes no arguments; got {', '.join(noise_layer_kwargs)}")
         self.noise_layer = noise_layer.to(device=embedding_weight.device)
-        self.base_model.requires_grad_(False).eval()
+        self._freeze_base()
         self.target_layer = target_layer
         self.clean_pass = clean_pass
-        self._base_arguments = frozenset(inspect.signature(base_model.forward).parameters) - {"labels"}
+        self.is_gradient_checkpointing = False
+        self._base_arguments = frozenset(inspect.signature(self.causal_lm.forward).parameters) - {"labels"}
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
         self._trunks: dict[int, list[nn.Module]] = {}  # in lists: a trunk is no submodule, its modules are the base's
         # The pass that is running, for the hooks; None outside this model's own calls.
-        self._running: _Pass | None = None
-        self._register_hooks()
+        self._running: Pass | None = None
+        self._shares_noise_layer = noise_layer_class is None
+        self._register()
 
-    def _register_hooks(self) -> None:
-        """Hook the target layer and all decoder layers, for as long as this model lives.
+    @property
+    def causal_lm(self) -> Any:
+        """The transformers model: what ``base_model`` wraps if that is a PEFT model, or ``base_model``."""
+        return causal_lm_of(self.base_model)
 
-        Once, for torch.compile does not see hooks that come later.
-        """
-        hooked = [(self.base_model.get_submodule(self.target_layer), _Hook(self, "_transform_hook"))]
+    def _check_base(self, base_model: Any) -> None:
+        if causal_lm_of(base_model) is not base_model:
+            raise TypeError(
+                "base_model is a PEFT model: use PeftNoiseMaskedNoisyTransformerModel to run its adapters, or give "
+                "base_model.get_base_model() to run without them"
+            )
+
+    def _freeze_base(self) -> None:
+        """Freeze all but adapters, which belong to the model that runs them."""
+        adapters = {id(parameter) for parameter in adapter_parameters(self.base_model)}
+        for parameter in self.base_model.parameters():
+            if id(parameter) not in adapters:
+                parameter.requires_grad_(False)
+        self.base_model.eval()
+
+    def _register(self) -> None:
+        """Hook the target layer and all decoder layers, and share the noise layer, for as long as this model lives."""
+        hook_forward(self, self.causal_lm.get_submodule(self.target_layer), "_transform_hook")
         for index, layer in enumerate(decoder_layers(self.base_model)):
-            hooked.append((layer, _Hook(self, "_keep_layer", index)))
-        for module, hook in hooked:
-            weakref.finalize(self, module.register_forward_hook(hook).remove)
+            hook_forward(self, layer, "_keep_layer", index)
+        if self._shares_noise_layer:
+            share_draws(self.noise_layer)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without losses, metrics and captured forwards."""
@@ -130,7 +157,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         """Hook the copied base model anew: the hooks that came with it are dead."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._consumers = weakref.WeakSet()
-        self._register_hooks()
+        self._register()
 
     def train(self, mode: bool = True) -> "NoiseMaskedNoisyTransformerModel":
         """Set the noise layer's mode; the frozen base stays in eval mode."""
@@ -138,12 +165,39 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self.base_model.eval()
         return self
 
-    def attach(self, *, layers: frozenset[int] = frozenset(), logits: bool = False) -> Consumer:
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Let training forwards keep only the decoder layers' inputs, and compute the rest again in backward.
+
+        Args:
+            gradient_checkpointing_kwargs: ``use_reentrant`` may be False, which it is; nothing else is taken.
+
+        Raises:
+            ValueError: another argument, decoder layers that transformers cannot checkpoint, or a target layer inside
+                one: its transform would be drawn anew.
+        """
+        asked = {name: value for name, value in (gradient_checkpointing_kwargs or {}).items() if value is not None}
+        if asked not in ({}, {"use_reentrant": False}):
+            raise ValueError(f"gradient_checkpointing_kwargs may only be {{'use_reentrant': False}}; got {asked}")
+        check_checkpointable(self.base_model)
+        target = self.causal_lm.get_submodule(self.target_layer)
+        if any(module is target for layer in decoder_layers(self.base_model) for module in layer.modules()):
+            raise ValueError(f"the decoder layer with target_layer {self.target_layer!r} cannot be checkpointed")
+        self.is_gradient_checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations again."""
+        self.is_gradient_checkpointing = False
+
+    def attach(
+        self, *, layers: frozenset[int] = frozenset(), logits: bool = False, clean_graph: bool = False
+    ) -> Consumer:
         """Register a loss or metric that reads decoder layers' outputs or logits of every forward.
 
-        It counts for as long as the returned `Consumer` is alive.
+        It counts for as long as the returned `Consumer` is alive. With ``clean_graph`` it sends gradients through the
+        clean half too, which costs the memory of a second pass.
         """
-        consumer = Consumer(frozenset(resolve_layer_index(self.base_model, index) for index in layers), logits)
+        resolved = frozenset(resolve_layer_index(self.base_model, index) for index in layers)
+        consumer = Consumer(resolved, logits, clean_graph)
         self._consumers.add(consumer)
         return consumer
 
@@ -175,11 +229,19 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         """
         for consumer in self._consumers:
             consumer.offer(None)  # lets go of the last forward's graph before this one builds its own
-        arguments, attended, selected = self._prepare(input_ids, attention_mask, noise_mask, kwargs)
+        arguments, attended, selected = prepare_inputs(
+            input_ids, attention_mask, noise_mask, kwargs, self._base_arguments
+        )
         layers, logits_wanted = self._wanted()
         run = self._run_joint if self.clean_pass == "joint" else self._run_separate
-        current = _Pass(attended, selected, layers)
-        clean_logits, noisy_logits = run(current, arguments, None if logits_wanted else max(layers))
+        batch = (arguments.get("input_ids", arguments.get("inputs_embeds")), attention_mask, noise_mask)
+        current = Pass(attended, selected, layers, batch)
+        current.clean_graph = any(consumer.clean_graph for consumer in self._consumers)
+        draw = shared_draw(self.noise_layer) if self.noise_layer.enabled else None
+        if draw is not None and (drawn := draw.find(self, batch, self.noise_layer)) is not None:
+            current.seed, current.transform = drawn
+        with with_adapters(self.base_model, self._runs_adapters):
+            clean_logits, noisy_logits = run(current, arguments, None if logits_wanted else max(layers))
         layer_outputs = {index: (current.clean_layers[index], current.noisy_layers[index]) for index in layers}
         transform = current.transform
         if transform is None and self.noise_layer.enabled:
@@ -230,10 +292,9 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         kwargs = {name: value for name, value in kwargs.items() if name not in ("loss_mask", "labels")}
-        generate = self.base_model.generate
-        return cast(
-            Tensor, generate(input_ids, inputs_embeds=embeddings, attention_mask=attention_mask.long(), **kwargs)
-        )
+        arguments = {"inputs_embeds": embeddings, "attention_mask": attention_mask.long()} | kwargs
+        with with_adapters(self.base_model, self._runs_adapters):
+            return cast(Tensor, self.causal_lm.generate(input_ids, **arguments))
 
     def transform(
         self,
@@ -249,46 +310,13 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             ValueError: ``target_layer`` is not the input embedding; masks of another shape.
         """
         embedding = self.base_model.get_input_embeddings()
-        if self.base_model.get_submodule(self.target_layer) is not embedding:
+        if not self._targets_embeddings():
             raise ValueError(
                 f"only a transform of the input embeddings can be applied before the model runs; "
                 f"target_layer is {self.target_layer!r}"
             )
-        _, attended, selected = self._prepare(input_ids, attention_mask, noise_mask, {})
+        _, attended, selected = prepare_inputs(input_ids, attention_mask, noise_mask, {}, self._base_arguments)
         return cast(Tensor, self.noise_layer(embedding(input_ids), selected, attention_mask=attended.long(), seed=seed))
-
-    def _prepare(
-        self, input_ids: Tensor | None, attention_mask: Tensor | None, noise_mask: Tensor | None, kwargs: dict[str, Any]
-    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """The base model's arguments, and the masks of attended and of transformed tokens, (B, T) bool."""
-        arguments = {name: value for name, value in kwargs.items() if name in self._base_arguments}
-        inputs_embeds = arguments.pop("inputs_embeds", None)
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
-        device = inputs_embeds.device if input_ids is None else input_ids.device
-        if arguments.get("past_key_values") is not None:
-            raise ValueError("past_key_values cannot be given: the clean and the noisy pass would share one cache")
-        for name, mask in (("attention_mask", attention_mask), ("noise_mask", noise_mask)):
-            if mask is not None and not isinstance(mask, Tensor):
-                raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
-            if mask is not None and mask.shape != shape:
-                raise ValueError(f"{name} must have the shape of the tokens, {tuple(shape)}; got {tuple(mask.shape)}")
-        everything = torch.ones(shape, dtype=torch.bool, device=device)
-        attended = everything if attention_mask is None else attention_mask != 0
-        selected = attended if noise_mask is None else (noise_mask != 0) & attended
-        if input_ids is None:
-            arguments["inputs_embeds"] = inputs_embeds
-        else:
-            arguments["input_ids"] = input_ids
-        arguments["attention_mask"] = attended.long()
-        if "position_ids" in self._base_arguments:
-            position_ids = arguments.get("position_ids")
-            arguments["position_ids"] = (
-                position_ids_of(attended) if position_ids is None else position_ids.expand(shape)
-            )
-        arguments.setdefault("use_cache", False)
-        return arguments, attended, selected
 
     def _wanted(self) -> tuple[frozenset[int], bool]:
         """Which layers' outputs to keep, and whether the model must run whole."""
@@ -297,15 +325,15 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         return layers, logits or not layers or not self.training
 
     def _run_separate(
-        self, current: "_Pass", arguments: dict[str, Tensor], last_layer: int | None
+        self, current: "Pass", arguments: dict[str, Tensor], last_layer: int | None
     ) -> tuple[Tensor | None, Tensor | None]:
-        with torch.no_grad(), self._during(current, "clean"):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and current.clean_graph), self._during(current, "clean"):
             clean_logits = self._call_base(arguments, last_layer)
         with self._during(current, "noisy"):
             return clean_logits, self._call_base(arguments, last_layer)
 
     def _run_joint(
-        self, current: "_Pass", arguments: dict[str, Tensor], last_layer: int | None
+        self, current: "Pass", arguments: dict[str, Tensor], last_layer: int | None
     ) -> tuple[Tensor | None, Tensor | None]:
         rows = len(current.attended)
         doubled = {
@@ -317,21 +345,23 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if logits is None:
             return None, None
         clean_logits, noisy_logits = logits.chunk(2)
-        return clean_logits.detach(), noisy_logits
+        return clean_logits if current.clean_graph else clean_logits.detach(), noisy_logits
 
     def _call_base(self, arguments: dict[str, Tensor], last_layer: int | None) -> Tensor | None:
         """Logits of the whole model, or None after running layers 0..last_layer."""
         embeddings = arguments.get("inputs_embeds")
         if embeddings is not None and self._targets_embeddings():
             arguments = arguments | {"inputs_embeds": self._transform(embeddings)}
-        if last_layer is None:
-            return cast(Tensor, self.base_model(**arguments).logits)
-        self._trunk(last_layer)(**arguments)
-        return None
+        checkpointing = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
+        with checkpointed_layers(self.base_model) if checkpointing else nullcontext():
+            if last_layer is None:
+                return cast(Tensor, self.causal_lm(**arguments).logits)
+            self._trunk(last_layer)(**arguments)
+            return None
 
     def _targets_embeddings(self) -> bool:
         embedding = self.base_model.get_input_embeddings()
-        return self.base_model.get_submodule(self.target_layer) is embedding
+        return self.causal_lm.get_submodule(self.target_layer) is embedding
 
     def _trunk(self, last_layer: int) -> nn.Module:
         if last_layer not in self._trunks:
@@ -339,7 +369,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         return self._trunks[last_layer][0]
 
     @contextmanager
-    def _during(self, current: "_Pass", half: str) -> Iterator[None]:
+    def _during(self, current: "Pass", half: str) -> Iterator[None]:
         current.half = half
         self._running = current
         try:
@@ -360,10 +390,16 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if current is None or current.half == "clean":
             return hidden
         clean = hidden.chunk(2)[0] if current.half == "joint" else hidden
-        layer = self.noise_layer
-        transformed = cast(Tensor, layer(clean, current.selected, attention_mask=current.attended.long()))
-        if layer.mean is not None and layer.std is not None:  # None while the layer is disabled
-            current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed)
+        if current.transform is None:
+            layer = self.noise_layer
+            arguments = {"attention_mask": current.attended.long(), "seed": current.seed}
+            transformed = cast(Tensor, layer(clean, current.selected, **arguments))
+            if layer.mean is not None and layer.std is not None:  # None while the layer is disabled
+                current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed)
+                if (draw := shared_draw(layer)) is not None:
+                    draw.keep(self, current.batch, Draw(layer.forward_seed, current.transform))
+        else:
+            transformed = current.transform.output
         return torch.cat([clean, transformed]) if current.half == "joint" else transformed
 
     def _keep_layer(self, index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -373,35 +409,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         hidden = hidden_states_of(output)
         if current.half == "joint":
             clean, noisy = hidden.chunk(2)
-            current.clean_layers[index], current.noisy_layers[index] = clean.detach(), noisy
+            current.clean_layers[index] = clean if current.clean_graph else clean.detach()
+            current.noisy_layers[index] = noisy
         else:
             (current.clean_layers if current.half == "clean" else current.noisy_layers)[index] = hidden
-
-
-class _Pass:
-    """The state that hooks need while the base model runs."""
-
-    def __init__(self, attended: Tensor, selected: Tensor, layers: frozenset[int]) -> None:
-        self.attended = attended
-        self.selected = selected
-        self.layers = layers
-        self.half = "clean"
-        self.transform: Transform | None = None
-        self.clean_layers: dict[int, Tensor] = {}
-        self.noisy_layers: dict[int, Tensor] = {}
-
-
-class _Hook:
-    """A forward hook that neither keeps its model alive nor follows the hooked module into copies and pickles."""
-
-    def __init__(self, model: NoiseMaskedNoisyTransformerModel, method: str, *arguments: Any) -> None:
-        self.model: weakref.ref[NoiseMaskedNoisyTransformerModel] | None = weakref.ref(model)
-        self.method = method
-        self.arguments = arguments
-
-    def __call__(self, *inputs_and_output: Any) -> Any:
-        model = self.model() if self.model is not None else None
-        return getattr(model, self.method)(*self.arguments, *inputs_and_output) if model is not None else None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": None, "method": self.method, "arguments": self.arguments}

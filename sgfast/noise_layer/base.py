@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgfast.noise_layer.arguments import Scale, ValueRange, check_scale, check_seed, check_value_range
 from sgfast.noise_layer.masker import PercentMasker
-from sgfast.noise_layer.parameterizations import Scale, check_scale
-from sgfast.ops.noise import apply_noise, standard_normal
-
-ValueRange = tuple[float | None, float | None]
+from sgfast.ops import validation
+from sgfast.ops.noise import apply_noise
+from sgfast.ops.philox import standard_normal
 
 
 class BaseNoiseLayer(nn.Module, ABC):
@@ -52,14 +52,10 @@ class BaseNoiseLayer(nn.Module, ABC):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise TypeError(f"seed must be an int or None; got {type(seed).__name__}")
-        if seed is not None and not 0 <= seed < 2**64:
-            raise ValueError(f"seed must be None or lie in [0, 2**64); got {seed}")
         self.scale = check_scale(scale)
         self.masker = masker
-        self.value_range = value_range
-        self.seed = seed
+        self.value_range = check_value_range(value_range)
+        self.seed = check_seed(seed)
         self.enabled = True
         # In the state_dict, so that a resumed training does not repeat the noise it began with; a tensor, so that
         # torch.compile does not specialise on it.
@@ -69,6 +65,14 @@ class BaseNoiseLayer(nn.Module, ABC):
     @abstractmethod
     def estimate(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Mean shift and standard deviation for an input, broadcastable to it."""
+
+    def suppressed_features(self, std: Tensor) -> Tensor | None:
+        """Which features to replace by their mean shift: of std's shape, True = suppressed; None for none."""
+        return None if self.masker is None else self.masker(std)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay would pull back to no transform at all; see `parameter_groups`."""
+        return {name for name, _ in self.named_parameters()}
 
     def forward(
         self, input: Tensor, noise_mask: Tensor | None = None, *, seed: int | Tensor | None = None, **kwargs: Any
@@ -85,14 +89,17 @@ class BaseNoiseLayer(nn.Module, ABC):
             The transformed input, in its dtype; the input itself while ``enabled`` is False.
 
         Raises:
+            TypeError: the input is not a floating tensor.
+            ValueError: masks or input of another shape than the layer's.
             RuntimeError: the layer has a ``seed`` of its own and is recomputed under activation checkpointing: its
                 stream has moved on. Give ``seed`` for the forward, or leave the layer's None.
         """
         if not self.enabled:
             self.clear()
             return input
+        validation.check_floating("input", input)
         mean, std = self.estimate(input, **kwargs)
-        mask = self.masker(std) if self.masker is not None else None
+        mask = self.suppressed_features(std)
         forward_seed = self._next_seed(input.device) if seed is None else seed
         output = apply_noise(
             input,
@@ -106,6 +113,11 @@ class BaseNoiseLayer(nn.Module, ABC):
         self.input, self.mean, self.std = input, mean, std
         self.mask, self.noise_mask, self.output, self._forward_seed = mask, noise_mask, output, forward_seed
         return output
+
+    @property
+    def forward_seed(self) -> int | Tensor | None:
+        """The seed of the last forward's noise; an int64 tensor where it was drawn on the device."""
+        return self._forward_seed
 
     @property
     def noise(self) -> Tensor | None:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from sgfast.noise_layer.arguments import check_count, check_real
 from sgfast.ops.topk import top_k_indices
 
 
@@ -17,7 +18,8 @@ class PercentMasker:
             first (one unit is a sample).
 
     Raises:
-        ValueError: percent outside [0, 1].
+        ValueError: percent outside [0, 1], feature_dimensions below 1 or more than the standard deviations have.
+        TypeError: percent is no number, feature_dimensions no int.
 
     Example:
         >>> import torch
@@ -26,16 +28,21 @@ class PercentMasker:
     """
 
     def __init__(self, percent: float, feature_dimensions: int | None = None) -> None:
-        if not 0 <= percent <= 1:
+        self.percent = check_real("percent_to_mask", percent)
+        if not 0 <= self.percent <= 1:
             raise ValueError(f"percent_to_mask must lie in [0, 1]; got {percent}")
-        self.percent = float(percent)
+        if feature_dimensions is not None:
+            check_count("feature_dimensions", feature_dimensions)
         self.feature_dimensions = feature_dimensions
 
     def __call__(self, std: Tensor) -> Tensor:
         """The boolean mask of ``std``'s shape, True = suppressed."""
         dimensions = std.dim() - 1 if self.feature_dimensions is None else self.feature_dimensions
-        units = std.detach().flatten(std.dim() - dimensions).flatten(0, -2)
-        masked = math.floor(self.percent * units.shape[-1] + 1e-9)
+        if not 0 < dimensions <= std.dim():
+            raise ValueError(f"std must have at least {max(dimensions, 2)} dimensions; got shape {tuple(std.shape)}")
+        features = math.prod(std.shape[std.dim() - dimensions :])
+        units = std.detach().reshape(-1, features)
+        masked = math.floor(self.percent * features + 1e-9)
         mask = torch.zeros_like(units, dtype=torch.bool)
         if masked:
             mask.scatter_(-1, top_k_indices(units, masked), True)

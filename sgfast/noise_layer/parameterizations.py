@@ -9,15 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-Scale = tuple[float, float]
-
-
-def check_scale(scale: Scale) -> Scale:
-    """Check ``(min, max)`` with 0 ≤ min < max and return it as floats."""
-    minimum, maximum = (float(bound) for bound in scale)
-    if not 0 <= minimum < maximum < math.inf:
-        raise ValueError(f"scale must be (min, max) with 0 <= min < max; got {scale}")
-    return minimum, maximum
+from sgfast.noise_layer.arguments import Scale, check_real, check_scale
 
 
 def _wide(rho: Tensor) -> Tensor:
@@ -27,7 +19,8 @@ def _wide(rho: Tensor) -> Tensor:
 class CloakStandardDeviationParameterization:
     """sigma = min + (max − min) · (1 + tanh(rho / shallow)) / 2, onto the open interval (min, max).
 
-    Evaluated as min + (max − min) · sigmoid(2 rho / shallow). ``shallow`` acts as a temperature: our choice of its
+    Evaluated as min + (max − min) · sigmoid(2 rho / shallow). Far out (|rho| / shallow beyond 9 or so) float32 rounds
+    to the ends of the interval, never past them. ``shallow`` acts as a temperature: our choice of its
     place, as a divisor of rho (it is 1 by default). The tanh form is that of the published Cloak code
     (Mireshghallah et al. 2021).
 
@@ -37,6 +30,7 @@ class CloakStandardDeviationParameterization:
 
     Raises:
         ValueError: scale or shallow out of range.
+        TypeError: scale is no pair of numbers, shallow no number.
 
     Example:
         >>> import torch
@@ -49,17 +43,19 @@ class CloakStandardDeviationParameterization:
 
     def __init__(self, scale: Scale = (1e-4, 2.0), shallow: float = 1.0) -> None:
         self.scale = check_scale(scale)
-        if not shallow > 0:
+        self.shallow = check_real("shallow", shallow)
+        if not 0 < self.shallow < math.inf:
             raise ValueError(f"shallow must be positive; got {shallow}")
-        self.shallow = float(shallow)
 
     def __call__(self, rho: Tensor) -> Tensor:
         """Sigma of rho's shape, in float32 (float64)."""
         minimum, maximum = self.scale
-        return minimum + (maximum - minimum) * torch.sigmoid(2 / self.shallow * _wide(rho))
+        sigma = minimum + (maximum - minimum) * torch.sigmoid(2 / self.shallow * _wide(rho))
+        # The sum can round to the number after max. There the sigmoid is flat: the clamp costs no gradient.
+        return sigma.clamp(minimum, maximum)
 
     def inverse(self, sigma: Tensor) -> Tensor:
-        """The rho whose sigma this is; ±inf at the ends of the interval."""
+        """The rho whose sigma this is; ±inf at the ends of the interval, NaN outside it."""
         minimum, maximum = self.scale
         return self.shallow / 2 * ((_wide(sigma) - minimum) / (maximum - _wide(sigma))).log()
 
@@ -72,6 +68,12 @@ class DirectStandardDeviationParameterization:
 
     Raises:
         ValueError: scale out of range.
+        TypeError: scale is no pair of numbers.
+
+    Example:
+        >>> import torch
+        >>> DirectStandardDeviationParameterization((0.5, 2.0))(torch.tensor([0.1, 1.0, 9.0]))
+        tensor([0.5000, 1.0000, 2.0000])
     """
 
     def __init__(self, scale: Scale = (1e-4, 2.0)) -> None:

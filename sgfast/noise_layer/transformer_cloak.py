@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgfast.noise_layer.base import BaseNoiseLayer, ValueRange
+from sgfast.noise_layer.arguments import Scale, ValueRange, check_bool, check_count, check_real
+from sgfast.noise_layer.base import BaseNoiseLayer
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.parameterizations import (
     CloakStandardDeviationParameterization,
     DirectStandardDeviationParameterization,
-    Scale,
 )
 from sgfast.utils.positions import position_ids_of
 
@@ -59,7 +59,8 @@ class TransformerCloak(BaseNoiseLayer):
         input (B, T, D), noise_mask (B, T), attention_mask (B, T) → (B, T, D).
 
     Raises:
-        ValueError: scale, percent_to_mask or seed out of range; heads that do not divide the width.
+        ValueError: an argument out of range, or heads that do not divide the width.
+        TypeError: an argument of another type, a transformer_type that is no module class among them.
     """
 
     def __init__(
@@ -82,7 +83,17 @@ class TransformerCloak(BaseNoiseLayer):
     ) -> None:
         masker = None if percent_to_mask is None else PercentMasker(percent_to_mask, feature_dimensions=1)
         super().__init__(scale, masker=masker, value_range=value_range, seed=seed)
+        if not (isinstance(transformer_type, type) and issubclass(transformer_type, nn.Module)):
+            raise TypeError(f"transformer_type must be a class of torch.nn.Module; got {transformer_type!r}")
         config = _load_config(config_path)
+        for name, heads in (("mean", mean_num_attention_heads), ("std", std_num_attention_heads)):
+            _check_heads(f"{name}_num_attention_heads", heads, config.hidden_size)
+        for name, layers in (("mean", mean_num_hidden_layers), ("std", std_num_hidden_layers)):
+            check_count(f"{name}_num_hidden_layers", layers)
+        for name, dropout in (("mean", mean_dropout), ("std", std_dropout)):
+            _check_dropout(f"{name}_dropout", dropout)
+        check_bool("directly_learn_stds", directly_learn_stds)
+        check_real("rhos_init", rhos_init)
         self._settings = {
             "transformer_type": transformer_type.__name__,
             "config": _plain_config(config),
@@ -124,6 +135,10 @@ class TransformerCloak(BaseNoiseLayer):
             position_ids = position_ids_of(attention_mask)
         arguments = (input, attention_mask, position_ids)
         return self.mean_estimator(*arguments), self.parameterization(self.std_estimator(*arguments))
+
+    def no_weight_decay(self) -> set[str]:
+        """The parameters of both heads: decay would pull mu to 0 and sigma to the middle of the scale."""
+        return {name for name, _ in self.named_parameters() if ".head." in name}
 
     def settings(self) -> dict[str, Any]:
         """The constructor's arguments as JSON types, the seed excepted: what `from_settings` takes."""
@@ -213,12 +228,25 @@ def _load_config(config_path: str | PathLike[str] | Any) -> Any:
         from transformers import AutoConfig
 
         return AutoConfig.from_pretrained(config_path)
+    if not hasattr(config_path, "hidden_size"):
+        raise TypeError(
+            f"config_path must be a path, a hub id, or a configuration with a hidden_size; "
+            f"got {type(config_path).__name__}"
+        )
     return config_path
 
 
+def _check_heads(name: str, heads: int | None, width: int) -> None:
+    if heads is not None and width % check_count(name, heads):
+        raise ValueError(f"{name} must divide the width {width}; got {heads}")
+
+
+def _check_dropout(name: str, dropout: float) -> None:
+    if not 0 <= check_real(name, dropout) < 1:
+        raise ValueError(f"{name} must lie in [0, 1); got {dropout}")
+
+
 def _estimator_config(config: Any, num_hidden_layers: int, num_attention_heads: int | None, dropout: float) -> Any:
-    if num_hidden_layers < 1:
-        raise ValueError(f"an estimator needs at least one hidden layer; got {num_hidden_layers}")
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_hidden_layers
     config.vocab_size, config.pad_token_id = 1, None
@@ -227,10 +255,6 @@ def _estimator_config(config: Any, num_hidden_layers: int, num_attention_heads: 
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer % len(config.layer_types)] for layer in range(num_hidden_layers)]
     if num_attention_heads is not None:
-        if num_attention_heads < 1 or config.hidden_size % num_attention_heads:
-            raise ValueError(
-                f"the number of attention heads must divide the width {config.hidden_size}; got {num_attention_heads}"
-            )
         config.num_attention_heads = num_attention_heads
         if getattr(config, "num_key_value_heads", None):
             config.num_key_value_heads = num_attention_heads

@@ -26,23 +26,20 @@ With hard labels one more, always over the whole vocabulary and at temperature 1
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
 logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits. The Triton kernels, for the whole vocabulary, are ``lse``, ``divergence`` and
-``divergence_backward`` of ``sgfast_kernels``.
+forms that keep their digits. The Triton kernels, of ``sgfast_kernels``, are ``lse``, ``divergence`` and
+``divergence_backward``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from sgfast.ops import dispatch, rows, topk, validation
+from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
+from sgfast.ops.divergence_options import Support, check_labels, check_options, row_temperature
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
-from sgfast.ops.divergence_terms import KINDS
-
-Support = Literal["truncate", "renormalize", "tail"]
-SUPPORTS = ("truncate", "renormalize", "tail")
 
 
 def reference(
@@ -113,24 +110,6 @@ def _definition(kind: str, a: Tensor, b: Tensor, settings: Settings) -> Tensor:
     raise AssertionError(kind)
 
 
-def _triton_refusal(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
-    kinds: object = None,
-    *,
-    top_k: int | None = None,
-    mask: Tensor | None = None,
-    labels: Tensor | None = None,
-    **_: Any,
-) -> str | None:
-    refusal = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
-    if refusal is None and top_k:
-        return "the Triton kernels cover the whole vocabulary; top_k runs in PyTorch"
-    if refusal is None and labels is not None:
-        return "the Triton kernels have no label_cross_entropy; labels run in PyTorch"
-    return refusal or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
-
-
 # Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
 _TEMPORARIES = 20
 
@@ -156,13 +135,14 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values (kinds, ...), the support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
 
-    The row scalars (4 + 2·kinds, ...) are for the Triton backward: zeros where PyTorch ran, none with top_k.
+    The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the Triton backward: zeros where PyTorch ran.
     """
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask, labels=labels))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
     if choice.implementation == "triton":
-        options = (kinds.split(","), beta, skew)
-        values, row_scalars = dispatch.kernels().divergence_forward(noisy, clean, mask, temperature, *options)
-        return values, noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32), row_scalars
+        problem = divergence_triton.Problem(
+            noisy, clean, mask, temperature, kinds.split(","), top_k, support, beta, skew
+        )
+        return divergence_triton.forward(problem, labels)
     if labels is not None:
         _check_label_values(labels, mask, noisy.shape[-1])
     body = dispatch.implementation_of(forward_rows, choice.implementation)
@@ -214,7 +194,7 @@ def _(
 
 
 def _row_scalars_shape(noisy: Tensor, kinds: str, top_k: int) -> tuple[int, ...]:
-    return (0 if top_k else 4 + 2 * len(kinds.split(",")), *noisy.shape[:-1])
+    return (divergence_triton.row_scalar_count(kinds.split(","), top_k), *noisy.shape[:-1])
 
 
 @torch.library.custom_op("sgfast::divergences_backward", mutates_args=())
@@ -238,13 +218,13 @@ def _backward(
     clean_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the sides wanted; an unwanted one comes back empty."""
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=top_k, mask=mask, labels=labels))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
     wanted = (noisy_wanted, clean_wanted)
     if choice.implementation == "triton":
-        kernels, options = dispatch.kernels(), (kinds.split(","), beta, skew)
-        if row_scalars is None:  # when the graph was traced, PyTorch was to run
-            row_scalars = kernels.divergence_forward(noisy, clean, mask, temperature, *options)[1]
-        found = kernels.divergence_backward(noisy, clean, mask, temperature, upstream, row_scalars, *options, *wanted)
+        problem = divergence_triton.Problem(
+            noisy, clean, mask, temperature, kinds.split(","), top_k, support, beta, skew
+        )
+        found = divergence_triton.backward(problem, labels, upstream, kept_indices, row_scalars, wanted)
         noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
         return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(write_gradients, choice.implementation)
@@ -260,7 +240,7 @@ def _backward(
     for chunk in rows.row_chunks(
         shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
     ):
-        indices, valid = _unpack_support(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
+        indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
         noisy_rows, clean_rows = (_read_logits(side, chunk, choice) for side in (noisy, clean))
         # Without a mask a chunk is a slice of the gradient, which is written where it lies.
         targets = [
@@ -366,18 +346,12 @@ def _no_support(like: Tensor) -> tuple[Tensor, Tensor]:
     return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
 
 
-def _unpack_support(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
-    valid = kept_indices >= 0
-    last_valid = kept_indices.amax(-1, keepdim=True)
-    return torch.where(valid, kept_indices, last_valid).long(), valid
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     noisy, clean, labels, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs
     ctx.impl = dispatch.pinned(impl)
     _, kept_indices, row_scalars = output
     ctx.mark_non_differentiable(kept_indices, row_scalars)
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, top_k=ctx.options[1], mask=mask, labels=labels))
+    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=ctx.options[1], mask=mask))
     kept_scalars = row_scalars if choice.implementation == "triton" else None
     ctx.save_for_backward(noisy, clean, labels, kept_indices, kept_scalars, mask, temperature)
 
@@ -419,7 +393,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
 
     def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
         dtype = rows.compute_dtype(noisy, clean)
-        support_indices = _unpack_support(kept_indices) if top_k else _no_support(noisy)
+        support_indices = topk.unpack_union(kept_indices) if top_k else _no_support(noisy)
         if mask is None:
             return reference(noisy.to(dtype), clean.to(dtype), settings, *support_indices, temperature, labels)
         # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
@@ -431,7 +405,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
     gradients = double_backward(
         "divergences",
         ctx.impl,
-        _triton_refusal(noisy, clean, top_k=top_k, mask=mask, labels=labels),
+        divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask),
         masked_reference,
         (noisy, clean),
         upstream,
@@ -445,7 +419,7 @@ _forward.register_autograd(_gradients, setup_context=_setup_context)
 _backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
 
 
-@dispatch.describe_triton(_triton_refusal)
+@dispatch.describe_triton(divergence_triton.refusal)
 def divergences(
     noisy_logits: Tensor,
     clean_logits: Tensor,
@@ -492,8 +466,8 @@ def divergences(
     Returns:
         For each kind (and for ``label_cross_entropy`` with ``labels``), values of shape (...) in float32 (float64 if
         an input is), differentiable with respect to both sides; gradients are in the inputs' dtypes. Kept for
-        backward beyond the inputs: with ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars and 2
-        per kind a row.
+        backward beyond the inputs: with ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars (8 with
+        ``top_k``) and 2 per kind a row.
 
     Raises:
         TypeError: an argument's type.
@@ -509,22 +483,13 @@ def divergences(
     """
     validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
     mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
-    labels = _check_labels(labels, noisy_logits)
-    names = _check_kinds(kinds, labels is not None)
-    if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
-        mask = labels >= 0 if mask is None else mask & (labels >= 0)
-    if support not in SUPPORTS:
-        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}; got {support!r}")
+    labels = check_labels(labels, "noisy_logits", noisy_logits)
+    names = check_options(kinds, support, beta, skew, impl, with_labels=labels is not None)
     if top_k is not None:
         topk.check_k("top_k", top_k, noisy_logits.shape[-1])
-    if not 0 < beta < 1:
-        raise ValueError(
-            f"beta must lie between 0 and 1, both excluded; got {beta}. "
-            "At the ends ask for the kinds forward_kl or reverse_kl instead"
-        )
-    if not 0 <= skew < 1:
-        raise ValueError(f"skew must be at least 0 and less than 1; got {skew}")
-    dispatch.check_impl(impl)
+    if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
+        mask = labels >= 0 if mask is None else mask & (labels >= 0)
+        top_k = None
     dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
     values, *_ = _forward(
         noisy_logits,
@@ -534,51 +499,10 @@ def divergences(
         top_k or 0,
         support,
         mask,
-        _row_temperature(temperature, noisy_logits),
+        row_temperature(temperature, noisy_logits),
         float(beta),
         float(skew),
         validation.chunk_bytes(max_chunk_bytes),
         impl,
     )
     return dict(zip(names, values.unbind(0), strict=True))
-
-
-def _check_kinds(kinds: str | Sequence[str], with_labels: bool) -> tuple[str, ...]:
-    names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    if not names and not with_labels:
-        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)} (it may be empty only with labels)")
-    for name in names:
-        if name not in KINDS:
-            raise ValueError(f"kinds must be among {', '.join(KINDS)}; got {name!r}")
-    return (*dict.fromkeys(names), *((LABEL_KIND,) if with_labels else ()))
-
-
-def _check_labels(labels: Tensor | None, logits: Tensor) -> Tensor | None:
-    """Check hard labels of the row shape and return them as int64."""
-    if labels is None:
-        return None
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor or None; got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers; got {labels.dtype}")
-    if labels.shape != logits.shape[:-1]:
-        raise ValueError(f"labels must have the row shape {tuple(logits.shape[:-1])}; got {tuple(labels.shape)}")
-    validation.check_device("labels", labels, "noisy_logits", logits)
-    return labels.long()
-
-
-def _row_temperature(temperature: float | Tensor, logits: Tensor) -> Tensor:
-    """The temperature as a tensor of the row shape; a number is expanded without memory."""
-    dtype = rows.compute_dtype(logits)
-    if isinstance(temperature, Tensor):
-        if temperature.requires_grad:
-            raise ValueError("temperature must not require a gradient: it is a constant of the divergence")
-        if temperature.shape not in (logits.shape[:-1], torch.Size([])):
-            raise ValueError(
-                f"temperature must be a number or have the row shape {tuple(logits.shape[:-1])}; "
-                f"got {tuple(temperature.shape)}"
-            )
-        return temperature.to(logits.device, dtype).expand(logits.shape[:-1])
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite; got {temperature}")
-    return torch.full((), temperature, dtype=dtype, device=logits.device).expand(logits.shape[:-1])

@@ -1,4 +1,4 @@
-r"""Seeded Gaussian noise: a stream of normal draws that every device repeats, and its application to embeddings.
+r"""Seeded Gaussian noise applied to embeddings.
 
 With eps = ``standard_normal(input.shape, seed, offset=offset)``, a noise mask n and a keep mask k:
 
@@ -11,7 +11,8 @@ the input's own. For an upstream gradient g, zero where unselected or outside th
     ∂mean = g,   ∂std = where(k, g·eps, 0),   ∂input = where(k, g, 0), and the untouched upstream where unselected
 
 each summed over the dimensions in which mean or std was broadcast. eps is regenerated in backward from the seed;
-nothing but the inputs is kept. ``sgfast.ops.philox`` has the stream.
+nothing but the inputs is kept. ``sgfast.ops.philox`` has the stream; the Triton kernels are in
+``sgfast_kernels.noise`` and ``sgfast_kernels.noise_backward``.
 """
 
 import itertools
@@ -24,9 +25,6 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, philox, rows, validation
 from sgfast.ops.autograd import double_backward
-
-# Elements handled at once: the stream's int64 words and the float32 temporaries then take less than 8 MiB.
-_CHUNK_ELEMENTS = 2**17
 
 _Index = tuple[int | slice, ...]
 
@@ -58,25 +56,20 @@ def _noised(input: Tensor, mean: Tensor, std: Tensor, eps: Tensor, keep_mask: Te
     return noised + mean.to(dtype)
 
 
-def _triton_refusal(*_: Any, **__: Any) -> str | None:
-    return "there is no Triton kernel for the noise operations yet"
-
-
-@torch.library.custom_op("sgfast::standard_normal", mutates_args=())
-def _standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype, impl: str | None) -> Tensor:
-    implementation = dispatch.select(impl, _triton_refusal()).implementation
-    keys = philox.round_keys(seed)
-    values = torch.empty(shape, dtype=dtype, device=seed.device)
-    flat = values.view(-1)
-    for start in range(0, flat.numel(), _CHUNK_ELEMENTS):
-        part = flat[start : start + _CHUNK_ELEMENTS]
-        part.copy_(philox.draws(keys, offset, start, part.numel(), implementation))
-    return values
-
-
-@_standard_normal.register_fake
-def _(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype, impl: str | None) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=seed.device)
+def _triton_refusal(
+    input: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    noise_mask: Tensor | None = None,
+    keep_mask: Tensor | None = None,
+    **_: Any,
+) -> str | None:
+    """Why Triton cannot run these arguments, in the public function's or the operator's form, or None."""
+    refusal = dispatch.triton_device_refusal(input, mean, std, noise_mask, keep_mask)
+    if refusal is not None:
+        return refusal
+    walk = dispatch.kernels().noise_walk(input, mean, std, _over_leading(noise_mask, input), keep_mask)
+    return walk if isinstance(walk, str) else None
 
 
 def _boxes(shape: Sequence[int]) -> Iterator[tuple[_Index, int, int]]:
@@ -86,14 +79,14 @@ def _boxes(shape: Sequence[int]) -> Iterator[tuple[_Index, int, int]]:
     tensor of any strides, broadcast ones included.
     """
     split, inner = len(shape), 1
-    while split > 0 and inner * shape[split - 1] <= _CHUNK_ELEMENTS:
+    while split > 0 and inner * shape[split - 1] <= philox.CHUNK_ELEMENTS:
         split -= 1
         inner *= shape[split]
     if split == 0:
         if inner > 0:
             yield (), 0, inner
         return
-    length, step = shape[split - 1], max(1, _CHUNK_ELEMENTS // inner)
+    length, step = shape[split - 1], max(1, philox.CHUNK_ELEMENTS // inner)
     for position, outer in enumerate(itertools.product(*map(range, shape[: split - 1]))):
         for start in range(0, length, step):
             stop = min(start + step, length)
@@ -121,14 +114,17 @@ def _forward(
     highest: float | None,
     impl: str | None,
 ) -> Tensor:
-    implementation = dispatch.select(impl, _triton_refusal()).implementation
+    choice = dispatch.select(impl, _triton_refusal(input, mean, std, noise_mask, keep_mask))
+    if choice.implementation == "triton":
+        arguments = (input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
+        return dispatch.kernels().noise_forward(*arguments)  # type: ignore[no-any-return]
     keys = philox.round_keys(seed)
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     mean, std = mean.expand(input.shape), std.expand(input.shape)
     noise_mask, keep_mask = _expand(noise_mask, input.shape), _expand(keep_mask, input.shape)
     for index, start, count in _boxes(input.shape):
         box = input[index]
-        eps = philox.draws(keys, offset, start, count, implementation).view(box.shape)
+        eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.shape)
         masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
         output[index] = reference(box, mean[index], std[index], eps, *masks, lowest, highest)
     return output
@@ -215,7 +211,12 @@ def _backward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients to input, mean and std; one that is not needed is an empty tensor, for an op cannot return None."""
-    implementation = dispatch.select(impl, _triton_refusal()).implementation
+    choice = dispatch.select(impl, _triton_refusal(input, mean, std, noise_mask, keep_mask))
+    if choice.implementation == "triton":
+        arguments = (upstream, input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
+        computed = dispatch.kernels().noise_backward(*arguments, *needs)
+        of_input, of_mean, of_std = (input.new_empty(0) if one is None else one for one in computed)
+        return of_input, of_mean, of_std
     keys = philox.round_keys(seed)
     shape = input.shape
     operands = (input, mean, std)
@@ -224,7 +225,7 @@ def _backward(
     noise_mask, keep_mask = _expand(noise_mask, shape), _expand(keep_mask, shape)
     for index, start, count in _boxes(shape):
         box = input[index]
-        eps = philox.draws(keys, offset, start, count, implementation).view(box.shape)
+        eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.shape)
         masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
         gradients = _box_gradients(
             upstream[index], box, full_mean[index], full_std[index], eps, *masks, lowest, highest
@@ -283,11 +284,11 @@ def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tenso
 
 def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     upstream, input, mean, std, seed, *masks = ctx.saved_tensors
-    eps = _standard_normal(seed, input.shape, ctx.offset, torch.float32, ctx.impl)
+    eps = philox._standard_normal(seed, input.shape, ctx.offset, torch.float32, ctx.impl)
     *gradients, upstream_gradient = double_backward(
         "apply_noise",
         ctx.impl,
-        _triton_refusal(),
+        _triton_refusal(input, mean, std, *masks),
         lambda input, mean, std: reference(input, mean, std, eps, *masks, *ctx.value_range),
         (input, mean, std),
         upstream,
@@ -298,55 +299,6 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
 
 _forward.register_autograd(_gradients, setup_context=_setup_context)
 _backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
-
-
-@dispatch.describe_triton(_triton_refusal)
-def standard_normal(
-    shape: Sequence[int],
-    seed: int | Tensor,
-    *,
-    offset: int = 0,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str | None = None,
-    impl: dispatch.Implementation | None = None,
-) -> Tensor:
-    """Draw standard normals that depend on nothing but seed, offset and their linear index.
-
-    Element i is the same number for every shape, implementation and device, within ``philox.NORMAL_ERROR`` (1.2e-6;
-    bit for bit within one implementation on one device). The stream is public mathematics, not a cipher: who knows
-    the seed knows the noise.
-
-    Args:
-        shape: of the result, any number of elements.
-        seed: 0 ≤ seed < 2⁶⁴, or a one-element int64 tensor, read modulo 2⁶⁴ where it lies, without a host sync.
-            Under torch.compile a seed that changes from call to call should be a tensor: the default compiler takes
-            no changing int of 2⁶³ or more.
-        offset: how many groups of four draws to skip, 0 ≤ offset < 2⁶³.
-        dtype: float32, bfloat16, float16 or float64: the float32 stream, rounded once or widened.
-        device: by default that of a seed tensor, else torch's default device.
-        impl: see ``sgfast.ops.dispatch``.
-
-    Returns:
-        A tensor of the shape, dtype and device; it has no gradient.
-
-    Raises:
-        TypeError: seed or offset is not an integer (or, the seed, an int64 tensor), or dtype is not floating.
-        ValueError: seed, offset or shape is out of range, or the seed tensor is not one element on the device.
-
-    Example:
-        >>> from sgfast.ops.noise import standard_normal
-        >>> standard_normal((3,), seed=7)
-        tensor([ 2.9157e-04, -3.0485e-01,  1.7888e+00])
-        >>> standard_normal((2, 4), seed=7)[1] == standard_normal((4,), seed=7, offset=1)
-        tensor([True, True, True, True])
-    """
-    if any(size < 0 for size in shape):
-        raise ValueError(f"shape must have no negative size; got {tuple(shape)}")
-    if dtype not in validation.FLOATING:
-        raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype}")
-    philox.check_offset(offset)
-    dispatch.check_impl(impl)
-    return _standard_normal(philox.seed_tensor(seed, device), shape, offset, dtype, impl)  # type: ignore[no-any-return]
 
 
 @dispatch.describe_triton(_triton_refusal)
@@ -400,9 +352,8 @@ def apply_noise(
         _check_broadcast(name, operand, input)
     noise_mask = _boolean_mask("noise_mask", noise_mask)
     keep_mask = _boolean_mask("keep_mask", keep_mask)
+    noise_mask = _over_leading(noise_mask, input)
     if noise_mask is not None:
-        if noise_mask.shape == input.shape[: noise_mask.dim()]:
-            noise_mask = noise_mask.view(*noise_mask.shape, *[1] * (input.dim() - noise_mask.dim()))
         _check_broadcast("noise_mask", noise_mask, input)
     if keep_mask is not None:
         _check_broadcast("keep_mask", keep_mask, input)
@@ -420,6 +371,13 @@ def _boolean_mask(name: str, mask: Tensor | None) -> Tensor | None:
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def _over_leading(noise_mask: Tensor | None, input: Tensor) -> Tensor | None:
+    """A mask that has the shape of the input's leading dimensions, made to broadcast over the rest."""
+    if noise_mask is None or noise_mask.shape != input.shape[: noise_mask.dim()]:
+        return noise_mask
+    return noise_mask.view(*noise_mask.shape, *[1] * (input.dim() - noise_mask.dim()))
 
 
 def _check_broadcast(name: str, tensor: Tensor, input: Tensor) -> None:

@@ -46,15 +46,39 @@ def union_of_top_k(noisy: Tensor, clean: Tensor, k: int) -> tuple[Tensor, Tensor
 TEMPORARY_BYTES_PER_LOGIT = 32
 
 
-def _triton_refusal(noisy_logits: Tensor, clean_logits: Tensor, **_: Any) -> str | None:
-    return "there is no Triton kernel for top_k_support yet"
+def unpack_union(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
+    """From ascending int32 indices, −1 after the last, to those of `union_of_top_k`."""
+    valid = kept_indices >= 0
+    last_valid = kept_indices.amax(-1, keepdim=True)
+    return torch.where(valid, kept_indices, last_valid).long(), valid
+
+
+def triton_size_refusal(k: int, size: int) -> str | None:
+    """Why the kernels cannot select k of a row of this size, or None. Ask only where devices are no objection."""
+    most, widest = dispatch.kernels().MAX_TOP_K, dispatch.kernels().MAX_TOP_K_WIDTH
+    if k > most:
+        return f"top k = {k} (the kernels select at most {most} of a row)"
+    if size > widest:
+        return f"a vocabulary of {size} (the kernels select from rows of at most {widest})"
+    return None
+
+
+def _triton_refusal(noisy_logits: Tensor, clean_logits: Tensor, k: int, **_: Any) -> str | None:
+    return (
+        dispatch.triton_device_refusal(noisy_logits, clean_logits)
+        or triton_size_refusal(k, noisy_logits.shape[-1])
+        or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
+    )
 
 
 @torch.library.custom_op("sgfast::top_k_support", mutates_args=())
 def _top_k_support(
     noisy_logits: Tensor, clean_logits: Tensor, k: int, max_chunk_bytes: int, impl: str | None
 ) -> tuple[Tensor, Tensor]:
-    choice = dispatch.select(impl, _triton_refusal(noisy_logits, clean_logits))
+    choice = dispatch.select(impl, _triton_refusal(noisy_logits, clean_logits, k))
+    if choice.implementation == "triton":
+        one = torch.ones((), device=noisy_logits.device).expand(noisy_logits.shape[:-1])
+        return unpack_union(dispatch.kernels().top_k_union(noisy_logits, clean_logits, None, one, k)[0])
     body = dispatch.implementation_of(union_of_top_k, choice.implementation)
     shape, size = noisy_logits.shape[:-1], noisy_logits.shape[-1]
     indices = noisy_logits.new_empty((*shape, min(2 * k, size)), dtype=torch.int64)

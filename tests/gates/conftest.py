@@ -1,4 +1,5 @@
 from sgfast.ops import dispatch
 
 # Modules that only a process that interprets kernels may import; doctest collection would import them everywhere.
-collect_ignore = [] if dispatch.interpreting() else ["strict", "planted_bugs.py", "interpreted_cases.py"]
+_interpreted = ["strict", "planted_bugs.py", "interpreted_cases.py", "philox_kernels.py"]
+collect_ignore = [] if dispatch.interpreting() else _interpreted

@@ -7,6 +7,7 @@ import pytest
 from sgfast_kernels.cases import CASES
 
 from benchmarks import gpu
+from benchmarks.baselines import BASELINES
 from tests.gates import strict
 
 strict.install()
@@ -18,4 +19,4 @@ pytestmark = pytest.mark.triton
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_baseline(case, order):
     with strict.program_order(order):
-        gpu.assert_equal_results(case.function, gpu.BASELINES[case.function.__name__], case.arguments(5, "cpu"))
+        gpu.assert_equal_results(case.function, BASELINES[case.function.__name__], case.arguments(5, "cpu"))

@@ -58,6 +58,13 @@ def test_report_says_what_is_over_budget_and_what_changed():
         f"{name}, sm90: registers 90, budget 64",
         f"{name}, sm90: 0 16-byte loads, at least 4 wanted",
     ]
+    name = "divergence_forward bf16 151936 kl [1]"
+    thrifty, wasteful = (good | {"instructions_per_element": spent} for spent in (8.0, 99.9))
+    assert kernel_report.over_budget({name: {"sm90": thrifty, "sm100": wasteful}}) == []
+    assert kernel_report.over_budget({name: {"sm90": wasteful}}) == [
+        f"{name}, sm90: 99.9 instructions per element, budget 12"
+    ]
+    assert kernel_report.over_budget({name.replace("[1]", "[2]"): {"sm90": wasteful}}) == []
     assert kernel_report.differences({name: {"sm90": good}}, {name: {"sm90": good}}) == []
     assert kernel_report.differences({name: {"sm90": good}, "new": {}}, {name: {"sm90": good | {"registers": 40}}}) == [
         f"{name}, sm90: registers 40 → 52",

@@ -74,6 +74,28 @@ def test_masker_breaks_ties_by_index_and_refuses_other_percents():
         PercentMasker(1.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("scale", [(1e-4, 2.0), (1e-8, 1.0), (0.1, 0.3), (0.3, 1 / 3)])
+def test_sigma_ends_where_the_scale_ends(dtype, scale):
+    rho = torch.tensor([-100.0, -20.0, 20.0, 100.0], dtype=dtype)
+    for parameterization in (CloakStandardDeviationParameterization, DirectStandardDeviationParameterization):
+        sigma = parameterization(scale)(rho)
+        bounds = torch.tensor(scale, dtype=sigma.dtype)
+        assert sigma.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert (sigma >= bounds[0]).all()
+        assert (sigma <= bounds[1]).all()
+        assert torch.equal(sigma[[0, 3]], bounds)
+
+
+def test_masker_refuses_what_has_no_such_dimensions():
+    with pytest.raises(ValueError, match=r"std must have at least 2 dimensions; got shape \(3,\)"):
+        PercentMasker(0.5, feature_dimensions=2)(torch.ones(3))
+    with pytest.raises(ValueError, match="feature_dimensions must be at least 1; got 0"):
+        PercentMasker(0.5, feature_dimensions=0)
+    with pytest.raises(TypeError, match="percent_to_mask must be a number; got str"):
+        PercentMasker("0.5")
+
+
 def test_recommend_scale():
     assert recommend_scale(torch.tensor([[0.0, -0.02], [3.0, 1.0]])) == pytest.approx((0.002, 30.0))
     with pytest.raises(ValueError, match="non-zero"):

@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 
 from sgfast.noise_layer import TransformerCloak
 from sgfast.noise_layer.base import fold_in, mix_seed
-from sgfast.ops.noise import standard_normal
+from sgfast.ops.philox import standard_normal
 from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, tiny_causal_lm
 
 
@@ -102,6 +102,46 @@ def test_what_follows_a_prefix_does_not_change_it(embeddings):
     torch.testing.assert_close(layer.mean, whole[:, :3], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_on_either_side_changes_no_real_token(family, side, embeddings):
+    layer = make_layer(family).eval()
+    for estimator in (layer.mean_estimator, layer.std_estimator):
+        torch.nn.init.normal_(estimator.head.weight, std=0.3)
+    real = slice(2, None) if side == "left" else slice(0, 3)
+    attention_mask = torch.zeros(2, 5, dtype=torch.long)
+    attention_mask[0, real] = 1
+    attention_mask[1] = 1
+    padded = embeddings.clone()
+    padded[0, attention_mask[0] == 0] = 50.0
+    output = layer(padded, attention_mask != 0, attention_mask=attention_mask)
+    mean, std = layer.mean, layer.std
+    output.sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in layer.parameters() if parameter.grad is not None)
+    assert torch.equal(output[0, attention_mask[0] == 0], padded[0, attention_mask[0] == 0])
+    layer(embeddings[:1, real])
+    torch.testing.assert_close(mean[:1, real], layer.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(std[:1, real], layer.std, rtol=1e-4, atol=1e-5)
+
+
+def test_the_configuration_may_be_an_object_or_a_path(tmp_path, embeddings):
+    base_model, body, _ = tiny_causal_lm("llama")
+    base_model.config.save_pretrained(tmp_path)
+    layers = []
+    for config in (base_model.config, tmp_path, str(tmp_path)):
+        torch.manual_seed(0)
+        layers.append(TransformerCloak(config, body, seed=1))
+    outputs = [layer(embeddings) for layer in layers]
+    assert all(torch.equal(output, outputs[0]) for output in outputs)
+
+
+def test_weight_decay_spares_the_heads():
+    layer = make_layer()
+    assert layer.no_weight_decay() == {
+        f"{estimator}.head.{name}" for estimator in ("mean_estimator", "std_estimator") for name in ("weight", "bias")
+    }
+
+
 def test_disabled_passes_through_and_clear_forgets(embeddings):
     layer = make_layer()
     with layer.disabled():
@@ -152,6 +192,7 @@ def mix_seed_step(state, word):
 
 @pytest.mark.parametrize("seed", [None, 7])
 def test_compiled_layers_do_not_recompile_for_every_forward(seed, embeddings):
+    torch._dynamo.reset()
     layer, eager = make_layer(seed=seed), make_layer(seed=seed)
     compiled = torch.compile(layer, backend="eager", fullgraph=True)
     for _ in range(12):
@@ -205,9 +246,29 @@ def test_settings_cannot_name_an_attention_to_fetch(embeddings):
         assert TransformerCloak.from_settings(forged).mean_estimator.body.config._attn_implementation == "sdpa"
 
 
-def test_a_seed_that_is_no_int_is_refused():
-    with pytest.raises(TypeError, match="seed must be an int or None; got float"):
-        make_layer(seed=1.5)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"seed": 1.5}, "seed must be an int or None; got float"),
+        ({"std_num_hidden_layers": 1.5}, "std_num_hidden_layers must be an int; got float"),
+        ({"mean_num_attention_heads": "2"}, "mean_num_attention_heads must be an int; got str"),
+        ({"mean_dropout": None}, "mean_dropout must be a number; got NoneType"),
+        ({"directly_learn_stds": 1}, "directly_learn_stds must be a bool; got int"),
+        ({"rhos_init": "low"}, "rhos_init must be a number; got str"),
+        ({"value_range": 2.0}, "value_range must be"),
+        ({"percent_to_mask": "half"}, "percent_to_mask must be a number; got str"),
+        ({"scale": 1.0}, "scale must be a pair of numbers"),
+        (
+            {"transformer_type": "LlamaModel"},
+            r"transformer_type must be a class of torch\.nn\.Module; got 'LlamaModel'",
+        ),
+        ({"config_path": 3}, "config_path must be a path, a hub id, or a configuration .* got int"),
+    ],
+)
+def test_arguments_of_other_types(arguments, message):
+    base_model, body, _ = tiny_causal_lm("llama")
+    with pytest.raises(TypeError, match=message):
+        TransformerCloak(**{"config_path": base_model.config, "transformer_type": body} | arguments)
 
 
 @pytest.mark.parametrize(
@@ -216,8 +277,11 @@ def test_a_seed_that_is_no_int_is_refused():
         ({"scale": (1.0, 0.5)}, "0 <= min < max"),
         ({"percent_to_mask": 2.0}, "percent_to_mask"),
         ({"seed": -1}, "seed must be None or lie in"),
-        ({"std_num_attention_heads": 3}, "must divide the width 16; got 3"),
-        ({"mean_num_hidden_layers": 0}, "at least one hidden layer"),
+        ({"std_num_attention_heads": 3}, "std_num_attention_heads must divide the width 16; got 3"),
+        ({"mean_num_attention_heads": 0}, "mean_num_attention_heads must be at least 1; got 0"),
+        ({"std_dropout": 1.0}, r"std_dropout must lie in \[0, 1\); got 1.0"),
+        ({"value_range": (1.0, -1.0)}, r"value_range must have low <= high; got \(1.0, -1.0\)"),
+        ({"mean_num_hidden_layers": 0}, "mean_num_hidden_layers must be at least 1; got 0"),
         ({"shallow": 0.0}, "shallow must be positive"),
     ],
 )

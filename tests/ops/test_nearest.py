@@ -249,12 +249,14 @@ def test_bounds_hold_and_are_useful(metric):
         table = torch.randn(200, width, generator=generator) + offset
         queries = table[:50] + 0.3 * torch.randn(50, width, generator=generator)
         center = nearest._center(queries, table, metric, 2**24)
-        lower, upper = nearest._intervals(*(nearest._side(side, center, metric) for side in (queries, table)))
+        sides = tuple(nearest._side(side, center, metric) for side in (queries, table))
         exact = torch.stack([nearest.reference(query.expand_as(table), table, metric) for query in queries])
-        assert (lower <= exact).all()
-        assert (exact <= upper).all()
+        for sign in (1, -1):
+            bound, missing = (offset[:, None] for offset in nearest._offsets(*sides, sign))
+            error = nearest._keys(*sides, sign).double() + missing - sign * exact
+            assert (error.abs() <= bound).all()
         others = exact[~torch.eye(50, 200, dtype=torch.bool)]
-        assert (upper - lower).max() < 0.01 * others.min()
+        assert 2 * bound.max() < 0.01 * others.min()
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -270,6 +272,33 @@ def test_few_direct_comparisons(monkeypatch, metric):
     assert sum(compared) < 10 * 50
 
 
+def test_zero_queries_are_compared_with_one_block(monkeypatch):
+    """Cosine distances from zero are all 1: later rows at the same distance need no comparison."""
+    compared = []
+    direct = nearest._direct
+    monkeypatch.setattr(nearest, "_direct", lambda *args: compared.append(len(args[1])) or direct(*args))
+    queries, table, _ = embeddings(20_000, 64, 50)
+    queries[::2] = 0
+    _, indices = nearest_embeddings(queries, table, 3, metric="cosine", max_chunk_bytes=4 * 2**20)
+    assert indices[::2].tolist() == [[0, 1, 2]] * 25
+    assert sum(compared) < 400 * 50
+
+
+@pytest.mark.parametrize("farthest", [False, True], ids=["nearest", "farthest"])
+def test_any_order_of_the_table(monkeypatch, farthest):
+    """Rows sorted from far to near, so that every block brings nearer ones than all before."""
+    compared = []
+    direct = nearest._direct
+    monkeypatch.setattr(nearest, "_direct", lambda *args: compared.append(len(args[1])) or direct(*args))
+    _, table, _ = embeddings(20_000, 16, 1)
+    query = torch.zeros(1, 16)
+    table = table[(table - query).norm(dim=1).argsort(descending=not farthest)]
+    check(query, table, 4, "l2", farthest, max_chunk_bytes=2**20)
+    blocks = -(-20_000 // nearest._sizes(16, 4, 2**20).table)
+    assert blocks > 100
+    assert sum(compared) <= 2 * 4 * blocks
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("table_kind", ["random", "equal"])
 @pytest.mark.parametrize("max_chunk_bytes", [2**17, 2**20])
@@ -283,6 +312,16 @@ def test_memory_is_bounded(metric, table_kind, max_chunk_bytes):
     with LiveBytes() as counted:
         nearest._ranks._init_fn(queries, table, targets, metric, max_chunk_bytes, None)
     assert counted.peak <= max_chunk_bytes + 40 * (8 + 8)
+
+
+def test_memory_is_bounded_for_many_queries():
+    """More queries than are held as points at once."""
+    _, table, _ = embeddings(3000, 24, 1)
+    assert nearest._sizes(24, 1, 2**17).held < 1000
+    with LiveBytes() as counted:
+        nearest._nearest._init_fn(table, table, 2, "l2", False, 2**17, None)
+    assert counted.peak <= 2**17 + 3000 * 2 * (8 + 8 + 4)
+    check(table[:100], table, 2, "l2", max_chunk_bytes=2**17)
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -5,10 +5,32 @@ tensors of any rank, treats all dimensions but the last as rows, and returns per
 autograd belong to the caller.
 """
 
+from ._noise_layout import noise_walk
 from ._rows import row_layout
 from .divergence import divergence_forward
 from .divergence_backward import divergence_backward
+from .divergence_topk import divergence_topk_forward
+from .divergence_topk_backward import divergence_topk_backward
 from .hidden import hidden_backward, hidden_forward
 from .lse import lse_pair
+from .noise import noise_forward, standard_normal
+from .noise_backward import noise_backward
+from .topk import MAX_TOP_K, MAX_TOP_K_WIDTH, top_k_union
 
-__all__ = ["divergence_backward", "divergence_forward", "hidden_backward", "hidden_forward", "lse_pair", "row_layout"]
+__all__ = [
+    "MAX_TOP_K",
+    "MAX_TOP_K_WIDTH",
+    "divergence_backward",
+    "divergence_forward",
+    "divergence_topk_backward",
+    "divergence_topk_forward",
+    "hidden_backward",
+    "hidden_forward",
+    "lse_pair",
+    "noise_backward",
+    "noise_forward",
+    "noise_walk",
+    "row_layout",
+    "standard_normal",
+    "top_k_union",
+]

@@ -20,10 +20,14 @@ KINDS = (
     "cross_entropy",
     "skew_forward_kl",
     "skew_reverse_kl",
+    "label_cross_entropy",
 )
+# What compares two sides: all but the last.
+DIVERGENCES = KINDS[:-1]
 FORWARD_KL, REVERSE_KL, JEFFREYS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
 JENSEN_SHANNON, TOTAL_VARIATION, HELLINGER = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
 CROSS_ENTROPY, SKEW_FORWARD, SKEW_REVERSE = tl.constexpr(64), tl.constexpr(128), tl.constexpr(256)
+LABEL_CROSS_ENTROPY = tl.constexpr(512)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -32,12 +36,21 @@ def kind_bits(kinds: Sequence[str]) -> int:
     return sum(1 << KINDS.index(kind) for kind in kinds)
 
 
+def positions(kinds: Sequence[str], among: Sequence[str] = KINDS) -> list[int]:
+    """Where each of ``among`` stands in ``kinds``; 0 for those not asked for."""
+    return [kinds.index(kind) if kind in kinds else 0 for kind in among]
+
+
 def row_count(tensor: Tensor) -> int:
     return tensor.shape[:-1].numel()
 
 
 def rows_of(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else mask.reshape(-1).view(torch.uint8)
+
+
+def labels_of(labels: Tensor | None) -> Tensor | None:
+    return None if labels is None else labels.reshape(-1)
 
 
 def temperature_rows(temperature: Tensor) -> tuple[Tensor, int]:
@@ -49,21 +62,45 @@ def temperature_rows(temperature: Tensor) -> tuple[Tensor, int]:
 
 
 def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, int]:
-    """Columns of a tile, the columns that share a sum, and the warps.
+    """The table of tiles: BV columns, num_warps; forward also the NEIGHBOURS that share a sum, and STAGES of the loads.
 
-    Sixteen 16-bit columns a thread, eight of float32, are two 16-byte loads a side (half of that on AMD, whose warps
-    are twice as wide); where registers run short, half the columns. Forward adds up neighbouring columns before it
-    keeps their sum. Narrow vocabularies get narrow tiles. Sizes depend on the width's power of two alone, so that
-    shapes share compiled kernels.
+    =========  ==================  ==========  ============================================================
+    pass       columns per thread  most warps  why
+    =========  ==================  ==========  ============================================================
+    forward    16 (float32: 8)     8           two 16-byte loads a side; 32 to 64 registers, so that at least
+                                               half of an SM's warps are resident; the loop's own instructions
+                                               are 1 to 3 of 11 to 30 a column
+    unaligned  half of that        8           a load and an address per column leave no more registers
+    backward   16 (float32: 8)     4           no loop: more columns would only need more registers
+    > 4 kinds  half of that        4           the coefficients of every kind are in registers too
+    =========  ==================  ==========  ============================================================
+
+    On AMD a warp is twice as wide and a thread has half the columns: one 16-byte load a side. Narrow vocabularies get
+    narrow tiles, by powers of two, so that shapes share compiled kernels; the architecture changes nothing else.
+    Loads are staged through shared memory where the loop is short; with three kinds or more there are enough
+    instructions between a warp's loads for the other warps' loads to arrive, and staging costs 2 a column.
     """
-    neighbours = vector_columns(noisy, clean)
-    # Sums of several kinds need the registers, and so do all columns' own sums in unaligned tiles.
-    halved = kinds > 4 if backward else kinds > 0 or neighbours == 1
+    adjacent = vector_columns(noisy, clean) > 1
     narrow = max(noisy.element_size(), clean.element_size()) == 2
-    most_warps, columns_each = (4 if backward else 8), (512 if narrow else 256) // (2 if halved else 1)
+    most_warps, halved = (4, kinds > 4) if backward else (8, not adjacent)
+    columns_each = (512 if narrow else 256) // (2 if halved else 1)
     columns = min(max(triton.next_power_of_2(noisy.shape[-1]), 256), most_warps * columns_each)
     tile = {"BV": columns, "num_warps": max(1, columns // columns_each)}
-    return tile if backward else tile | {"NEIGHBOURS": neighbours}
+    if backward:
+        return tile
+    # Unaligned: as many as a thread of AMD's wider warps has. A NVIDIA thread then keeps two sums.
+    neighbours = vector_columns(noisy, clean) if adjacent else columns_each // 64
+    return tile | {"NEIGHBOURS": neighbours, "ADJACENT": adjacent, "STAGES": 3 if kinds < 3 else 1}
+
+
+@triton.jit
+def neighbours(b_x, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
+    """A tile with the columns that one thread holds along an axis of their own: the last if adjacent, else the first.
+
+    They are adjacent where one load fetches them; elsewhere a thread's columns are a round of all threads apart.
+    """
+    groups: tl.constexpr = BV // NEIGHBOURS
+    return tl.reshape(b_x, [groups, NEIGHBOURS]) if ADJACENT else tl.reshape(b_x, [NEIGHBOURS, groups])
 
 
 def split_rows(like: Tensor, rows: int, columns: int) -> tuple[int, int]:

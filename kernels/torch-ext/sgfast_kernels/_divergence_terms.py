@@ -83,11 +83,38 @@ def mixture(b_p, b_q, b_d, b_difference, weight):
 
 
 @triton.jit
-def probabilities(b_x, b_y, x_offset, y_offset, scale, half_slope):
-    """√P, √Q and ½ log2(p·S_x) of logits x and y; P and Q themselves would cost no less."""
-    b_zx = tl.fma(b_x, half_slope, -0.5 * x_offset)
-    b_zy = tl.fma(b_y, half_slope, -0.5 * y_offset)
-    return tl.exp2(b_zx) * scale, tl.exp2(b_zy), b_zx
+def joint_offsets(m_a, s_a, m_b, s_b, slope):
+    """c of both sides, log2 P = k·x − c_x + correction, log2 Q = k·y − c_y. The correction undoes a rounding."""
+    # Fused with 0, so that the compiler fuses the products into no sum: pass 1 rounded them.
+    c_a, c_b = tl.fma(m_a, slope, 0.0), tl.fma(m_b, slope, 0.0)
+    shift = log2_ratio(s_a, s_b)
+    shifted = c_a + shift
+    part = shifted - c_a
+    return shifted, c_b, ((shifted - part) - c_a) + (part - shift)
+
+
+@triton.constexpr_function
+def bits_per_unit(kinds):
+    """Unit of the fast logarithms: two bits where Hellinger needs √P and √Q, so that these are their powers of two."""
+    return 2.0 if kinds & 32 else 1.0
+
+
+@triton.jit
+def probabilities(b_x, b_y, row, KINDS: tl.constexpr):
+    """log P and log Q (see ``bits_per_unit``), and their powers of two: P (√P) but for the factor ``rescale``, Q (√Q).
+
+    ``row`` is (slope, c_x, c_y, rescale), from ``joint_offsets``.
+    """
+    scale: tl.constexpr = 1.0 / bits_per_unit(KINDS)
+    b_log_p = tl.fma(b_x, scale * row[0], -scale * row[1])
+    b_log_q = tl.fma(b_y, scale * row[0], -scale * row[2])
+    return b_log_p, b_log_q, tl.exp2(b_log_p), tl.exp2(b_log_q)
+
+
+@triton.jit
+def squares(b_u, b_v, KINDS: tl.constexpr):
+    """P and Q, from what ``probabilities`` gave."""
+    return (b_u * b_u, b_v * b_v) if bits_per_unit(KINDS) == 2.0 else (b_u, b_v)
 
 
 @triton.jit

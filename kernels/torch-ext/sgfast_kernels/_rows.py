@@ -70,3 +70,22 @@ def row_start(i_row, inner, outer_stride, inner_stride):
 def sum_neighbours(b_x, BN: tl.constexpr, BD: tl.constexpr, NEIGHBOURS: tl.constexpr):
     """Sum neighbouring columns that one thread holds, [BN, BD] → [BN, BD // NEIGHBOURS], so that it keeps one sum."""
     return tl.sum(tl.reshape(b_x, [BN, BD // NEIGHBOURS, NEIGHBOURS]), axis=2)
+
+
+@triton.jit
+def columns(b_x, LAST: tl.constexpr):
+    """The slices of a 2-D block along its last dimension (else its first), a power of two of them, as a tuple."""
+    if not LAST:
+        b_x = tl.trans(b_x)
+    return _slices(b_x)
+
+
+@triton.jit
+def _slices(b_x):
+    return (tl.reshape(b_x, [b_x.shape[0]]),) if b_x.shape[1] == 1 else _slices_of_halves(b_x)
+
+
+@triton.jit
+def _slices_of_halves(b_x):
+    b_even, b_odd = tl.split(tl.reshape(b_x, [b_x.shape[0], b_x.shape[1] // 2, 2]))
+    return _slices(b_even) + _slices(b_odd)

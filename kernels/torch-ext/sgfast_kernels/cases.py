@@ -10,11 +10,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._divergence_launch import KINDS
+from ._divergence_atoms import SUPPORTS
+from ._divergence_launch import DIVERGENCES
 from .divergence import divergence_forward
 from .divergence_backward import divergence_backward
+from .divergence_topk import divergence_topk_forward
+from .divergence_topk_backward import divergence_topk_backward
 from .hidden import hidden_backward, hidden_forward
 from .lse import lse_pair
+from .noise import noise_forward, standard_normal
+from .noise_backward import noise_backward
+from .topk import top_k_union
 
 
 class Case(NamedTuple):
@@ -33,8 +39,13 @@ class Case(NamedTuple):
     rows: int = 32768
     #: Registers a thread may use on NVIDIA (of 65536: 32 leave room for all 2048 threads, 64 for half).
     registers: int = 64
+    #: Share of elements that another device's arithmetic may round or clamp differently, so that a result jumps.
+    jumps: float = 0.0
     #: Loads of 16 bytes or more in the compiled loop; 0 where rows are not aligned.
     vector_loads: int = 0
+    #: Instructions per element in each launch's loop on sm90, as many launches as are held to it. An H200 reads 4 bytes
+    #: an element while it issues 26 instructions: more, and memory waits.
+    instructions: tuple[float, ...] = ()
 
 
 def _hidden(dtype: torch.dtype, width: int, *gradients: bool) -> Callable[[int, str], tuple[Any, ...]]:
@@ -70,17 +81,45 @@ def _divergence(
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(dtype, width, rows, device)
+        # The middle column: any will do.
+        labels = [torch.full((rows,), width // 2, device=device)] if "label_cross_entropy" in kinds else []
         if not gradients:
-            return *logits, kinds, 0.5, 0.1
+            return *logits, kinds, 0.5, 0.1, *labels
         # Maxima and sums must be the logits'; what the partials add up to may be anything.
         row_scalars = torch.rand(4 + 2 * len(kinds), rows, device=device)
         for i, side in enumerate(logits[:2]):
             row_scalars[2 * i] = side.amax(-1)
             weights = (side.float() - row_scalars[2 * i][:, None]).div_(1.5).exp_()
             row_scalars[2 * i + 1] = weights.sum(-1)
-        return *logits, torch.rand(len(kinds), rows, device=device), row_scalars, kinds, 0.5, 0.1, *gradients
+        return *logits, torch.rand(len(kinds), rows, device=device), row_scalars, kinds, 0.5, 0.1, *gradients, *labels
 
     return arguments
+
+
+def _noise(
+    dtype: torch.dtype, width: int, spread: str, *gradients: bool, clamped: bool = False
+) -> Callable[[int, str], tuple[Any, ...]]:
+    """Arguments of noise_forward, or of noise_backward if it is said which gradients are needed.
+
+    ``spread`` is the shape of mean and std: ``"full"``, a ``"vector"`` for all rows, or one ``"number"``.
+    """
+
+    def arguments(rows: int, device: str) -> tuple[Any, ...]:
+        shape = {"full": (rows, width), "vector": (width,), "number": ()}[spread]
+        mean, std = (torch.rand(shape, dtype=dtype, device=device) for _ in range(2))
+        upstream, input = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(2))
+        seed = torch.full((), -7, dtype=torch.int64, device=device)
+        mask = torch.ones(rows, 1, dtype=torch.bool, device=device)
+        bounds = (-1.5, 1.5) if clamped else (None, None)
+        settings = (input, mean, std, seed, 2**33, mask, None, *bounds)
+        return (upstream, *settings, *gradients) if gradients else settings
+
+    return arguments
+
+
+def _normal(dtype: torch.dtype, width: int) -> Callable[[int, str], tuple[Any, ...]]:
+    """Arguments of standard_normal."""
+    return lambda rows, device: (torch.full((), -7, dtype=torch.int64, device=device), (rows, width), 2**33, dtype)
 
 
 _bf16, _fp32 = torch.bfloat16, torch.float32
@@ -88,7 +127,9 @@ _KINDS = {
     "kl": ("forward_kl",),
     "js": ("jensen_shannon",),
     "rest": ("jeffreys", "total_variation", "squared_hellinger"),
-    "all": KINDS,
+    "metrics": ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger"),
+    "labels": ("forward_kl", "label_cross_entropy"),
+    "all": DIVERGENCES,
 }
 
 
@@ -108,6 +149,58 @@ def _backward(dtype: torch.dtype, width: int, kinds: str, *needs: bool, **limits
     return Case(name, divergence_backward, arguments, width, floor, rows=2048, **{"vector_loads": 4} | limits)
 
 
+def _top_k(width: int, k: int, support: str | None) -> Case:
+    """The support alone, or also divergences over it. The floor is both sides once, groups and what is read again."""
+
+    def arguments(rows: int, device: str) -> tuple[Any, ...]:
+        logits = _logits(_bf16, width, rows, device)
+        return (*logits, k) if support is None else (*logits, k, support, _KINDS["all"], 0.5, 0.1)
+
+    groups = (2**i for i in range(3, 8))
+    floor = 4 + min(32 / group + 4 * group * k / width for group in groups)
+    limits = {"rows": 4096, "traffic": 1.03 if k <= 64 else 1.05, "registers": 255}
+    if support is None:
+        return Case(f"top_k_union bf16 {width} k={k}", top_k_union, arguments, width, floor, **limits)
+    name = f"divergence_topk_forward bf16 {width} k={k} {support}"
+    return Case(name, divergence_topk_forward, arguments, width, floor, **limits)
+
+
+def _top_k_backward(width: int, k: int, support: str, *needs: bool) -> Case:
+    """Reads the side whose gradient it writes, under ``renormalize`` nothing."""
+
+    def arguments(rows: int, device: str) -> tuple[Any, ...]:
+        noisy, clean, mask, temperature = _logits(_bf16, width, rows, device)
+        both = torch.cat([side.topk(k, dim=-1).indices for side in (noisy, clean)], dim=-1).sort(dim=-1).values
+        both[:, 1:].masked_fill_(both[:, 1:] == both[:, :-1], width)
+        union = both.sort(dim=-1).values
+        # What the gradients outside the support are multiples of may be anything; all else must be the logits'.
+        scalars = torch.rand(8 + 2 * len(_KINDS["all"]), rows, device=device)
+        for i, side in enumerate((noisy, clean)):
+            logits = torch.cat([side.float(), torch.full((rows, 1), -torch.inf, device=device)], dim=-1)
+            outside = logits.scatter(-1, union, -torch.inf)
+            whole = logits.gather(-1, union) if support == "renormalize" else logits
+            for j, part in ((2 * i, whole), (4 + 2 * i, outside)):
+                scalars[j] = part.amax(-1)
+                scalars[j + 1] = ((part - scalars[j][:, None]) / 1.5).exp().sum(-1)
+        union = union.masked_fill(union == width, -1).int()
+        upstream = torch.rand(len(_KINDS["all"]), rows, device=device)
+        return noisy, clean, mask, temperature, upstream, union, scalars, support, _KINDS["all"], 0.5, 0.1, *needs
+
+    name = f"divergence_topk_backward bf16 {width} k={k} {support} {'both' if all(needs) else 'noisy'}"
+    floor = (2 if support == "renormalize" else 4) * sum(needs)
+    limits = {"rows": 1024, "traffic": 1.1 if support == "renormalize" else 1.05, "registers": 255}
+    return Case(name, divergence_topk_backward, arguments, width, floor, **limits)
+
+
+def _noised(
+    name: str, arguments: Callable[[int, str], tuple[Any, ...]], width: int, floor: float, **limits: Any
+) -> Case:
+    """A case of noise_forward or noise_backward: few registers more than 64, and eps rounded to bfloat16."""
+    function = noise_forward if name.startswith("forward") else noise_backward
+    settings = {"traffic": 1.01, "registers": 80, "jumps": 1e-3} | limits
+    return Case(f"noise_{name}", function, arguments, width, floor, **settings)
+
+
 CASES = [
     Case("hidden_forward bf16 64", hidden_forward, _hidden(_bf16, 64), 64, 4, traffic=1.13, vector_loads=4),
     Case("hidden_forward bf16 512", hidden_forward, _hidden(_bf16, 512), 512, 4, vector_loads=4),
@@ -120,15 +213,51 @@ CASES = [
     ),
     Case("hidden_backward bf16 4096 both", hidden_backward, _hidden(_bf16, 4096, True, True), 4096, 8, vector_loads=4),
     Case("hidden_backward fp32 4096 both", hidden_backward, _hidden(_fp32, 4096, True, True), 4096, 16, vector_loads=8),
-    Case("lse_pair bf16 32000", lse_pair, _lse(_bf16, 32000), 32000, 4, rows=8192, vector_loads=4),
-    _forward(_bf16, 151936, "kl"),
-    _forward(_bf16, 32000, "js", registers=128),
-    _forward(_bf16, 32000, "rest", registers=128),
-    _forward(_bf16, 32001, "kl", registers=128),
+    Case(
+        "lse_pair bf16 32000",
+        lse_pair,
+        _lse(_bf16, 32000),
+        32000,
+        4,
+        rows=8192,
+        vector_loads=4,
+        instructions=(15.5,),
+    ),
+    _forward(_bf16, 151936, "kl", instructions=(15.5, 12)),
+    _forward(_bf16, 32000, "js", instructions=(15.5, 20)),
+    _forward(_bf16, 32000, "rest", registers=80, instructions=(15.5, 22)),
+    _forward(_bf16, 151936, "metrics", registers=96, instructions=(15.5, 29)),
+    _forward(_bf16, 32000, "labels", instructions=(19.5, 12)),
+    _forward(_bf16, 32001, "kl", instructions=(18, 15)),
     _forward(_fp32, 32000, "js", registers=80),
     _backward(_bf16, 151936, "kl", True, False),
     _backward(_bf16, 32000, "js", True, False, registers=96),
+    _backward(_bf16, 32000, "labels", True, False, registers=80),
     # 16 bytes a load would take more registers than there are; on AMD the loads have 8.
     _backward(_bf16, 32000, "all", True, True, registers=192, vector_loads=0),
     _backward(_fp32, 32000, "js", True, False),
+    *(_top_k(width, k, None) for width, k in ((151936, 64), (32000, 100))),
+    *(_top_k(width, k, support) for width, k in ((151936, 64), (32000, 100)) for support in SUPPORTS),
+    *(
+        _top_k_backward(width, k, support, True, False)
+        for width, k in ((151936, 64), (32000, 100))
+        for support in SUPPORTS
+    ),
+    Case("standard_normal fp32 4096", standard_normal, _normal(_fp32, 4096), 4096, 4, traffic=1.01),
+    Case("standard_normal bf16 4096", standard_normal, _normal(_bf16, 4096), 4096, 2, traffic=1.01),
+    _noised("forward bf16 4096", _noise(_bf16, 4096, "full"), 4096, 8, vector_loads=6),
+    # Mean and std are counted for every row that loads them.
+    _noised("forward bf16 4096 vector", _noise(_bf16, 4096, "vector"), 4096, 4, traffic=2.02, vector_loads=6),
+    _noised("forward bf16 4095", _noise(_bf16, 4095, "full"), 4095, 8, registers=128),
+    _noised("forward fp32 4096", _noise(_fp32, 4096, "full"), 4096, 16, vector_loads=6),
+    _noised("backward bf16 4096", _noise(_bf16, 4096, "full", True, True, True), 4096, 8, vector_loads=2),
+    _noised(
+        "backward bf16 4096 clamped",
+        _noise(_bf16, 4096, "full", True, True, True, clamped=True),
+        4096,
+        14,
+        vector_loads=8,
+    ),
+    # Of the few rows that are counted each is a partial sum: sixty-four share one where there are enough.
+    _noised("backward bf16 4096 vector", _noise(_bf16, 4096, "vector", True, True, True), 4096, 4, traffic=3.01),
 ]

@@ -13,19 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._device import fast_log2
 from ._divergence_launch import (
     CROSS_ENTROPY,
     FORWARD_KL,
     HELLINGER,
     JEFFREYS,
     JENSEN_SHANNON,
-    KINDS,
+    LABEL_CROSS_ENTROPY,
     LOG2_E,
     REVERSE_KL,
     SKEW_FORWARD,
     SKEW_REVERSE,
     TOTAL_VARIATION,
     kind_bits,
+    labels_of,
+    positions,
     row_count,
     rows_of,
     temperature_rows,
@@ -34,13 +37,16 @@ from ._divergence_launch import (
 from ._divergence_terms import (
     LN2,
     TINY,
+    bits_per_unit,
     clamped,
     difference_of,
+    joint_offsets,
     mixture,
     offsets,
     probabilities,
     sign_of,
     skew_partials,
+    squares,
 )
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 
@@ -57,6 +63,7 @@ def divergence_backward(
     skew: float,
     needs_noisy: bool,
     needs_clean: bool,
+    labels: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients to ``noisy`` and ``clean`` that are needed, contiguous, in one launch.
 
@@ -72,6 +79,7 @@ def divergence_backward(
         skew: as in ``divergence_forward``.
         needs_noisy: whether to compute the gradient to ``noisy``.
         needs_clean: whether to compute the gradient to ``clean``.
+        labels: as in ``divergence_forward``.
     """
     contiguous = torch.contiguous_format
     noisy_gradient = torch.empty_like(noisy, memory_format=contiguous) if needs_noisy else None
@@ -83,6 +91,7 @@ def divergence_backward(
             _backward_kernel[(rows, triton.cdiv(width, sizes["BV"]))](
                 noisy,
                 clean,
+                labels_of(labels),
                 rows_of(mask),
                 *temperature_rows(temperature),
                 upstream.contiguous(),
@@ -95,9 +104,10 @@ def divergence_backward(
                 *row_layout(clean),
                 beta,
                 skew,
-                *(list(kinds).index(kind) if kind in kinds else 0 for kind in KINDS),
+                *positions(kinds),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
+                EXACT=torch.float32 in (noisy.dtype, clean.dtype),
                 **sizes,
                 **LAUNCH_OPTIONS,
             )
@@ -115,15 +125,39 @@ def _coefficients(upstream_ptr, scalars_ptr, i_kind, field, i_row, m_read):
     return g_p, g_q, tl.where(p_finite, g * to_p, 0.0), tl.where(q_finite, g * to_q, 0.0)
 
 
+@triton.jit
+def _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT: tl.constexpr):
+    """log2 of P and of Q over beta·Q + (1 − beta)·P; exactly 0 where the sides are equal."""
+    if EXACT:
+        b_log_m, _ = mixture(b_p, b_q, b_d, b_difference, beta)  # over the larger side
+        b_to_p, b_to_q = tl.minimum(b_d, 0.0) - b_log_m, tl.minimum(-b_d, 0.0) - b_log_m
+    else:
+        b_log_m = fast_log2(tl.fma(b_p, 1.0 - beta, tl.fma(b_q, beta, TINY)))
+        b_to_p = tl.where(b_d == 0, 0.0, clamped(b_log_p - b_log_m))
+        b_to_q = tl.where(b_d == 0, 0.0, clamped(b_log_q - b_log_m))
+    return b_to_p, b_to_q
+
+
+@triton.jit
+def _label_gradient(b_x, m_a, o_col, label_ptr, upstream_ptr, scalars_ptr, i_kind, field, i_row, m_read):
+    """upstream · (softmax − 1 at the label), at temperature 1; 0 where the label is ignored."""
+    g = tl.load(upstream_ptr + i_kind * field + i_row, mask=m_read, other=0.0)
+    s = tl.load(scalars_ptr + (4 + 2 * i_kind) * field + i_row, mask=m_read, other=1.0)
+    label = tl.load(label_ptr + i_row, mask=m_read, other=-1)
+    b_p = tl.exp2(tl.fma(b_x, LOG2_E, -m_a * LOG2_E)) / tl.where((s > 0) & (s < float("inf")), s, float("nan"))
+    return tl.where(label >= 0, g * (b_p - (o_col == label).to(tl.float32)), 0.0)
+
+
 @triton.jit(
     do_not_specialize=[
         *("rows", "t_step", "a_inner", "b_inner", "beta", "skew"),
-        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr"),
+        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr", "i_label"),
     ]
 )
 def _backward_kernel(
     a_ptr,
     b_ptr,
+    label_ptr,
     mask_ptr,
     t_ptr,
     t_step,
@@ -150,8 +184,10 @@ def _backward_kernel(
     i_ce,
     i_sf,
     i_sr,
+    i_label,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
+    EXACT: tl.constexpr,
     BV: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
@@ -174,12 +210,23 @@ def _backward_kernel(
     s_a = tl.load(scalars_ptr + field + i_row, mask=m_read, other=1.0)
     m_b = tl.load(scalars_ptr + 2 * field + i_row, mask=m_read, other=0.0)
     s_b = tl.load(scalars_ptr + 3 * field + i_row, mask=m_read, other=1.0)
-    c_a, c_b, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
-    b_u, b_v, b_half_log_p = probabilities(b_x, b_y, c_a, c_b, tl.sqrt(s_b / s_a), 0.5 * slope)
-    b_p, b_q = b_u * b_u, b_v * b_v
+    c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
+    rescale = tl.exp2(correction)
+    b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
+    b_p, b_q = squares(b_u, b_v, KINDS)
+    # Its sign is the one that forward summed by.
+    b_apart = tl.fma(b_p, rescale, -b_q)
+    b_p *= rescale
+    b_log_p = tl.fma(b_log_p, bits_per_unit(KINDS), correction)
+    b_log_q *= bits_per_unit(KINDS)
     # A product with a clamped ratio is 0 where the probability is, and is multiplied by 0 in rows that are infinite.
-    b_d = clamped(tl.fma((b_x - b_y) - gap, slope, -shift))
-    b_difference = difference_of(b_p, b_q, b_d)
+    if EXACT:
+        _, _, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
+        b_d = clamped(tl.fma((b_x - b_y) - gap, slope, -shift))
+        b_difference = difference_of(b_p, b_q, b_d)
+    else:
+        b_d = clamped(b_log_p - b_log_q)
+        b_difference = b_apart
 
     # Gradients as combinations p·(a₀ + a₁ d) + a₂ (p − q) + …: coefficients per row.
     a_0, a_1, a_2, b_0, b_1, b_2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
@@ -223,22 +270,23 @@ def _backward_kernel(
     b_a = b_p * (b_d * (a_1 * LN2) + a_0) + a_2 * b_difference
     b_b = b_q * (b_d * (b_1 * LN2) + b_0) + b_2 * b_difference
     if CROSS_ENTROPY & KINDS:
-        b_bits = clamped(tl.log2(s_a) - 2.0 * b_half_log_p)
+        b_bits = clamped(tl.log2(s_b) - b_log_p)
         b_b += b_q * b_bits * (g_ce * LN2)
     if JENSEN_SHANNON & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_js, field, i_row, m_read)
-        b_log_m, _ = mixture(b_p, b_q, b_d, b_difference, beta)
-        b_a += b_p * ((tl.maximum(-b_d, 0.0) + b_log_m) * (g_p * (beta - 1.0) * LN2) - sum_p)
-        b_b += b_q * ((tl.maximum(b_d, 0.0) + b_log_m) * (-g_q * beta * LN2) - sum_q)
+        b_to_p, b_to_q = _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT)
+        b_a += b_p * (b_to_p * (g_p * (1.0 - beta) * LN2) - sum_p)
+        b_b += b_q * (b_to_q * (g_q * beta * LN2) - sum_q)
     if TOTAL_VARIATION & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_tv, field, i_row, m_read)
-        b_a += 0.5 * g_p * sign_of(b_d, b_p) - sum_p * b_p
-        b_b -= 0.5 * g_q * sign_of(b_d, b_q) + sum_q * b_q
+        b_a += 0.5 * g_p * sign_of(b_apart, b_p) - sum_p * b_p
+        b_b -= 0.5 * g_q * sign_of(b_apart, b_q) + sum_q * b_q
     if HELLINGER & KINDS:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_h, field, i_row, m_read)
-        b_apart = b_difference / tl.maximum(b_u + b_v, TINY)  # √P − √Q
-        b_a += b_u * (0.5 * g_p * b_apart - sum_p * b_u)
-        b_b -= b_v * (0.5 * g_q * b_apart + sum_q * b_v)
+        b_u *= tl.sqrt(rescale)
+        b_roots_apart = b_difference / tl.maximum(b_u + b_v, TINY) if EXACT else b_u - b_v
+        b_a += b_u * (0.5 * g_p * b_roots_apart - sum_p * b_u)
+        b_b -= b_v * (0.5 * g_q * b_roots_apart + sum_q * b_v)
     if SKEW_FORWARD & KINDS and SKEWED:
         g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_sf, field, i_row, m_read)
         _, b_to_p, b_to_q = skew_partials(b_p, b_q, b_d, b_difference, skew)
@@ -254,7 +302,10 @@ def _backward_kernel(
     valid = (s_a > 0) & (s_a < float("inf")) & (s_b > 0) & (s_b < float("inf"))
     rate = tl.where(valid, rate, float("nan"))
     if a_gradient_ptr is not None:
-        b_a = tl.where(m_read, b_a * rate, 0.0)
+        b_a = tl.zeros([BV], tl.float32) if KINDS == LABEL_CROSS_ENTROPY else b_a * rate
+        if LABEL_CROSS_ENTROPY & KINDS:
+            b_a += _label_gradient(b_x, m_a, o_col, label_ptr, upstream_ptr, scalars_ptr, i_label, field, i_row, m_read)
+        b_a = tl.where(m_read, b_a, 0.0)
         tl.store(a_gradient_ptr + i_row * width + o_col, b_a.to(a_gradient_ptr.dtype.element_ty), mask=m_col)
     if b_gradient_ptr is not None:
         b_b = tl.where(m_read, b_b * rate, 0.0)

@@ -14,11 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._divergence_launch import LOG2_E, row_count, rows_of, split_rows, temperature_rows, tile
+from ._divergence_launch import LOG2_E, neighbours, row_count, rows_of, split_rows, temperature_rows, tile
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 
 
-def lse_pair(noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Tensor) -> Tensor:
+def lse_pair(
+    noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Tensor, untempered: bool = False
+) -> Tensor:
     """Return (4, ...) float32: per row m and S of the noisy side, then of the clean side (see the module).
 
     Args:
@@ -26,13 +28,15 @@ def lse_pair(noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Ten
         clean: of the same shape.
         mask: (...) bool, True = selected, or None.
         temperature: (...), positive; a number expanded to that shape is read as a number.
+        untempered: return (5, ...), the noisy side's S at temperature 1 behind the others.
     """
     rows, width = row_count(noisy), noisy.shape[-1]
-    scalars = noisy.new_empty((4, *noisy.shape[:-1]), dtype=torch.float32)
+    fields = 5 if untempered else 4
+    scalars = noisy.new_empty((fields, *noisy.shape[:-1]), dtype=torch.float32)
     if rows > 0:
         sizes = tile(noisy, clean, 0, backward=False)
         shares, span = split_rows(noisy, rows, sizes["BV"])
-        parts = scalars if shares == 1 else noisy.new_empty((4, shares, rows), dtype=torch.float32)
+        parts = scalars if shares == 1 else noisy.new_empty((fields, shares, rows), dtype=torch.float32)
         with on_device_of(noisy):
             _lse_kernel[(rows, shares)](
                 noisy,
@@ -45,6 +49,7 @@ def lse_pair(noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Ten
                 span,
                 *row_layout(noisy),
                 *row_layout(clean),
+                UNTEMPERED=untempered,
                 **sizes,
                 **LAUNCH_OPTIONS,
             )
@@ -55,6 +60,7 @@ def lse_pair(noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Ten
                     scalars,
                     rows,
                     shares,
+                    UNTEMPERED=untempered,
                     BN=128,
                     num_warps=4,
                     **LAUNCH_OPTIONS,
@@ -63,14 +69,19 @@ def lse_pair(noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Ten
 
 
 @triton.jit
-def _accumulate(b_x, b_m, b_s, slope, BV: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """Add a tile of one side to the running maxima and sums, one of each for neighbouring columns."""
-    b_x = tl.reshape(b_x, [1, BV // NEIGHBOURS, NEIGHBOURS])
-    b_next = tl.maximum(b_m, tl.max(b_x, axis=2))
-    b_c = b_next * slope
+def _accumulate(b_x, b_m, b_c, b_s, slope, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
+    """Add a tile of one side to the running maxima m, c = fl(k·m) and sums, one of each for a thread's neighbours.
+
+    c is a maximum of products, not a product: the compiler would fuse that into the differences below, and what c was
+    rounded by would multiply S again with every tile.
+    """
+    axis: tl.constexpr = 1 if ADJACENT else 0
+    b_x = neighbours(b_x, BV, NEIGHBOURS, ADJACENT)
+    b_highest = tl.max(b_x, axis=axis)
+    b_next = tl.maximum(b_c, b_highest * slope)
     # Fused: what c was rounded by stays in S.
-    b_e = tl.exp2(tl.fma(b_x, slope, -b_c[:, :, None]))
-    return b_next, b_s * tl.exp2(b_m * slope - b_c) + tl.sum(b_e, axis=2)
+    b_e = tl.exp2(tl.fma(b_x, slope, -tl.expand_dims(b_next, axis)))
+    return tl.maximum(b_m, b_highest), b_next, tl.fma(b_s, tl.exp2(b_c - b_next), tl.sum(b_e, axis=axis))
 
 
 @triton.jit(do_not_specialize=["rows", "t_step", "a_inner", "b_inner"])
@@ -90,8 +101,11 @@ def _lse_kernel(
     b_inner,
     b_outer_stride,
     b_inner_stride,
+    UNTEMPERED: tl.constexpr,
     BV: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
+    ADJACENT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     i_row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * span
@@ -102,50 +116,66 @@ def _lse_kernel(
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
     a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
     b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
-    o_col = tl.arange(0, BV)[None, :]
+    o_col = tl.arange(0, BV)
 
-    b_ma = tl.full([1, BV // NEIGHBOURS], -1e30, tl.float32)
-    b_mb = tl.full([1, BV // NEIGHBOURS], -1e30, tl.float32)
-    b_sa = tl.zeros([1, BV // NEIGHBOURS], tl.float32)
-    b_sb = tl.zeros([1, BV // NEIGHBOURS], tl.float32)
+    b_low = tl.full([BV // NEIGHBOURS], -1e30, tl.float32)
+    b_0 = tl.zeros([BV // NEIGHBOURS], tl.float32)
+    b_ma, b_ca, b_sa = b_low, b_low, b_0
+    b_mb, b_cb, b_sb = b_low, b_low, b_0
+    b_c1, b_s1 = b_low, b_0
     tail = start + (stop - start) // BV * BV
-    for i_col in tl.range(start, tail, BV, num_stages=3):
+    for i_col in tl.range(start, tail, BV, num_stages=STAGES):
         b_a = tl.load(a_row + i_col + o_col).to(tl.float32)
         b_b = tl.load(b_row + i_col + o_col).to(tl.float32)
-        b_ma, b_sa = _accumulate(b_a, b_ma, b_sa, slope, BV, NEIGHBOURS)
-        b_mb, b_sb = _accumulate(b_b, b_mb, b_sb, slope, BV, NEIGHBOURS)
+        b_ma, b_ca, b_sa = _accumulate(b_a, b_ma, b_ca, b_sa, slope, BV, NEIGHBOURS, ADJACENT)
+        b_mb, b_cb, b_sb = _accumulate(b_b, b_mb, b_cb, b_sb, slope, BV, NEIGHBOURS, ADJACENT)
+        if UNTEMPERED:
+            _, b_c1, b_s1 = _accumulate(b_a, b_ma, b_c1, b_s1, LOG2_E, BV, NEIGHBOURS, ADJACENT)
     if tail < stop:
         m_col = tail + o_col < stop
         b_a = tl.load(a_row + tail + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
         b_b = tl.load(b_row + tail + o_col, mask=m_col, other=float("-inf")).to(tl.float32)
-        b_ma, b_sa = _accumulate(b_a, b_ma, b_sa, slope, BV, NEIGHBOURS)
-        b_mb, b_sb = _accumulate(b_b, b_mb, b_sb, slope, BV, NEIGHBOURS)
+        b_ma, b_ca, b_sa = _accumulate(b_a, b_ma, b_ca, b_sa, slope, BV, NEIGHBOURS, ADJACENT)
+        b_mb, b_cb, b_sb = _accumulate(b_b, b_mb, b_cb, b_sb, slope, BV, NEIGHBOURS, ADJACENT)
+        if UNTEMPERED:
+            _, b_c1, b_s1 = _accumulate(b_a, b_ma, b_c1, b_s1, LOG2_E, BV, NEIGHBOURS, ADJACENT)
 
     m_a, m_b = tl.max(b_ma), tl.max(b_mb)
     field = tl.num_programs(1) * rows.to(tl.int64)
     o_part = parts_ptr + tl.program_id(1) * rows.to(tl.int64) + i_row
     tl.store(o_part, m_a)
-    tl.store(o_part + field, tl.sum(b_sa * tl.exp2(b_ma * slope - m_a * slope)))
+    tl.store(o_part + field, tl.sum(b_sa * tl.exp2(b_ca - tl.max(b_ca))))
     tl.store(o_part + 2 * field, m_b)
-    tl.store(o_part + 3 * field, tl.sum(b_sb * tl.exp2(b_mb * slope - m_b * slope)))
+    tl.store(o_part + 3 * field, tl.sum(b_sb * tl.exp2(b_cb - tl.max(b_cb))))
+    if UNTEMPERED:
+        tl.store(o_part + 4 * field, tl.sum(b_s1 * tl.exp2(b_c1 - tl.max(b_c1))))
 
 
 @triton.jit(do_not_specialize=["t_step", "rows", "splits"])
-def _merge_kernel(t_ptr, t_step, parts_ptr, scalars_ptr, rows, splits, BN: tl.constexpr):
+def _merge_kernel(t_ptr, t_step, parts_ptr, scalars_ptr, rows, splits, UNTEMPERED: tl.constexpr, BN: tl.constexpr):
     o_row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     m_row = o_row < rows
     field = rows.to(tl.int64)
     b_slope = LOG2_E / tl.load(t_ptr + o_row * t_step, mask=m_row, other=1.0)
     for side in tl.static_range(2):
-        b_m = tl.full([BN], -1e30, tl.float32)
-        b_s = tl.zeros([BN], tl.float32)
-        for i_split in range(splits):
-            o_part = parts_ptr + (2 * side * splits + i_split) * field + o_row
-            b_part = tl.load(o_part, mask=m_row, other=0.0)
-            b_sum = tl.load(o_part + splits * field, mask=m_row, other=0.0)
-            b_next = tl.maximum(b_m, b_part)
-            b_c = b_next * b_slope
-            b_s = b_s * tl.exp2(b_m * b_slope - b_c) + b_sum * tl.exp2(b_part * b_slope - b_c)
-            b_m = b_next
+        b_m, b_s = _merge(parts_ptr, 2 * side, 2 * side + 1, b_slope, splits, field, o_row, m_row)
         tl.store(scalars_ptr + 2 * side * field + o_row, b_m, mask=m_row)
         tl.store(scalars_ptr + (2 * side + 1) * field + o_row, b_s, mask=m_row)
+    if UNTEMPERED:
+        _, b_s = _merge(parts_ptr, 0, 4, LOG2_E, splits, field, o_row, m_row)
+        tl.store(scalars_ptr + 4 * field + o_row, b_s, mask=m_row)
+
+
+@triton.jit
+def _merge(parts_ptr, i_m, i_s, slope, splits, field, o_row, m_row):
+    b_m = tl.full(o_row.shape, -1e30, tl.float32)
+    b_c = b_m
+    b_s = tl.zeros(o_row.shape, tl.float32)
+    for i_split in range(splits):
+        b_part = tl.load(parts_ptr + (i_m * splits + i_split) * field + o_row, mask=m_row, other=0.0)
+        b_sum = tl.load(parts_ptr + (i_s * splits + i_split) * field + o_row, mask=m_row, other=0.0)
+        b_part_c = tl.maximum(b_part * slope, -1e30)
+        b_next = tl.maximum(b_c, b_part_c)
+        b_s = b_s * tl.exp2(b_c - b_next) + b_sum * tl.exp2(b_part_c - b_next)
+        b_m, b_c = tl.maximum(b_m, b_part), b_next
+    return b_m, b_s

@@ -81,6 +81,8 @@ class _Launch:
         self.order: np.ndarray | None = None
         self.program = self.epoch = 0
         self.has_other = False
+        #: Modules of triton.language whose functions the interpreter has replaced for this launch.
+        self.replaced: set[int] = set()
 
     def access(self, kind: int, pointers: Any, mask: np.ndarray, size: int) -> None:
         addresses, mask = np.broadcast_arrays(pointers.data, mask)
@@ -204,6 +206,7 @@ def install() -> None:
     """Patch the interpreter's launch and its memory operations."""
     builder = interpreter.InterpreterBuilder
     patch(interpreter.GridExecutor, "__call__", _launched)
+    patch(interpreter, "_patch_lang", _replaced_functions)
     patch(builder, "set_grid_idx", _started)
     patch(TritonSemantic, "load", _asked_to_load)
     patch(builder, "create_masked_load", _loaded)
@@ -216,6 +219,19 @@ def install() -> None:
 def patch(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace ``owner.name`` by ``wrap(owner.name)``."""
     setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def _replaced_functions(original: Callable[..., Any]) -> Callable[..., Any]:
+    def patch_lang(function: Callable[..., Any]) -> Any:
+        # Every call of a device function would search the same modules again: half of the interpreter's time.
+        modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
+        if _launch is not None and modules <= _launch.replaced:
+            return None
+        if _launch is not None:
+            _launch.replaced |= modules
+        return original(function)
+
+    return patch_lang
 
 
 def _launched(original: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,0 +1,217 @@
+"""What each launching function of ``sgfast_kernels.cases`` computes, in PyTorch: what torch.compile is given beside it.
+
+Every case's results are compared with these, in the interpreter and on a GPU.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import divergence_rows, hidden, noise, philox, topk
+from sgfast.ops.divergence_terms import KINDS, Atoms, divergence, partials
+
+
+def _hidden_forward(noisy: Tensor, clean: Tensor, mask: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    values, row_scalars = hidden._forward_rows(noisy, clean, eps)
+    return torch.where(mask, values, 0), row_scalars
+
+
+def _hidden_backward(
+    noisy: Tensor, clean: Tensor, mask: Tensor, upstream: Tensor, row_scalars: Tensor, eps: float, *needs: bool
+) -> tuple[Tensor | None, ...]:
+    gradients = hidden._backward_rows(noisy, clean, upstream, row_scalars, eps, *needs)
+    return tuple(None if one is None else torch.where(mask[:, None], one, 0).to(noisy.dtype) for one in gradients)
+
+
+def _lse_pair(noisy: Tensor, clean: Tensor, mask: Tensor, temperature: Tensor) -> tuple[Tensor, ...]:
+    scalars = []
+    for side in (noisy, clean):
+        maximum = side.float().amax(-1, keepdim=True)
+        weights = ((side.float() - maximum) / temperature[:, None]).exp()
+        scalars += [maximum.squeeze(-1), weights.sum(-1)]
+    return tuple(torch.where(mask, one, 0) for one in scalars)
+
+
+def _atoms(noisy: Tensor, clean: Tensor, temperature: Tensor, scalars: Sequence[Tensor]) -> Atoms:
+    x, y = (side.float() / temperature[:, None] for side in (noisy, clean))
+    x_max, x_sum, y_max, y_sum = (one[:, None] for one in scalars)
+    log_p = x - x_max / temperature[:, None] - x_sum.log()
+    log_q = y - y_max / temperature[:, None] - y_sum.log()
+    return Atoms(log_p.exp(), log_q.exp(), (log_p - log_q).nan_to_num(0.0), log_p, KINDS)
+
+
+def _divergence_forward(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor,
+    temperature: Tensor,
+    kinds: Sequence[str],
+    beta: float,
+    skew: float,
+    labels: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    lse = _lse_pair(noisy, clean, mask, temperature)
+    atoms = _atoms(noisy, clean, temperature, lse)
+    values, sums = [], []
+    for kind in kinds:
+        if kind == "label_cross_entropy":
+            taken = noisy.float().gather(-1, labels[:, None])[:, 0]
+            values.append(noisy.float().logsumexp(-1) - taken)
+            sums += [(noisy.float() - noisy.float().amax(-1, keepdim=True)).exp().sum(-1), torch.zeros_like(taken)]
+        else:
+            values.append(divergence(kind, atoms, beta, skew, False))
+            sums += [partial.sum(-1) for partial in partials(kind, atoms, beta, skew, False)]
+    return torch.where(mask, torch.stack(values), 0), torch.where(mask, torch.stack([*lse, *sums]), 0)
+
+
+def _divergence_backward(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor,
+    temperature: Tensor,
+    upstream: Tensor,
+    row_scalars: Tensor,
+    kinds: Sequence[str],
+    beta: float,
+    skew: float,
+    needs_noisy: bool,
+    needs_clean: bool,
+    labels: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    atoms = _atoms(noisy, clean, temperature, row_scalars[:4].unbind(0))
+    totals = [torch.zeros_like(atoms.p), torch.zeros_like(atoms.q)]
+    label_gradient = torch.zeros_like(atoms.p)
+    for i, kind in enumerate(kinds):
+        if kind == "label_cross_entropy":
+            weights = (noisy.float() - row_scalars[0][:, None]).exp() / row_scalars[4 + 2 * i][:, None]
+            at_label = torch.arange(noisy.shape[-1], device=noisy.device) == labels[:, None]
+            label_gradient = upstream[i][:, None] * (weights - at_label.float())
+            continue
+        for side, partial in enumerate(partials(kind, atoms, beta, skew, False)):
+            probability, taken_off = (atoms.p, atoms.q)[side], row_scalars[4 + 2 * i + side][:, None]
+            totals[side] = totals[side] + upstream[i][:, None] * (partial - probability * taken_off)
+    return tuple(
+        torch.where(mask[:, None], total / temperature[:, None] + extra, 0).to(noisy.dtype) if needed else None
+        for total, extra, needed in zip(totals, (label_gradient, 0), (needs_noisy, needs_clean), strict=True)
+    )
+
+
+def _top_k_union(noisy: Tensor, clean: Tensor, mask: Tensor, temperature: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    indices, valid = topk.union_of_top_k(noisy, clean, k)
+    sides = []
+    for side in (noisy, clean):
+        first = topk.top_k_indices(side, k)
+        last = first[:, -1:]
+        parts = []
+        for part in (side.float(), side.float().scatter(-1, first, -torch.inf)):
+            maximum = part.amax(-1)
+            parts += [maximum, ((part - maximum[:, None]) / temperature[:, None]).exp().sum(-1)]
+        sides.append(torch.stack([*parts, side.gather(-1, last).squeeze(-1).float(), last.squeeze(-1).float()]))
+    return torch.where(valid & mask[:, None], indices, -1).int(), torch.stack(sides)
+
+
+def _divergence_topk_forward(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor,
+    temperature: Tensor,
+    k: int,
+    support: str,
+    kinds: Sequence[str],
+    beta: float,
+    skew: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    union, masses = _top_k_union(noisy, clean, mask, temperature, k)
+    indices, valid = topk.unpack_union(union)
+    settings = divergence_rows.Settings(tuple(kinds), support, beta, skew)
+    inverse_temperature = 1 / temperature[:, None]
+    values = divergence_rows.forward_rows(noisy, clean, inverse_temperature, settings, indices, valid)
+    sides = [divergence_rows._side(side, inverse_temperature, torch.float32) for side in (noisy, clean)]
+    atoms, *inside = divergence_rows._atoms(*sides, inverse_temperature, settings, indices, valid)
+    scalars = [masses[0, 0], inside[0].sum[:, 0], masses[1, 0], inside[1].sum[:, 0]]
+    for side, (_, _, largest, *_) in zip((noisy, clean), masses, strict=True):
+        outside = side.float().scatter(-1, indices, -torch.inf)
+        weights = ((outside - largest[:, None]) / temperature[:, None]).exp().sum(-1)
+        scalars += [largest, weights] if support == "tail" else [torch.zeros_like(weights)] * 2
+    for kind in kinds:
+        both = partials(kind, atoms, beta, skew, support == "truncate")
+        for probability, partial in zip((atoms.p, atoms.q), both, strict=True):
+            total = partial.sum(-1)
+            at_tail = partial[:, -1] - probability[:, -1] * total
+            scalars.append({"truncate": -total, "renormalize": torch.zeros_like(total), "tail": at_tail}[support])
+    return torch.where(mask, values, 0), union, torch.where(mask, torch.stack(scalars), 0)
+
+
+def _divergence_topk_backward(
+    noisy: Tensor,
+    clean: Tensor,
+    mask: Tensor,
+    temperature: Tensor,
+    upstream: Tensor,
+    union: Tensor,
+    row_scalars: Tensor,
+    support: str,
+    kinds: Sequence[str],
+    beta: float,
+    skew: float,
+    *needs: bool,
+) -> tuple[Tensor | None, ...]:
+    indices, valid = topk.unpack_union(union)
+    settings = divergence_rows.Settings(tuple(kinds), support, beta, skew)
+    arguments = (noisy, clean, 1 / temperature[:, None], settings, indices, valid, upstream, needs)
+    gradients = []
+    for i, (side, gradient) in enumerate(zip((noisy, clean), divergence_rows.backward_rows(*arguments), strict=True)):
+        if gradient is None:
+            gradients.append(None)
+            continue
+        inside = torch.zeros_like(gradient, dtype=torch.bool).scatter(-1, indices, True)
+        # Outside the support the kernel multiplies what forward kept, which in these cases is arbitrary.
+        first = 2 * i + (4 if support == "tail" else 0)
+        largest, total = row_scalars[first][:, None], row_scalars[first + 1][:, None]
+        rate = (upstream * row_scalars[8 + i :: 2]).sum(0)[:, None] / temperature[:, None]
+        outside = ((side.float() - largest) / temperature[:, None]).exp() / total * rate
+        outside = torch.zeros_like(outside) if support == "renormalize" else outside
+        gradient = torch.where(inside, gradient, outside)
+        gradients.append(torch.where(mask[:, None], gradient, 0).to(side.dtype))
+    return tuple(gradients)
+
+
+def _noise_forward(
+    input: Tensor, mean: Tensor, std: Tensor, seed: Tensor, offset: int, *masks_and_bounds: Any
+) -> Tensor:
+    eps = _standard_normal(seed, input.shape, offset, torch.float32)
+    return noise.reference(input, mean, std, eps, *masks_and_bounds)
+
+
+def _noise_backward(
+    upstream: Tensor, input: Tensor, mean: Tensor, std: Tensor, seed: Tensor, offset: int, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    eps = _standard_normal(seed, input.shape, offset, torch.float32)
+    *masks_and_bounds, needs_input, needs_mean, needs_std = rest
+    gradients = noise._box_gradients(upstream, input, mean, std, eps, *masks_and_bounds)
+    needs = zip((input, mean, std), gradients, (needs_input, needs_mean, needs_std), strict=True)
+    return tuple(one.sum_to_size(like.shape).to(like.dtype) if needed else None for like, one, needed in needs)
+
+
+def _standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype) -> Tensor:
+    count = math.prod(shape)
+    return philox.normals(offset, count // 4 + 1, philox.round_keys(seed))[:count].view(shape).to(dtype)
+
+
+# What torch.compile is given for each function that cases launch: the PyTorch implementation of the same result.
+BASELINES: dict[str, Callable[..., Any]] = {
+    "hidden_forward": _hidden_forward,
+    "hidden_backward": _hidden_backward,
+    "lse_pair": lambda *arguments: torch.stack(_lse_pair(*arguments)),
+    "divergence_forward": _divergence_forward,
+    "divergence_backward": _divergence_backward,
+    "top_k_union": _top_k_union,
+    "divergence_topk_forward": _divergence_topk_forward,
+    "divergence_topk_backward": _divergence_topk_backward,
+    "noise_forward": _noise_forward,
+    "noise_backward": _noise_backward,
+    "standard_normal": _standard_normal,
+}

@@ -1,0 +1,94 @@
+"""Device code of the noise stream: Philox4x32-10 and Box-Muller by polynomials, as ``sgfast.ops.philox`` defines them.
+
+The words are the stream's, bit for bit. The normals take the same polynomials in the same order; a GPU contracts
+a·b + c, divides within 2 ulp and takes roots within 1, which the stated error of the stream allows for.
+"""
+
+import triton
+import triton.language as tl
+
+MULTIPLIER_0, MULTIPLIER_1 = tl.constexpr(0xD2511F53), tl.constexpr(0xCD9E8D57)
+KEY_INCREMENT_0, KEY_INCREMENT_1 = tl.constexpr(0x9E3779B9), tl.constexpr(0xBB67AE85)
+SIGN = tl.constexpr(0x80000000)
+
+
+@triton.jit
+def philox(c0, c1, c2, c3, seed):
+    """Philox4x32-10 of four uint32 counter words under the key of an int64 seed: four uint32 words."""
+    k0, k1 = seed.to(tl.uint32), (seed >> 32).to(tl.uint32)
+    for _ in tl.static_range(10):
+        # Both halves of a product come out of one 64-bit multiplication.
+        product_0, product_1 = c0.to(tl.uint64) * MULTIPLIER_0, c2.to(tl.uint64) * MULTIPLIER_1
+        c0, c1 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0, product_1.to(tl.uint32)
+        c2, c3 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1, product_0.to(tl.uint32)
+        k0 = tl.add(k0, KEY_INCREMENT_0, sanitize_overflow=False)
+        k1 = tl.add(k1, KEY_INCREMENT_1, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def words(counter, seed):
+    """The four words of int64 counters."""
+    low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
+    zero = tl.zeros_like(low)
+    return philox(low, high, zero, zero, seed)
+
+
+@triton.jit
+def radius(word):
+    """√(−2 ln((word + 1)/2³²)) of uint32 words."""
+    # The last word + 1 does not fit; the word itself rounds to the same 2³².
+    rounded = (tl.minimum(word, 0xFFFFFFFE) + 1).to(tl.float32)
+    bits = rounded.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F3504F3) >> 23
+    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    below_one = (word ^ 0xFFFFFFFF).to(tl.float32) * -2.3283064365386963e-10
+    s = tl.where(exponent == 32, below_one, mantissa - 1.0)
+    q = s / (s + 2.0)
+    z = q * q
+    tail = ((z * 0.29871728 + 0.39977542) * z + 0.66666776) * z
+    e = (exponent - 32).to(tl.float32)
+    logarithm = e * 0.693145751953125 + (e * 1.4286068203e-06 + (tail + 2.0) * q)
+    return tl.sqrt(logarithm * -2.0)
+
+
+@triton.jit
+def cosine_and_sine(word):
+    """Cos and sin of 2π·word/2³² of uint32 words."""
+    # Without its two upper bits, and with the next as sign, the word is the distance to the nearest quarter turn.
+    t = (word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10
+    z = t * t
+    sine = (((z * -3.58772584e-05 + 0.00248987197) * z - 0.0807453673) * z - 0.2146018475) * t + t
+    cosine = (((z * 3.53133465e-06 - 0.000325942008) * z + 0.0158543278) * z - 0.308425136) * z + 1.0
+    # The upper bits of this are the number of that quarter turn, modulo 4.
+    quarter = tl.add(word, 0x20000000, sanitize_overflow=False)
+    odd = (quarter & 0x40000000) != 0
+    # Quarters 1 and 2 have a negative cosine, 2 and 3 a negative sine.
+    cosine_sign = tl.add(quarter, 0x40000000, sanitize_overflow=False) & SIGN
+    return _signed(tl.where(odd, sine, cosine), cosine_sign), _signed(tl.where(odd, cosine, sine), quarter & SIGN)
+
+
+@triton.jit
+def _signed(value, sign):
+    return (value.to(tl.uint32, bitcast=True) ^ sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def grouped_normals(counter, seed, BN: tl.constexpr, BD: tl.constexpr):
+    """The four draws of each int64 counter, side by side: [BN, BD // 4] → [BN, BD]."""
+    w0, w1, w2, w3 = words(counter, seed)
+    radius_0, radius_1 = radius(w0), radius(w2)
+    cosine_0, sine_0 = cosine_and_sine(w1)
+    cosine_1, sine_1 = cosine_and_sine(w3)
+    first = tl.join(radius_0 * cosine_0, radius_1 * cosine_1)
+    second = tl.join(radius_0 * sine_0, radius_1 * sine_1)
+    return tl.reshape(tl.join(first, second), [BN, BD])
+
+
+@triton.jit
+def single_normals(index, offset, seed):
+    """The draws of int64 element numbers that need not begin at a multiple of four: four times the words."""
+    w0, w1, w2, w3 = words((index >> 2) + offset, seed)
+    second_pair = (index & 2) != 0
+    cosine, sine = cosine_and_sine(tl.where(second_pair, w3, w1))
+    return radius(tl.where(second_pair, w2, w0)) * tl.where((index & 1) != 0, sine, cosine)

@@ -1,0 +1,51 @@
+"""``sgfast voronoi``: the length scale of an embedding table."""
+
+import json
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sgfast.huggingface.assets import PACKAGED_MODEL, load_causal_lm
+from sgfast.metrics.voronoi import percentile_of, voronoi_l2_distances
+
+_CONTEXT = (0, 1, 5, 25, 50, 75, 95, 100)
+
+
+def run_voronoi(*, model: str | None, percentile: float, half: bool, as_json: bool) -> None:
+    """Print the percentile among others: a table for people, one line of JSON for machines. Progress goes to stderr."""
+    progress_console, name = Console(stderr=True), model or PACKAGED_MODEL
+    progress_console.print(f"loading {name}", highlight=False)
+    weight = load_causal_lm(model)[0].get_input_embeddings().weight
+    columns = (TextColumn("nearest tokens"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=progress_console) as progress:
+        task = progress.add_task("", total=weight.shape[0])
+        distances = voronoi_l2_distances(
+            weight, half, on_progress=lambda done, total: progress.update(task, completed=done, total=total)
+        )
+    value = percentile_of(distances, percentile)
+    if as_json:
+        result = {
+            "model": name,
+            "percentile": percentile,
+            "half": half,
+            "voronoi_l2_distance": value,
+            "rows": weight.shape[0],
+            "distinct_nonzero_rows": distances.numel(),
+        }
+        print(json.dumps(result))
+        return
+    table = Table(title=f"{'half the ' if half else ''}distance to the nearest other embedding", title_justify="left")
+    table.add_column("percentile", justify="right")
+    table.add_column("L2", justify="right")
+    for one in sorted({*_CONTEXT, percentile}):
+        style = "bold" if one == percentile else None
+        table.add_row(f"{one:g}", f"{percentile_of(distances, one):.6g}", style=style)
+    console = Console()
+    console.print(table)
+    dropped = weight.shape[0] - distances.numel()
+    console.print(
+        f"{distances.numel()} embeddings of {name} ({dropped} more are zero or equal to another); "
+        f"percentile {percentile:g}: {value:.9g}",
+        highlight=False,
+    )

@@ -1,0 +1,225 @@
+r"""Divergences between the next-token distributions of two sets of logits, one function each.
+
+With p = softmax(noisy_logits / temperature), the noisy model or student, and q = softmax(clean_logits / temperature),
+the clean model or teacher, every function returns one value in nats per position, differentiable with respect to both
+sides, in float32 (float64 for float64 logits) whatever the inputs' dtype or autocast says. Nothing per logit is kept
+for backward. Several kinds from one read of the logits: `sgfast.ops.divergences`. A loss to train with:
+`sgfast.loss.DivergenceLoss`.
+
+All functions take the same arguments:
+
+``noisy_logits``, ``clean_logits``
+    (..., V), float32, bfloat16, float16 or float64; ``-inf`` is legal; row-strided views are read in place.
+``support_mask``
+    bool, (..., V) or broadcastable to it, such as `sgfast.metrics.get_top_k_support_mask` returns: restricts the
+    divergence to its True entries, S, which are constant for the gradient. A position with no True entry gives 0.
+``top_k``
+    S is the union of both sides' top-k indices at each position. The same numbers as with the mask of
+    `get_top_k_support_mask(noisy_logits, clean_logits, top_k)`, without a mask as large as the logits and several
+    times faster. Not together with ``support_mask``.
+``support``
+    what the restriction means: ``truncate`` sums the full distributions' terms in S; ``renormalize`` takes the softmax
+    over S on both sides; ``tail`` adds one atom that holds the rest of the mass. No effect without a restriction.
+``mask``
+    (...), nonzero = selected. Other positions are not read, give 0 and get zero gradient.
+``temperature``
+    a positive number or a tensor of shape (...), without a factor T².
+``impl``
+    see `sgfast.ops.dispatch`; a ``support_mask`` runs in PyTorch only.
+
+Errors are those of `sgfast.ops.divergences`; ValueError also for ``support_mask`` together with ``top_k``.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from sgfast.ops.dispatch import Implementation
+from sgfast.ops.divergence import divergences
+from sgfast.ops.divergence_masked import masked_divergence
+from sgfast.ops.divergence_options import Support
+
+
+def jeffreys_divergence(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor | None = None,
+    *,
+    top_k: int | None = None,
+    support: Support = "truncate",
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    impl: Implementation | None = None,
+) -> Tensor:
+    """KL(p‖q) + KL(q‖p) = Σ (p − q)(log p − log q): the sum of both directions, not their mean.
+
+    Example:
+        >>> import torch
+        >>> noisy, clean = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]).log1p()
+        >>> jeffreys_divergence(noisy, clean)
+        tensor([0.4159])
+    """
+    return _divergence(
+        "jeffreys",
+        noisy_logits,
+        clean_logits,
+        support_mask,
+        top_k,
+        support=support,
+        mask=mask,
+        temperature=temperature,
+        impl=impl,
+    )
+
+
+jefferys_divergence = jeffreys_divergence  # the documented spelling
+
+
+def jensen_shannon_divergence(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor | None = None,
+    *,
+    top_k: int | None = None,
+    support: Support = "truncate",
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    beta: float = 0.5,
+    impl: Implementation | None = None,
+) -> Tensor:
+    """beta·KL(q‖m) + (1−beta)·KL(p‖m) with m = beta·q + (1−beta)·p; symmetric and at most ln 2 at beta = 0.5.
+
+    With 0 < beta < 1 it is the generalised Jensen–Shannon divergence of GKD (Agarwal et al. 2024).
+    """
+    return _divergence(
+        "jensen_shannon",
+        noisy_logits,
+        clean_logits,
+        support_mask,
+        top_k,
+        support=support,
+        mask=mask,
+        temperature=temperature,
+        beta=beta,
+        impl=impl,
+    )
+
+
+def total_variation(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor | None = None,
+    *,
+    top_k: int | None = None,
+    support: Support = "truncate",
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    impl: Implementation | None = None,
+) -> Tensor:
+    """½ Σ |p − q|, between 0 and 1; where p = q the subgradient is 0."""
+    return _divergence(
+        "total_variation",
+        noisy_logits,
+        clean_logits,
+        support_mask,
+        top_k,
+        support=support,
+        mask=mask,
+        temperature=temperature,
+        impl=impl,
+    )
+
+
+def squared_hellinger_distance(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor | None = None,
+    *,
+    top_k: int | None = None,
+    support: Support = "truncate",
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    impl: Implementation | None = None,
+) -> Tensor:
+    """½ Σ (√p − √q)² = 1 − Σ √(pq) over the whole vocabulary, between 0 and 1."""
+    return _divergence(
+        "squared_hellinger",
+        noisy_logits,
+        clean_logits,
+        support_mask,
+        top_k,
+        support=support,
+        mask=mask,
+        temperature=temperature,
+        impl=impl,
+    )
+
+
+def kl_divergence(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor | None = None,
+    *,
+    reverse: bool = False,
+    top_k: int | None = None,
+    support: Support = "truncate",
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    impl: Implementation | None = None,
+) -> Tensor:
+    """KL(q‖p) = Σ q (log q − log p), clean from noisy: what distillation calls forward KL.
+
+    ``reverse=True`` gives KL(p‖q). It is ``F.kl_div(p.log(), q, reduction="none").sum(-1)``. Under ``truncate`` it may
+    be negative; ``tail`` is a true divergence.
+    """
+    return _divergence(
+        "reverse_kl" if reverse else "forward_kl",
+        noisy_logits,
+        clean_logits,
+        support_mask,
+        top_k,
+        support=support,
+        mask=mask,
+        temperature=temperature,
+        impl=impl,
+    )
+
+
+def cross_entropy(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor | None = None,
+    *,
+    top_k: int | None = None,
+    support: Support = "truncate",
+    mask: Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    impl: Implementation | None = None,
+) -> Tensor:
+    """− Σ q log p, with the clean distribution as soft labels: KL(q‖p) + H(q), so H(q) at equal logits."""
+    return _divergence(
+        "cross_entropy",
+        noisy_logits,
+        clean_logits,
+        support_mask,
+        top_k,
+        support=support,
+        mask=mask,
+        temperature=temperature,
+        impl=impl,
+    )
+
+
+def _divergence(
+    kind: str,
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor | None,
+    top_k: int | None,
+    **options: Any,
+) -> Tensor:
+    if support_mask is None:
+        return divergences(noisy_logits, clean_logits, kind, top_k=top_k, **options)[kind]
+    if top_k is not None:
+        raise ValueError(f"support_mask and top_k both choose the support: give one of them; got top_k={top_k}")
+    return masked_divergence(noisy_logits, clean_logits, support_mask, kind, **options)

@@ -1,0 +1,38 @@
+"""Checks at the presets' doors, and means that stay finite: sizes are compared, never broadcast."""
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import rows, validation
+
+
+def check_mask(mask: Tensor | None, shape: torch.Size, like_name: str, *states: Tensor) -> None:
+    """Check an inputs mask against the (batch, length) of what it masks."""
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor or None; got {type(mask).__name__}")
+    if mask.shape != shape:
+        raise ValueError(f"mask must have shape {tuple(shape)} for this {like_name}; got {tuple(mask.shape)}")
+    for state in states:
+        validation.check_device("mask", mask, like_name, state)
+
+
+def mask_weights(mask: Tensor, *states: Tensor) -> Tensor:
+    """The mask as weights in the arithmetic's dtype: counts of tokens do not fit half precision."""
+    return mask.to(rows.compute_dtype(*states)).contiguous()
+
+
+def over(total: Tensor, count: Tensor) -> Tensor:
+    """Return total / count, and 0 · total where nothing was counted: a value and gradients of exactly 0."""
+    return total / torch.where(count == 0, 1, count)
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean; 0 for no values."""
+    return values.sum() / max(values.numel(), 1)
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of the values where the mask is not zero; elsewhere they must be 0. An empty selection gives 0."""
+    return mean(values) if mask is None else over(values.sum(), (mask != 0).sum())

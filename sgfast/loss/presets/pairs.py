@@ -1,0 +1,89 @@
+"""Losses between the Gram matrices of two layers, ``f([S_0, S_1], [T_0, T_1], mask=None)``, as TextBrewer has them.
+
+Computed in float32 (float64 if a tensor is) without a Gram matrix ever being held (`sgfast.loss.presets.gram`).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sgfast.loss.presets.checks import check_mask, mask_weights, over
+from sgfast.loss.presets.gram import gram_distance
+from sgfast.ops import rows, validation
+
+
+def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Mean squared difference of feature Gram matrices: mean over B, D, D' of (S_0ᵀS_1 − T_0ᵀT_1)² / l².
+
+    l is L, or Σ m of the sample with a mask, which multiplies both layers (a fractional one enters squared). A sample
+    of nothing but masked positions gives 0 (TextBrewer gives NaN for the whole batch). A variant of Yim et al. 2017.
+
+    Args:
+        state_S: two layers, (B, L, D) and (B, L, D').
+        state_T: two layers of the same shapes. Gradients reach both sides.
+        mask: (B, L), nonzero = a real token.
+
+    Returns:
+        A scalar, float32 or float64.
+
+    Raises:
+        TypeError: an argument's type.
+        ValueError: not two layers, or ranks or sizes that do not fit.
+    """
+    layers = _check("fsp", state_S, state_T, mask)
+    for name, student, teacher in (("0", *layers[::2]), ("1", *layers[1::2])):
+        validation.check_pair(f"state_S[{name}]", student, f"state_T[{name}]", teacher)
+    first = layers[0]
+    if mask is None:
+        weights = first.new_full(first.shape[:2], 1 / max(first.shape[1], 1), dtype=rows.compute_dtype(*layers))
+    else:
+        weights = mask_weights(mask, *layers)
+        weights = over(weights.square(), weights.sum(1, keepdim=True))
+    entries = max(first.shape[0], 1) * first.shape[2] * layers[1].shape[2]
+    return gram_distance(*layers, weights, "features").sum() / entries
+
+
+def mmd_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Squared difference of the positions' Gram matrices, G = S_0 S_1ᵀ / D_S − T_0 T_1ᵀ / D_T.
+
+    Without a mask the mean of G²; with one Σ m_i m_j G_ij² / Σ_b (Σ_i m_i)². (The release on PyPI divides masked Gram
+    matrices by L in place of D, which TextBrewer's author has called a mistake.) A variant of Huang and Wang 2017.
+
+    Args:
+        state_S: two layers (B, L, D_S).
+        state_T: two layers (B, L, D_T). Gradients reach both sides.
+        mask: (B, L), nonzero = a real token; fractional masks weigh.
+
+    Returns:
+        A scalar, float32 or float64.
+
+    Raises:
+        TypeError: an argument's type.
+        ValueError: not two layers, or ranks or sizes that do not fit.
+    """
+    layers = _check("nst", state_S, state_T, mask)
+    for name, pair in (("state_S", layers[:2]), ("state_T", layers[2:])):
+        validation.check_pair(f"{name}[0]", pair[0], f"{name}[1]", pair[1])
+    weights = layers[0].new_ones(layers[0].shape[:2], dtype=rows.compute_dtype(*layers))
+    if mask is not None:
+        weights = mask_weights(mask, *layers)
+    return over(gram_distance(*layers, weights, "positions").sum(), weights.sum(1).square().sum())
+
+
+def _check(
+    loss: str, state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    for name, states in (("state_S", state_S), ("state_T", state_T)):
+        if isinstance(states, Tensor) or len(states) != 2:
+            got = f"a tensor of shape {tuple(states.shape)}" if isinstance(states, Tensor) else f"{len(states)} layers"
+            raise ValueError(f"{loss} needs {name} as a list of two layers; got {got}")
+        for index, state in enumerate(states):
+            validation.check_floating(f"{name}[{index}]", state)
+            if state.dim() != 3 or state.shape[:2] != state_S[0].shape[:2] or 0 in state.shape[2:]:
+                raise ValueError(
+                    f"{loss} needs every layer of shape (B, L, D) with one B and L; "
+                    f"{name}[{index}] has {tuple(state.shape)}, state_S[0] {tuple(state_S[0].shape)}"
+                )
+            validation.check_device(f"{name}[{index}]", state, "state_S[0]", state_S[0])
+    check_mask(mask, state_S[0].shape[:2], "state_S", state_S[0])
+    return state_S[0], state_S[1], state_T[0], state_T[1]

@@ -1,0 +1,32 @@
+"""Forward hooks that belong to the model that registered them, not to the module they are registered on."""
+
+import weakref
+from typing import Any
+
+from torch import nn
+
+
+class Hook:
+    """A forward hook that neither keeps its owner alive nor follows the hooked module into copies and pickles."""
+
+    def __init__(self, owner: nn.Module, method: str, *arguments: Any) -> None:
+        self.owner: weakref.ref[nn.Module] | None = weakref.ref(owner)
+        self.method = method
+        self.arguments = arguments
+
+    def __call__(self, *inputs_and_output: Any) -> Any:
+        """Call the owner's method; None, which changes nothing, when there is no owner any more."""
+        owner = self.owner() if self.owner is not None else None
+        return getattr(owner, self.method)(*self.arguments, *inputs_and_output) if owner is not None else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"owner": None, "method": self.method, "arguments": self.arguments}
+
+
+def hook_forward(owner: nn.Module, module: nn.Module, method: str, *arguments: Any) -> None:
+    """Call ``owner.method(*arguments, module, inputs, output)`` after every forward of ``module``, while owner lives.
+
+    Hook once, at construction: torch.compile does not see hooks that come later.
+    """
+    handle = module.register_forward_hook(Hook(owner, method, *arguments))
+    weakref.finalize(owner, handle.remove)

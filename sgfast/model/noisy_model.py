@@ -1,0 +1,383 @@
+"""Any module under a noise layer: its input, or the output of one of its layers, is transformed on the way."""
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sgfast.model.noise_loss import (
+    AdaptiveAlpha,
+    check_interpolation,
+    check_loss_function,
+    interpolate,
+    negative_log_mean,
+    scalar_loss,
+)
+from sgfast.model.output import NoisyModelOutput
+from sgfast.noise_layer.arguments import check_input_shape, check_log_scale, check_real
+from sgfast.noise_layer.base import BaseNoiseLayer
+
+# The noisy models whose forwards or noise_disabled blocks are running, the innermost last.
+_running: list["NoisyModel"] = []
+
+
+class NoisyModel(nn.Module):
+    """A frozen base model that computes on transformed values.
+
+    The noise layer is applied by a hook, so at every forward of the base model, a direct call of ``base_model``
+    included: use `noise_disabled` to run it clean. Of several noisy models over one base, each one's forward applies
+    its own noise layer alone. A noisy model that is gone leaves the base clean. One thread at a time may use a noisy
+    model and its base.
+
+    The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``: its dropout is
+    off and its batch statistics do not change.
+
+    Both documented calls work: a class is the noise layer's, an instance is the base model.
+
+        NoisyModel(CloakNoiseLayerOneShot, base_model, percent_to_mask=0.6)
+        NoisyModel(base_model, noise_layer_class=CloakNoiseLayerOneShot, percent_to_mask=0.6)
+
+    Args:
+        layer_and_base: ``noise_layer_class`` and ``base_model``, in either order.
+        noise_layer_class: a class of `BaseNoiseLayer`.
+        base_model: any module.
+        target_layer: path of a module in the base whose output is transformed (of a tuple, its first element).
+        target_parameter: name of the argument of the base's forward that is transformed; without it and
+            ``target_layer``, the first one.
+        input_shape: (batch, *features) of what is transformed, for noise layers that take it; None to take the shape
+            from the first forward (which must then come before DistributedDataParallel).
+        noise_layer_kwargs: what ``noise_layer_class`` takes besides. The noise layer is put on the base's device.
+
+    Raises:
+        TypeError: a noise layer class or a base model is missing, given twice, or something else.
+        ValueError: the base has no such layer or argument, or both targets are given.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> from sgfast.noise_layer import CloakNoiseLayer1
+        >>> noisy_model = NoisyModel(CloakNoiseLayer1, nn.Conv2d(3, 4, kernel_size=2), target_parameter="input")
+        >>> output = noisy_model(torch.ones(4, 3, 2, 2), noise_mask=torch.eye(2))
+        >>> output.base_model_output.shape, output.std.shape
+        (torch.Size([4, 4, 1, 1]), torch.Size([3, 2, 2]))
+    """
+
+    noise_layer: BaseNoiseLayer
+    base_model: nn.Module
+    adaptive_alpha: AdaptiveAlpha | None
+
+    def __init__(
+        self,
+        *layer_and_base: type[BaseNoiseLayer] | nn.Module,
+        noise_layer_class: type[BaseNoiseLayer] | None = None,
+        base_model: nn.Module | None = None,
+        target_layer: str | None = None,
+        target_parameter: str | None = None,
+        input_shape: tuple[int, ...] | None = None,
+        **noise_layer_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        layer_class, base = _tell_apart(layer_and_base, noise_layer_class, base_model)
+        if target_layer is not None and target_parameter is not None:
+            raise ValueError(
+                f"give target_layer or target_parameter, not both; got {target_layer!r} and {target_parameter!r}"
+            )
+        self.target_layer = target_layer
+        self.target_parameter = target_parameter
+        self._argument = _Argument(None, None) if target_layer is not None else _argument_of(base, target_parameter)
+        target = base if target_layer is None else _submodule(base, target_layer)
+        shape = check_input_shape(input_shape)
+        if shape is not None and "input_shape" in inspect.signature(layer_class).parameters:
+            noise_layer_kwargs["input_shape"] = shape
+        self.base_model = base.requires_grad_(False).eval()
+        noise_layer = layer_class(**noise_layer_kwargs)
+        device = next((parameter.device for parameter in base.parameters()), None)
+        self.noise_layer = noise_layer if device is None else noise_layer.to(device=device)
+        self.adaptive_alpha = None
+        self._layer_arguments = frozenset(inspect.signature(noise_layer.estimate).parameters)
+        self._forget()
+        self._register_hook(target)
+
+    def _forget(self) -> None:
+        self._noise_mask: Tensor | None = None
+        self._arguments_for_layer: dict[str, Any] = {}
+        self.applied: Applied | None = None
+        self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+
+    def _register_hook(self, target: nn.Module) -> None:
+        """Hook the target for as long as this model lives."""
+        if self.target_layer is None:
+            handle = target.register_forward_pre_hook(_Hook(self, "_transform_argument"), with_kwargs=True)
+        else:
+            handle = target.register_forward_hook(_Hook(self, "_transform_output"))
+        weakref.finalize(self, handle.remove)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles begin without the last forward."""
+        forgotten: dict[str, Any] = {
+            "_noise_mask": None,
+            "_arguments_for_layer": {},
+            "applied": None,
+            "_last_call": None,
+        }
+        return dict(self.__dict__) | forgotten
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Hook the copied base model anew: the hook that came with it is dead."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._register_hook(
+            self.base_model if self.target_layer is None else self.base_model.get_submodule(self.target_layer)
+        )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
+        """Make room for a state saved after `noise_loss_wrapper` had made some."""
+        if self.adaptive_alpha is None and any(name.startswith(f"{prefix}adaptive_alpha.") for name in state_dict):
+            self.adaptive_alpha = AdaptiveAlpha()
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def train(self, mode: bool = True) -> "NoisyModel":
+        """Set the noise layer's mode; the frozen base stays in eval mode."""
+        super().train(mode)
+        self.base_model.eval()
+        return self
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay would erase; see `sgfast.noise_layer.parameter_groups`."""
+        return {f"noise_layer.{name}" for name in self.noise_layer.no_weight_decay()}
+
+    @contextmanager
+    def noise_disabled(self) -> Iterator[None]:
+        """Run the base model on clean values inside the block, called through this model or directly."""
+        _running.append(self)  # so that no other noisy model over this base transforms a direct call
+        try:
+            with self.noise_layer.disabled():
+                yield
+        finally:
+            _running.remove(self)
+
+    def forward(self, *args: Any, noise_mask: Tensor | None = None, **kwargs: Any) -> NoisyModelOutput:
+        """Run the base model with the transform.
+
+        Args:
+            args: the base model's arguments.
+            noise_mask: nonzero = transform; of the leading dimensions of what is transformed, or broadcastable to it.
+                None transforms everything.
+            kwargs: the base model's keyword arguments. An argument that the noise layer estimates with too (an
+                ``attention_mask``, say) is passed on to it.
+
+        Raises:
+            ValueError: the target argument is not among the arguments; masks or inputs of another shape.
+            TypeError: what is to be transformed is not a floating tensor.
+            RuntimeError: the base model's forward did not run ``target_layer``.
+        """
+        self._forget()
+        if self.training and self.adaptive_alpha is not None and self.adaptive_alpha.measuring:
+            self._last_call = (args, kwargs)
+        self._noise_mask = noise_mask
+        self._arguments_for_layer = {name: kwargs[name] for name in kwargs if name in self._layer_arguments}
+        _running.append(self)
+        try:
+            base_model_output = self.base_model(*args, **kwargs)
+        finally:
+            _running.pop()
+            self._noise_mask, self._arguments_for_layer = None, {}
+        layer, applied = self.noise_layer, self.applied
+        if layer.enabled and applied is None:
+            raise RuntimeError(f"target_layer {self.target_layer!r} did not run: nothing was transformed")
+        return NoisyModelOutput(
+            base_model_output=base_model_output,
+            input=layer.input if applied is not None else None,
+            transformed=layer.output if applied is not None else None,
+            mean=layer.mean if applied is not None else None,
+            std=applied.std if applied is not None else None,
+            mask=applied.mask if applied is not None else None,
+            noise_mask=noise_mask,
+        )
+
+    def noise_loss_wrapper(
+        self, base_loss: Callable[..., Tensor], alpha: float | None, *, tolerance: float = 0.1
+    ) -> Callable[..., dict[str, Tensor]]:
+        """Wrap a task's loss: ``(1 − alpha) · base_loss + alpha · noise_loss``, noise_loss = −log(mean sigma).
+
+        The mean is taken over transformed elements and their unsuppressed features.
+
+        Args:
+            base_loss: ``base_loss(base_model_output, *targets)`` gives a scalar.
+            alpha: in [0, 1]: 0 is all task, 1 all strength. None adapts it while training: it rises as long as the
+                base loss stays near that of the clean model (see `AdaptiveAlpha`), which is measured on the first ten
+                batches, by one more forward each. Its state is saved with this model, and shared by the losses that
+                adapt.
+            tolerance: for an alpha of None, how much base loss above the clean model's to aim at, in its units.
+
+        Returns:
+            ``loss(output, *targets)``, to be called with a `NoisyModelOutput` after the forward that gave it. It
+            returns ``composite_loss``, to call ``backward`` on, and for logging, detached, ``base_loss``,
+            ``noise_loss`` and ``alpha``.
+
+        Raises:
+            ValueError: alpha outside [0, 1], a tolerance that is not positive, a noise layer whose scale starts at 0.
+            TypeError: base_loss is not callable, alpha is no number; in a call, an output that is no NoisyModelOutput.
+            RuntimeError: in a call, noise was disabled in the forward.
+        """
+        check_loss_function("base_loss", base_loss)
+        check_log_scale(self.noise_layer.scale)
+        fixed_alpha = None if alpha is None else check_interpolation(alpha)
+        if not check_real("tolerance", tolerance) > 0:
+            raise ValueError(f"tolerance must be positive; got {tolerance}")
+        if fixed_alpha is None and self.adaptive_alpha is None:
+            self.adaptive_alpha = AdaptiveAlpha()
+
+        def loss(output: NoisyModelOutput, *targets: Any, **keywords: Any) -> dict[str, Tensor]:
+            if not isinstance(output, NoisyModelOutput):
+                raise TypeError(f"output must be what the noisy model returned; got {type(output).__name__}")
+            if output.std is None or output.input is None:
+                raise RuntimeError("the loss reads the transform, but noise was disabled in the forward")
+            task_loss = scalar_loss("base_loss", base_loss(output.base_model_output, *targets, **keywords))
+            noise_loss = negative_log_mean(output.std, output.mask, output.noise_mask, output.input.shape)
+            weight: float | Tensor
+            if fixed_alpha is None:
+                weight = self._adapted_alpha(task_loss, lambda clean: base_loss(clean, *targets, **keywords), tolerance)
+            else:
+                weight = fixed_alpha
+            self.noise_layer.release_graph()
+            return {
+                "composite_loss": interpolate(task_loss, noise_loss, weight),
+                "base_loss": task_loss.detach(),
+                "noise_loss": noise_loss.detach(),
+                "alpha": weight if isinstance(weight, Tensor) else task_loss.new_full((), weight),
+            }
+
+        return loss
+
+    def _adapted_alpha(self, task_loss: Tensor, clean_loss_of: Callable[[Any], Any], tolerance: float) -> Tensor:
+        """The alpha of this batch; while training, the next one follows from it."""
+        adaptive = self.adaptive_alpha
+        assert adaptive is not None  # the wrapper made it
+        last_call, self._last_call = self._last_call, None
+        if last_call is not None:
+            with torch.no_grad(), self._bypassed():
+                adaptive.measure(
+                    scalar_loss("base_loss", clean_loss_of(self.base_model(*last_call[0], **last_call[1])))
+                )
+        alpha: Tensor = adaptive().to(task_loss.device)
+        if self.training and torch.is_grad_enabled() and adaptive.measured:
+            adaptive.update(task_loss, tolerance)
+        return alpha
+
+    @contextmanager
+    def _bypassed(self) -> Iterator[None]:
+        """Run the base model clean, and leave what the noise layer remembers as it is."""
+        remembered = dict(self.noise_layer.__dict__)
+        try:
+            with self.noise_disabled():
+                yield
+        finally:
+            self.noise_layer.__dict__.update(remembered)
+
+    def _transform_argument(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        name, position = self._argument
+        if name is not None and name in kwargs:
+            return args, kwargs | {name: self._transform(kwargs[name])}
+        if position is None or position >= len(args):
+            raise ValueError(f"the base model was called without its argument {name!r}, which is to be transformed")
+        return (*args[:position], self._transform(args[position]), *args[position + 1 :]), kwargs
+
+    def _transform_output(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return self._transform(output)
+        return (self._transform(output[0]), *output[1:])
+
+    def _transform(self, input: Tensor) -> Tensor:
+        layer = self.noise_layer
+        transformed: Tensor = layer(input, self._noise_mask, **self._arguments_for_layer)
+        if layer.std is not None:  # None while the layer is disabled
+            self.applied = Applied(layer.std, layer.mask, self._noise_mask, input.shape)
+        return transformed
+
+
+class Applied(NamedTuple):
+    """What the noise layer did in the last forward, as far as losses read it; std with its graph."""
+
+    std: Tensor
+    mask: Tensor | None
+    noise_mask: Tensor | None
+    shape: torch.Size
+
+
+class _Argument(NamedTuple):
+    """How a call may give the transformed argument."""
+
+    name: str | None
+    position: int | None
+
+
+class _Hook:
+    """A hook that neither keeps its model alive nor follows the hooked module into copies and pickles."""
+
+    def __init__(self, model: NoisyModel, method: str) -> None:
+        self.model: weakref.ref[NoisyModel] | None = weakref.ref(model)
+        self.method = method
+
+    def __call__(self, *arguments: Any) -> Any:
+        model = self.model() if self.model is not None else None
+        if model is None or (_running and _running[-1] is not model):
+            return None
+        return getattr(model, self.method)(*arguments)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": None, "method": self.method}
+
+
+def _tell_apart(
+    positional: tuple[Any, ...], noise_layer_class: Any, base_model: Any
+) -> tuple[type[BaseNoiseLayer], nn.Module]:
+    """Sort the arguments of both documented calls by what they are."""
+    classes = [one for one in positional if isinstance(one, type)]
+    others = [one for one in positional if not isinstance(one, type)]
+    classes += [] if noise_layer_class is None else [noise_layer_class]
+    others += [] if base_model is None else [base_model]
+    if len(classes) != 1 or len(others) != 1:
+        raise TypeError(
+            f"NoisyModel takes one noise_layer_class and one base_model; got {len(classes)} classes and "
+            f"{len(others)} other arguments"
+        )
+    if not (isinstance(classes[0], type) and issubclass(classes[0], BaseNoiseLayer)):
+        raise TypeError(f"noise_layer_class must be a class of BaseNoiseLayer; got {classes[0]!r}")
+    if not isinstance(others[0], nn.Module):
+        raise TypeError(f"base_model must be a torch.nn.Module; got {type(others[0]).__name__}")
+    return classes[0], others[0]
+
+
+def _submodule(base_model: nn.Module, path: str) -> nn.Module:
+    if not isinstance(path, str):
+        raise TypeError(f"target_layer must be a str or None; got {type(path).__name__}")
+    try:
+        return base_model.get_submodule(path)
+    except AttributeError as error:
+        raise ValueError(f"base_model has no module {path!r} (target_layer)") from error
+
+
+def _argument_of(base_model: nn.Module, name: str | None) -> _Argument:
+    """Find an argument of the base's forward (the first one for None), so that a wrong name shows at once."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"target_parameter must be a str or None; got {type(name).__name__}")
+    parameters = inspect.signature(base_model.forward).parameters
+    if name is None:
+        first = next(iter(parameters.values()), None)
+        named = first is not None and first.kind is not inspect.Parameter.VAR_POSITIONAL
+        return _Argument(first.name if first is not None and named else None, 0)
+    if name in parameters:
+        by_position = parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY
+        return _Argument(name, list(parameters).index(name) if by_position else None)
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return _Argument(name, None)
+    raise ValueError(
+        f"target_parameter must be an argument of {type(base_model).__name__}.forward, one of "
+        f"{', '.join(parameters)}; got {name!r}"
+    )

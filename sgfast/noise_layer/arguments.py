@@ -1,0 +1,89 @@
+"""Checks of the arguments that noise layers have in common."""
+
+import math
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+Scale = tuple[float, float]
+ValueRange = tuple[float | None, float | None]
+
+
+def check_real(name: str, value: Any) -> float:
+    """Check for a number that is not NaN and return it as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    if math.isnan(value):
+        raise ValueError(f"{name} must be a number; got nan")
+    return float(value)
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Check for True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool; got {type(value).__name__}")
+    return value
+
+
+def check_count(name: str, value: Any) -> int:
+    """Check for an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1; got {value}")
+    return value
+
+
+def check_scale(scale: Any) -> Scale:
+    """Check ``(min, max)`` with 0 ≤ min < max, a pair of numbers or a tensor of two, and return it as floats."""
+    try:
+        bounds = [float(bound) for bound in scale]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"scale must be a pair of numbers, (min, max); got {scale!r}") from error
+    if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] < math.inf:
+        raise ValueError(f"scale must be (min, max) with 0 <= min < max; got {scale}")
+    return bounds[0], bounds[1]
+
+
+def check_log_scale(scale: Scale) -> None:
+    """Check that log sigma and 1/sigma are finite over a noise layer's scale."""
+    if not scale[0] > 0:
+        raise ValueError(f"a loss with log sigma needs a noise layer whose scale starts above 0; got {scale}")
+
+
+def check_value_range(value_range: Any) -> ValueRange | None:
+    """Check ``(low or None, high or None)`` with low ≤ high."""
+    if value_range is None:
+        return None
+    if not isinstance(value_range, Sequence) or isinstance(value_range, str):
+        raise TypeError(f"value_range must be (low or None, high or None), or None; got {type(value_range).__name__}")
+    if len(value_range) != 2:
+        raise ValueError(f"value_range must be (low or None, high or None); got {value_range}")
+    low, high = (None if bound is None else check_real("a bound of value_range", bound) for bound in value_range)
+    if low is not None and high is not None and not low <= high:
+        raise ValueError(f"value_range must have low <= high; got {value_range}")
+    return low, high
+
+
+def check_seed(seed: Any) -> int | None:
+    """Check for None or an int of 64 bits."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an int or None; got {type(seed).__name__}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be None or lie in [0, 2**64); got {seed}")
+    return seed
+
+
+def check_input_shape(input_shape: Any) -> tuple[int, ...] | None:
+    """Check a shape whose first dimension, the batch, may be anything (−1, say), and whose others are positive."""
+    if input_shape is None:
+        return None
+    if not isinstance(input_shape, Sequence) or not all(
+        isinstance(size, int) and not isinstance(size, bool) for size in input_shape
+    ):
+        raise TypeError(f"input_shape must be a tuple of ints, or None; got {input_shape!r}")
+    if len(input_shape) == 0 or not all(size > 0 for size in input_shape[1:]):
+        raise ValueError(
+            f"input_shape must be the batch dimension followed by positive sizes; got {tuple(input_shape)}"
+        )
+    return tuple(input_shape)

@@ -1,0 +1,77 @@
+"""What may be asked of a divergence, checked at the door: kinds, supports, mixtures, temperatures."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, rows, validation
+from sgfast.ops.divergence_rows import LABEL_KIND
+from sgfast.ops.divergence_terms import KINDS
+
+Support = Literal["truncate", "renormalize", "tail"]
+SUPPORTS = ("truncate", "renormalize", "tail")
+
+
+def check_options(
+    kinds: str | Sequence[str], support: str, beta: float, skew: float, impl: str | None, *, with_labels: bool = False
+) -> tuple[str, ...]:
+    """Check what is asked and return the kinds, each once; with hard labels, theirs last.
+
+    Raises:
+        ValueError: an unknown kind, support or implementation; a mixture's weight out of range.
+    """
+    names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    if not names and not with_labels:
+        raise ValueError(f"kinds must name at least one of {', '.join(KINDS)} (it may be empty only with labels)")
+    for name in names:
+        if name not in KINDS:
+            raise ValueError(f"kinds must be among {', '.join(KINDS)}; got {name!r}")
+    if support not in SUPPORTS:
+        raise ValueError(f"support must be one of {', '.join(SUPPORTS)}; got {support!r}")
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta must lie between 0 and 1, both excluded; got {beta}. "
+            "At the ends ask for the kinds forward_kl or reverse_kl instead"
+        )
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew must be at least 0 and less than 1; got {skew}")
+    dispatch.check_impl(impl)
+    return (*dict.fromkeys(names), *((LABEL_KIND,) if with_labels else ()))
+
+
+def check_labels(labels: Tensor | None, like_name: str, like: Tensor) -> Tensor | None:
+    """Check hard labels of the row shape of ``like`` and return them as int64."""
+    if labels is None:
+        return None
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor or None; got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers; got {labels.dtype}")
+    if labels.shape != like.shape[:-1]:
+        raise ValueError(f"labels must have the row shape {tuple(like.shape[:-1])}; got {tuple(labels.shape)}")
+    validation.check_device("labels", labels, like_name, like)
+    return labels.long()
+
+
+def check_temperature(temperature: float) -> None:
+    """Check a temperature given as a number."""
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+
+
+def row_temperature(temperature: float | Tensor, logits: Tensor) -> Tensor:
+    """The temperature as a tensor of the row shape; a number is expanded without memory."""
+    dtype = rows.compute_dtype(logits)
+    if isinstance(temperature, Tensor):
+        if temperature.requires_grad:
+            raise ValueError("temperature must not require a gradient: it is a constant of the divergence")
+        if temperature.shape not in (logits.shape[:-1], torch.Size([])):
+            raise ValueError(
+                f"temperature must be a number or have the row shape {tuple(logits.shape[:-1])}; "
+                f"got {tuple(temperature.shape)}"
+            )
+        return temperature.to(logits.device, dtype).expand(logits.shape[:-1])
+    check_temperature(temperature)
+    return torch.full((), temperature, dtype=dtype, device=logits.device).expand(logits.shape[:-1])

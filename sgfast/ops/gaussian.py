@@ -1,0 +1,401 @@
+r"""Kullback–Leibler divergences between all pairs of two sets of diagonal Gaussians, by matrix products.
+
+For N(m, diag σ²) with features f, over the set S_ij of features that a pair (i, j) has in common:
+
+    KL_ij = ½ Σ_{f ∈ S_ij} [ ln(σ_j²/σ_i²) + σ_i²/σ_j² + (m_i − m_j)²/σ_j² − 1 ]
+
+With x = m_i − c, y = m_j − c, ρ = 1/σ_j² (each 0 where masked) and any c, here the mean of both sets at that feature,
+
+    Σ (σ_i² + (x − y)²) ρ = (σ_i² + x²)·ρ + 1·(y² ρ) − 2 x·(y ρ)
+
+are inner products, so that no (A, B, T, D) tensor is ever made. They are taken in float64. Their rounding is at most
+(features + 8) 2⁻⁵² times the first two summands: nothing beside a KL of that size, but too much for two Gaussians that
+nearly agree 10⁵ σ from c. Pairs that this bound does not prove right to 10⁻⁶ relative or 10⁻⁷ nats a feature, and those
+that came out NaN, are summed again term by term: on a CPU all of them, on a GPU, where counting them would stop the
+queue, the A + B least certain ones. Negative results (rounding) become 0.
+
+Gradients, for upstream G, with R = G·ρ and Gᵀ·1, Gᵀ·x, Gᵀ·(σ_i² + x²) again matrix products:
+
+    ∂/∂m_i = x (G·ρ) − G·(y ρ)          ∂/∂σ_i = σ_i (G·ρ) − (G·1) / σ_i
+    ∂/∂m_j = ρ (y Gᵀ·1 − Gᵀ·x)          ∂/∂σ_j = (Gᵀ·1) / σ_j − (Gᵀ·(σ_i² + x²) − 2 y Gᵀ·x + y² Gᵀ·1) / σ_j³
+
+off by about 10⁻¹⁶ (|m − c| / σ)² of 1/σ. Backward keeps the inputs and nothing else. There is no Triton kernel: the
+time goes into float64 matrix products, which PyTorch hands to the vendor's library.
+
+Inputs (A, T, D) and (B, T, D) in float32, bfloat16, float16 or float64; results in float32 (float64 if an input is).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, rows, validation
+from sgfast.ops.autograd import double_backward
+
+DEFAULT_CHUNK_BYTES = 64 * 2**20
+# Bytes for a feature of a Gaussian on its way through the products, and for one of a pair that is summed term by term.
+_PRODUCT_BYTES = 96
+_DIRECT_BYTES = 96
+# What a pair's rounding may amount to before it is summed again.
+_RELATIVE, _PER_FEATURE = 1e-6, 1e-7
+
+# Means and stds (n, p, d), and what is used of them, (n, p) bool; a block is two of these.
+_Triple = tuple[Tensor, Tensor, Tensor]
+_Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+# Means, stds (n, T, D) and their mask as the caller gave them.
+_Side = tuple[Tensor, Tensor, Tensor | None]
+
+
+def _centred(block: _Block) -> _Block:
+    """Float64 means less a common center, stds, and weights; masked entries are replaced by 0, 1 and 0."""
+    mean_a, std_a, used_a, mean_b, std_b, used_b = block
+    # A position that no partner uses belongs to no pair.
+    used_a, used_b = used_a & used_b.any(0), used_b & used_a.any(0)
+    selected_a, selected_b = used_a[..., None], used_b[..., None]
+    x, y = (torch.where(on, m.to(torch.float64), 0) for on, m in ((selected_a, mean_a), (selected_b, mean_b)))
+    count = selected_a.sum(0) + selected_b.sum(0)
+    center = ((x.sum(0) + y.sum(0)) / count.clamp(min=1)).detach().nan_to_num(0, 0, 0)
+    return (
+        torch.where(selected_a, x - center, 0),
+        torch.where(selected_a, std_a.to(torch.float64), 1),
+        used_a.to(torch.float64),
+        torch.where(selected_b, y - center, 0),
+        torch.where(selected_b, std_b.to(torch.float64), 1),
+        used_b.to(torch.float64),
+    )
+
+
+def _weighted(block: _Block) -> tuple[Tensor, Tensor, Tensor]:
+    """σ_i² + x², ρ and y ρ of a centred block, 0 where masked."""
+    x, std_a, weight_a, y, std_b, weight_b = block
+    spread = (std_a.square() + x.square()) * weight_a[..., None]
+    precision = std_b.reciprocal().square() * weight_b[..., None]
+    return spread, precision, y * precision
+
+
+def _products(block: _Block) -> tuple[Tensor, Tensor, Tensor]:
+    """Of every pair, (A, B) in float64: 2 KL, what its rounding is measured against, and the positions in common."""
+    block = _centred(block)
+    x, std_a, weight_a, y, std_b, weight_b = block
+    spread, precision, product = _weighted(block)
+    magnitude = spread.flatten(1) @ precision.flatten(1).T + weight_a @ (y * product).sum(-1).T
+    positions = weight_a @ weight_b.T
+    logs = weight_a @ std_b.log().sum(-1).T - std_a.log().sum(-1) @ weight_b.T
+    twice = magnitude - 2 * (x.flatten(1) @ product.flatten(1).T) + 2 * logs - positions * x.shape[-1]
+    return twice, magnitude, positions
+
+
+def _gradients_of_products(block: _Block, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of Σ upstream · KL to means and stds, (A, p, d) and (B, p, d) in float64, 0 where masked."""
+    block = _centred(block)
+    x, std_a, weight_a, y, std_b, weight_b = block
+    spread, precision, product = _weighted(block)
+    selected_a, selected_b = weight_a[..., None] > 0, weight_b[..., None] > 0
+
+    def over_b(values: Tensor) -> Tensor:
+        return torch.where(selected_a, torch.tensordot(upstream, values, 1), 0)
+
+    def over_a(values: Tensor) -> Tensor:
+        return torch.where(selected_b, torch.tensordot(upstream.T, values, 1), 0)
+
+    of_precision = over_b(precision)
+    mean_a_gradient = x * of_precision - over_b(product)
+    std_a_gradient = std_a * of_precision - over_b(weight_b[..., None]) / std_a
+    of_x, of_one = over_a(x), over_a(weight_a[..., None])
+    mean_b_gradient = y * (of_one * precision) - of_x * precision
+    squares = over_a(spread) - 2 * y * of_x + y.square() * of_one
+    std_b_gradient = (of_one - squares * precision) / std_b
+    return mean_a_gradient, std_a_gradient, mean_b_gradient, std_b_gradient
+
+
+def reference(mean_a: Tensor, std_a: Tensor, mean_b: Tensor, std_b: Tensor, used: Tensor) -> Tensor:
+    """2 KL of paired Gaussians, term by term in float64: (n, p, d), used (n, p, 1) → (n,)."""
+    mean_a, std_a, mean_b, std_b = (one.to(torch.float64) for one in (mean_a, std_a, mean_b, std_b))
+    ratio = torch.where(used, std_a / std_b, 1)
+    shift = torch.where(used, (mean_a - mean_b) / std_b, 0)
+    return (ratio.square() - 1 - 2 * ratio.log() + shift.square()).sum((1, 2))
+
+
+def feature_chunks(like: Tensor, row_count: int, feature_bytes: int, max_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of (positions, features), as many as fit ``row_count`` times: whole positions if one does."""
+    _, positions, width = like.shape
+    features = max(1, max_bytes // (feature_bytes * max(row_count, 1)))
+    step, feature_step = max(1, features // width), min(features, width)
+    for first in range(0, positions, step):
+        for first_feature in range(0, width, feature_step):
+            yield slice(first, first + step), slice(first_feature, first_feature + feature_step)
+
+
+def _read(side: _Side, chunk: tuple[slice, slice], by_feature: bool, index: Tensor | None = None) -> _Triple:
+    """Means, stds (n, p, d) and what is used (n, p); ``by_feature``, every feature is a position of width 1."""
+    mean, std, mask = side
+    mean, std = mean[:, *chunk], std[:, *chunk]
+    mask = None if mask is None else mask[:, *chunk[: mask.dim() - 1]]
+    if index is not None:
+        mean, std = mean.index_select(0, index), std.index_select(0, index)
+        mask = None if mask is None else mask.index_select(0, index)
+    if mask is None:
+        mask = mean.new_ones(mean.shape[:2], dtype=torch.bool)
+    if not by_feature:
+        return mean, std, mask
+    mask = mask if mask.dim() == 3 else mask[..., None].expand(mean.shape)
+    return mean.flatten(1)[..., None], std.flatten(1)[..., None], mask.flatten(1)
+
+
+def _by_feature(a: _Side, b: _Side) -> bool:
+    return any(mask is not None and mask.dim() == 3 for mask in (a[2], b[2]))
+
+
+def _triton_refusal(*_: Any, **__: Any) -> str | None:
+    return "pairwise_gaussian_kl is float64 matrix products, which the vendor's library computes"
+
+
+@torch.library.custom_op("sgfast::pairwise_gaussian_kl", mutates_args=())
+def _forward(
+    mean_a: Tensor,
+    std_a: Tensor,
+    mean_b: Tensor,
+    std_b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    max_chunk_bytes: int,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    choice = dispatch.select(impl, _triton_refusal())
+    body = dispatch.implementation_of(_products, choice.implementation)
+    a, b = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b)
+    by_feature = _by_feature(a, b)
+    twice, magnitude, count = mean_a.new_zeros((3, mean_a.shape[0], mean_b.shape[0]), dtype=torch.float64)
+    for chunk in feature_chunks(mean_a, twice.shape[0] + twice.shape[1], _PRODUCT_BYTES, max_chunk_bytes):
+        block = (*_read(a, chunk, by_feature), *_read(b, chunk, by_feature))
+        chunk_twice, chunk_magnitude, positions = body(block)
+        twice += chunk_twice
+        magnitude += chunk_magnitude
+        count += positions * block[0].shape[-1]
+    for pairs in _uncertain_pairs(twice, magnitude, count, mean_a[0].numel() if twice.numel() else 0):
+        twice.view(-1)[pairs] = _direct(a, b, pairs, max_chunk_bytes)
+    kl = (twice / 2).clamp(min=0)
+    return kl.to(rows.compute_dtype(mean_a, std_a, mean_b, std_b)), count.to(torch.int64)
+
+
+def _uncertain_pairs(twice: Tensor, magnitude: Tensor, count: Tensor, features: int) -> Iterator[Tensor]:
+    """Indices into the flattened (A, B) of the pairs to sum term by term, in groups of at most A + B."""
+    rounding = (features + 8) * 2.0**-52 * magnitude
+    uncertainty = rounding / (_RELATIVE * twice.clamp(min=0) + _PER_FEATURE * count)
+    uncertainty = torch.where(count > 0, uncertainty.nan_to_num(torch.inf), 0).flatten()
+    step = sum(twice.shape)
+    if _on_cpu(twice):
+        yield from torch.split((uncertainty > 1).nonzero().squeeze(1), step) if step else ()
+    else:
+        yield uncertainty.topk(min(step, uncertainty.numel())).indices
+
+
+def _on_cpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def _direct(a: _Side, b: _Side, pairs: Tensor, max_chunk_bytes: int) -> Tensor:
+    """2 KL of some pairs, (pairs,) in float64."""
+    columns, by_feature = b[0].shape[0], _by_feature(a, b)
+    twice = torch.zeros(pairs.shape, dtype=torch.float64, device=pairs.device)
+    for chunk in feature_chunks(a[0], pairs.shape[0], _DIRECT_BYTES, max_chunk_bytes):
+        some_a = _read(a, chunk, by_feature, pairs // columns)
+        some_b = _read(b, chunk, by_feature, pairs % columns)
+        twice += reference(*some_a[:2], *some_b[:2], (some_a[2] & some_b[2])[..., None])
+    return twice
+
+
+@_forward.register_fake
+def _(
+    mean_a: Tensor,
+    std_a: Tensor,
+    mean_b: Tensor,
+    std_b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    max_chunk_bytes: int,
+    impl: str | None,
+) -> tuple[Tensor, Tensor]:
+    shape = (mean_a.shape[0], mean_b.shape[0])
+    kl = mean_a.new_empty(shape, dtype=rows.compute_dtype(mean_a, std_a, mean_b, std_b))
+    return kl, mean_a.new_empty(shape, dtype=torch.int64)
+
+
+@torch.library.custom_op("sgfast::pairwise_gaussian_kl_backward", mutates_args=())
+def _backward(
+    mean_a: Tensor,
+    std_a: Tensor,
+    mean_b: Tensor,
+    std_b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    upstream: Tensor,
+    needs: Sequence[bool],
+    max_chunk_bytes: int,
+    impl: str | None,
+) -> list[Tensor]:
+    """Gradients to the four tensors; one that is not needed is an empty tensor."""
+    choice = dispatch.select(impl, _triton_refusal())
+    body = dispatch.implementation_of(_gradients_of_products, choice.implementation)
+    a, b = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b)
+    by_feature, upstream = _by_feature(a, b), upstream.to(torch.float64)
+    gradients = _empty_gradients((mean_a, std_a, mean_b, std_b), needs)
+    for chunk in feature_chunks(mean_a, sum(upstream.shape), _PRODUCT_BYTES, max_chunk_bytes):
+        block = (*_read(a, chunk, by_feature), *_read(b, chunk, by_feature))
+        for gradient, chunk_gradient, needed in zip(gradients, body(block, upstream), needs, strict=True):
+            if needed:
+                gradient[:, *chunk] = chunk_gradient.view(gradient[:, *chunk].shape)
+    return gradients
+
+
+def _empty_gradients(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
+    return [
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else tensor.new_empty(0)
+        for tensor, needed in zip(tensors, needs, strict=True)
+    ]
+
+
+@_backward.register_fake
+def _(
+    mean_a: Tensor,
+    std_a: Tensor,
+    mean_b: Tensor,
+    std_b: Tensor,
+    mask_a: Tensor | None,
+    mask_b: Tensor | None,
+    upstream: Tensor,
+    needs: Sequence[bool],
+    max_chunk_bytes: int,
+    impl: str | None,
+) -> list[Tensor]:
+    return _empty_gradients((mean_a, std_a, mean_b, std_b), needs)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.max_chunk_bytes, impl = inputs
+    ctx.impl = dispatch.pinned(impl)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if upstream is None:
+        return (None,) * 8
+    needs = list(ctx.needs_input_grad[:4])
+    gradients = _backward(*ctx.saved_tensors, upstream, needs, ctx.max_chunk_bytes, ctx.impl)
+    return *(one if needed else None for one, needed in zip(gradients, needs, strict=True)), *[None] * 4
+
+
+def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    *tensors, needs, _, ctx.impl = inputs
+    ctx.mark_non_differentiable(*(one for one, needed in zip(output, needs, strict=True) if not needed))
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
+
+
+def _second_gradients(ctx: Any, upstream_of_gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    if all(outer is None for outer in upstream_of_gradients):
+        return (None,) * 10
+    *tensors, mask_a, mask_b, upstream = ctx.saved_tensors
+
+    def kl(mean_a: Tensor, std_a: Tensor, mean_b: Tensor, std_b: Tensor) -> Tensor:
+        a, b, everything = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b), (slice(None), slice(None))
+        by_feature = _by_feature(a, b)
+        twice, _, _ = _products((*_read(a, everything, by_feature), *_read(b, everything, by_feature)))
+        return (twice / 2).to(upstream.dtype)
+
+    *gradients, upstream_gradient = double_backward(
+        "pairwise_gaussian_kl", ctx.impl, _triton_refusal(), kl, tensors, upstream, upstream_of_gradients
+    )
+    return *gradients, None, None, upstream_gradient, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_setup_context)
+_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+
+
+@dispatch.describe_triton(_triton_refusal)
+def pairwise_gaussian_kl(
+    mean_a: Tensor,
+    std_a: Tensor,
+    mean_b: Tensor,
+    std_b: Tensor,
+    mask_a: Tensor | None = None,
+    mask_b: Tensor | None = None,
+    *,
+    combine_masks: bool = True,
+    max_chunk_bytes: int | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL(N(mean_a[i], std_a[i]²) ‖ N(mean_b[j], std_b[j]²)) of diagonal Gaussians, for every pair (i, j), in nats.
+
+    Args:
+        mean_a: (A, T, D), float32, bfloat16, float16 or float64.
+        std_a: of ``mean_a``'s shape, positive wherever it is used.
+        mean_b: (B, T, D).
+        std_b: of ``mean_b``'s shape.
+        mask_a: (A, T) or, to select single features, (A, T, D); nonzero = used. What is masked never reaches a result
+            or a gradient, NaN included.
+        mask_b: (B, T) or (B, T, D).
+        combine_masks: a pair uses what both masks select; False: what ``mask_a`` selects, whatever ``mask_b`` says.
+        max_chunk_bytes: bound on temporaries beyond a few (A, B) matrices in float64; one feature of every Gaussian is
+            read at least. Default 64 MiB, or the size of such a matrix.
+        impl: see ``sgfast.ops.dispatch``; there is no Triton kernel.
+
+    Returns:
+        ``(kl, count)``, (A, B) each: the sums over positions and features, ≥ 0, in float32 (float64 if an input is),
+        differentiable with respect to means and stds; and the number of features that entered, int64. A pair with
+        nothing in common gives 0 and 0.
+
+    Raises:
+        TypeError: an input is not a floating tensor, or a mask is not a tensor.
+        ValueError: shapes or devices do not fit.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.ops import pairwise_gaussian_kl
+        >>> mean = torch.tensor([[[0.0, 0.0]], [[3.0, 4.0]]])
+        >>> pairwise_gaussian_kl(mean, torch.ones(2, 1, 2), mean, torch.ones(2, 1, 2))
+        (tensor([[ 0.0000, 12.5000],
+                [12.5000,  0.0000]]), tensor([[2, 2],
+                [2, 2]]))
+    """
+    validation.check_pair("mean_a", mean_a, "std_a", std_a)
+    validation.check_pair("mean_b", mean_b, "std_b", std_b)
+    for name, mean in (("mean_a", mean_a), ("mean_b", mean_b)):
+        if mean.dim() != 3 or mean.shape[1:] != mean_a.shape[1:]:
+            raise ValueError(
+                "mean_a and mean_b must have shapes (A, T, D) and (B, T, D); "
+                f"got {tuple(mean_a.shape)} and {tuple(mean_b.shape)}"
+            )
+        validation.check_device(name, mean, "mean_a", mean_a)
+    masks = _feature_mask(mask_a, "mask_a", "mean_a", mean_a), _feature_mask(mask_b, "mask_b", "mean_b", mean_b)
+    if not combine_masks:
+        masks = masks[0], None
+    if max_chunk_bytes is None:
+        # Every chunk passes over the (A, B) results: it should be worth it.
+        max_bytes = max(DEFAULT_CHUNK_BYTES, 8 * mean_a.shape[0] * mean_b.shape[0])
+    else:
+        max_bytes = validation.chunk_bytes(max_chunk_bytes)
+    dispatch.check_impl(impl)
+    dispatch.refuse_forward_mode("pairwise_gaussian_kl", mean_a, std_a, mean_b, std_b)
+    kl, count = _forward(mean_a, std_a, mean_b, std_b, *masks, max_bytes, impl)
+    return kl, count
+
+
+def _feature_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) -> Tensor | None:
+    """Check a mask of positions, (n, T), or of features, (n, T, D), and return it as bool (nonzero = used)."""
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
+    if mask.shape not in (like.shape, like.shape[:2]):
+        raise ValueError(
+            f"{name} must have the shape of {like_name}, {tuple(like.shape)}, or that without its last dimension; "
+            f"got {tuple(mask.shape)}"
+        )
+    validation.check_device(name, mask, like_name, like)
+    return mask if mask.dtype == torch.bool else mask != 0

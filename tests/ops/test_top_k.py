@@ -1,0 +1,222 @@
+"""Top-k supports and the divergences over them: ties, tiles, tails, layouts (the rest: test_divergence.py)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import sgfast
+from sgfast.ops import divergences, top_k_support
+from sgfast.ops.divergence_terms import KINDS
+from tests.gates.implementations import DEVICE, RUNS_TRITON
+from tests.ops.test_divergence import atoms, each_fast_implementation, oracle, pair
+
+SUPPORTS = ("truncate", "renormalize", "tail")
+
+
+def integers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Logits that are equal in many places."""
+    generator = torch.Generator().manual_seed(seed)
+    noisy, clean = (torch.randint(-4, 4, shape, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    return noisy, clean
+
+
+def expected_support(noisy: Tensor, clean: Tensor, k: int) -> list[list[int]]:
+    """By stable sorts: the lower index first among equal logits."""
+    rows = []
+    for sides in zip(noisy.double().flatten(0, -2), clean.double().flatten(0, -2), strict=True):
+        chosen = {i for side in sides for i in side.sort(descending=True, stable=True).indices[:k].tolist()}
+        rows.append(sorted(chosen))
+    return rows
+
+
+def assert_matches_oracle(noisy: Tensor, clean: Tensor, k: int, impl: str) -> None:
+    """Values of all kinds and supports, and gradients of their weighted sum, against float64."""
+    noisy, clean = noisy.detach().requires_grad_(), clean.detach().requires_grad_()
+    wide = [side.detach().double().requires_grad_() for side in (noisy, clean)]
+    rows = noisy.shape[:-1].numel()
+    weights = torch.linspace(1, 2, rows, device=DEVICE)
+    temperature = torch.linspace(0.7, 2, rows, device=DEVICE)
+    rounding = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4}[noisy.dtype]
+    for support in SUPPORTS:
+        options = {"temperature": temperature.view(noisy.shape[:-1]), "skew": 0.3, "beta": 0.4, "impl": impl}
+        values = divergences(noisy, clean, KINDS, top_k=k, support=support, **options)
+        actual = torch.stack(list(values.values())).flatten(1)
+        sums = atoms(*(side.flatten(0, -2) / temperature.double()[:, None] for side in wide), k, support)
+        expected = torch.stack([torch.stack([oracle(kind, p, q, 0.4, 0.3) for p, q in sums]) for kind in KINDS])
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=1e-5, atol=5e-7, msg=lambda m, s=support: f"{s}: {m}"
+        )
+        got = torch.autograd.grad((actual * weights).sum(), (noisy, clean))
+        want = torch.autograd.grad((expected * weights).sum(), wide)
+        for side, reference in zip(got, want, strict=True):
+            # The sum of the kinds may cancel.
+            error = (side.double() - reference).norm(dim=-1)
+            assert (error <= rounding * reference.norm(dim=-1) + 2e-6).all(), support
+
+
+@each_fast_implementation
+def test_ties_go_to_the_lower_index(impl):
+    noisy = torch.tensor([[1.0, 3.0, 3.0, 3.0, -0.0, 0.0]], device=DEVICE)
+    clean = torch.tensor([[0.0, -0.0, 0.0, -1.0, -1.0, -1.0]], device=DEVICE)
+    indices, valid = top_k_support(noisy, clean, 2, impl=impl)
+    assert indices[valid].tolist() == [0, 1, 2]
+    assert not valid[0, 3]
+    assert indices[0, 3] == 2
+
+
+# One tile up to 8192 columns; groups beyond, in tiles of 8192 16-bit columns, 4096 of float32.
+@each_fast_implementation
+@pytest.mark.parametrize(
+    ("dtype", "width", "k"),
+    [
+        *((torch.float32, width, k) for width, k in ((1, 1), (2, 1), (2, 2), (64, 9), (257, 128), (8192, 2))),
+        *((torch.bfloat16, width, k) for width, k in ((8191, 128), (8193, 1), (8193, 128), (24583, 100))),
+        *((torch.float16, width, k) for width, k in ((129, 128), (9000, 3))),
+        *((torch.float32, width, k) for width, k in ((8193, 64), (12288, 2), (12295, 65))),
+    ],
+    ids=str,
+)
+def test_support_of_tie_heavy_logits(impl, dtype, width, k):
+    noisy, clean = integers(2, 2, width, dtype=dtype)
+    noisy[0, 0, 1:] = -torch.inf
+    indices, valid = top_k_support(noisy, clean, k, impl=impl)
+    assert indices.dtype == torch.int64
+    assert indices.shape == (2, 2, min(2 * k, width))
+    for row, mask, expected in zip(
+        indices.flatten(0, 1), valid.flatten(0, 1), expected_support(noisy, clean, k), strict=True
+    ):
+        assert row[mask].tolist() == expected
+        assert mask.tolist() == sorted(mask.tolist(), reverse=True)
+        assert (row[~mask] == expected[-1]).all()
+
+
+@each_fast_implementation
+def test_support_of_no_rows(impl):
+    indices, valid = top_k_support(torch.zeros(0, 9, device=DEVICE), torch.zeros(0, 9, device=DEVICE), 3, impl=impl)
+    assert indices.shape == valid.shape == (0, 6)
+
+
+@each_fast_implementation
+@pytest.mark.parametrize(
+    ("dtype", "width", "k", "rows"),
+    [
+        *((torch.float32, width, k, 5) for width, k in ((1, 1), (2, 1), (2, 2), (775, 2), (120, 120))),
+        (torch.float32, 8193, 3, 1),
+        (torch.float32, 12295, 128, 2),
+        (torch.bfloat16, 8192, 1, 2),
+        (torch.bfloat16, 24583, 64, 2),
+        (torch.float16, 8200, 17, 2),
+    ],
+    ids=str,
+)
+def test_divergences_around_the_tile(impl, dtype, width, k, rows):
+    assert_matches_oracle(*pair(rows, width, noise=1.0, dtype=dtype), k, impl)
+
+
+@each_fast_implementation
+@pytest.mark.parametrize("width", [300, 9001])
+def test_divergences_where_logits_are_equal(impl, width):
+    assert_matches_oracle(*integers(2, width), 6, impl)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not RUNS_TRITON, reason="float32 weights of the PyTorch implementation underflow here")
+@pytest.mark.parametrize("width", [300, 9001])
+@pytest.mark.parametrize("height", [20.0, 60.0, 300.0])
+def test_tail_keeps_its_digits(width, height):
+    """Two peaks, one for each side's top-1: what is left is nothing beside either, and counts all the same."""
+    noisy, clean = pair(2, width, noise=1.0)
+    noisy[:, 5] += 1.1 * height
+    clean[:, 5] += height
+    noisy[:, width - 2] += height
+    clean[:, width - 2] += 1.1 * height
+    assert_matches_oracle(noisy, clean, 1, "triton")
+
+
+@each_fast_implementation
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("width", [40, 9001])
+def test_a_bad_logit_outside_the_support_is_not_hidden(impl, value, width):
+    noisy, clean = pair(3, width)
+    noisy[1, width - 1] = value
+    for support in SUPPORTS:
+        values = divergences(noisy, clean, KINDS, top_k=2, support=support, impl=impl)
+        for kind in KINDS:
+            assert values[kind].isnan().tolist() == [False, True, False], (support, kind)
+
+
+@each_fast_implementation
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_rows_with_fewer_finite_logits_than_k(impl, support):
+    noisy, clean = pair(2, 50)
+    noisy[0, 3:] = clean[0, 3:] = -torch.inf
+    noisy[1, 10:] = -torch.inf
+    options = {"top_k": 12, "support": support, "impl": impl}
+    kinds = ["jensen_shannon", "total_variation", "squared_hellinger", "reverse_kl"]
+    leaves = [side.requires_grad_() for side in (noisy, clean)]
+    values = divergences(*leaves, kinds, **options)
+    for kind in kinds:
+        expected = torch.stack([oracle(kind, p, q, 0.5, 0.1) for p, q in atoms(noisy, clean, 12, support)]).float()
+        torch.testing.assert_close(values[kind], expected, rtol=1e-5, atol=5e-7)
+    gradients = torch.autograd.grad(sum(value.sum() for value in values.values()), leaves)
+    assert all(gradient.isfinite().all() for gradient in gradients)
+
+
+@each_fast_implementation
+@pytest.mark.parametrize("view", ["slice", "unaligned", "transposed", "mixed dtypes"])
+@pytest.mark.parametrize("width", [48, 8300])
+def test_layouts_of_rows(impl, view, width):
+    noisy, clean = pair(2, 3, width)
+    views = {
+        "slice": (noisy[:, :-1], clean[:, 1:]),
+        "unaligned": (noisy[..., 3:], clean[..., 3:]),
+        "transposed": (noisy.transpose(0, 1), clean.transpose(0, 1).contiguous()),
+        "mixed dtypes": (noisy.bfloat16(), clean),
+    }[view]
+    kinds = ("jeffreys", "cross_entropy")
+    sides = [side.detach().requires_grad_() for side in views]
+    values = torch.stack(list(divergences(*sides, kinds, top_k=4, support="tail", impl=impl).values()))
+    plain = [side.detach().double().contiguous().requires_grad_() for side in views]
+    expected = torch.stack(list(divergences(*plain, kinds, top_k=4, support="tail", impl="torch").values()))
+    torch.testing.assert_close(values.double(), expected, rtol=1e-5, atol=1e-6)
+    for side, other in zip(
+        torch.autograd.grad(values.sum(), sides), torch.autograd.grad(expected.sum(), plain), strict=True
+    ):
+        assert side.dtype == sides[0].dtype or side.dtype == sides[1].dtype
+        rounding = 4e-3 if side.dtype == torch.bfloat16 else 1e-5
+        assert (side.double() - other).norm() <= rounding * other.norm()
+
+
+@each_fast_implementation
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_one_gradient_is_the_one_of_both(impl, support):
+    noisy, clean = pair(3, 200, noise=0.5)
+    options = {"top_k": 5, "support": support, "impl": impl}
+
+    def gradients(*needs: bool) -> list[Tensor | None]:
+        sides = [side.detach().requires_grad_(needed) for side, needed in zip((noisy, clean), needs, strict=True)]
+        sum(value.sum() for value in divergences(*sides, KINDS, **options).values()).backward()
+        return [side.grad for side in sides]
+
+    both = gradients(True, True)
+    torch.testing.assert_close(gradients(True, False)[0], both[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients(False, True)[1], both[1], rtol=0, atol=0)
+    if support == "renormalize":
+        indices, _ = top_k_support(noisy, clean, 5)
+        outside = torch.ones_like(noisy, dtype=torch.bool).scatter(-1, indices, False)
+        assert all((gradient[outside] == 0).all() for gradient in both)
+
+
+@pytest.mark.triton
+@pytest.mark.skipif(not RUNS_TRITON, reason="needs kernels")
+def test_what_the_kernels_refuse():
+    small, wide = pair(1, 200), [torch.zeros(1, 1, device=DEVICE).expand(1, 2**19 + 1)] * 2
+    for reason, sides, k in (
+        (r"top k = 129 \(the kernels select at most 128", small, 129),
+        ("a vocabulary of", wide, 2),
+    ):
+        for operation, arguments in ((divergences, ("jeffreys",)), (top_k_support, (k,))):
+            options = {"top_k": k} if operation is divergences else {}
+            with pytest.raises(RuntimeError, match=f"impl='triton' cannot run: {reason}"):
+                operation(*sides, *arguments, impl="triton", **options)
+            assert sgfast.explain(operation, *sides, *arguments, **options).implementation == "torch"
