@@ -48,6 +48,8 @@ _PAIR_BYTES = 112
 # Bytes for an element of a row on its way to float32, and for an element of a pair that is compared directly.
 _SCAN_BYTES = 32
 _DIRECT_BYTES = 48
+# A CPU takes larger temporaries from the system each time, page by page, which costs more than the arithmetic on them.
+_CPU_TEMPORARY_BYTES = 2**19
 # Beyond this norm a square may overflow float32.
 _LARGEST_NORM = 2.0**60
 
@@ -93,6 +95,7 @@ def _direct(
 ) -> Tensor:
     """d² of the pairs (query_rows[i], table_rows[i]), in chunks."""
     step = max(1, max_bytes // (_DIRECT_BYTES * table.shape[1]))
+    step = min(step, _rows_of_a_temporary(table))
     parts = [
         reference(queries[some_queries], table[some_rows], metric)
         for some_queries, some_rows in zip(torch.split(query_rows, step), torch.split(table_rows, step), strict=True)
@@ -100,24 +103,36 @@ def _direct(
     return torch.cat(parts)
 
 
+def _rows_of_a_temporary(vectors: Tensor) -> int:
+    """How many rows to have in float64 at once."""
+    if vectors.device.type != "cpu":
+        return 2**31
+    return max(1, _CPU_TEMPORARY_BYTES // (8 * vectors.shape[1]))
+
+
 def _side(vectors: Tensor, center: Tensor, metric: str) -> _Side:
     zero = None
     if metric == "cosine":
-        # Summed in another order than for ``reference``, which the rounding to float32 hides.
-        points = vectors.to(torch.float64, copy=True)
-        norms = torch.linalg.vector_norm(points, dim=-1)
-        points.div_(torch.where(norms > 0, norms, 1)[:, None]).sub_(center)
-        zero = norms == 0
+        parts = [_centred_unit_vectors(part, center) for part in torch.split(vectors, _rows_of_a_temporary(vectors))]
+        centred, zero = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
         if zero.device.type == "cpu" and not zero.any():
             zero = None
     else:
         # A float32 difference of float32 vectors is rounded once, as their float64 difference would be.
-        points = vectors.to(center.dtype) - center
-    centred = points.to(torch.float32)
+        centred = (vectors.to(center.dtype) - center).to(torch.float32)
     squares = centred.square().sum(-1)
     norms = squares.sqrt()
     valid = norms < _LARGEST_NORM
     return _Side(centred, torch.where(valid, squares, math.nan), torch.where(valid, norms, math.nan), zero)
+
+
+def _centred_unit_vectors(vectors: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit vectors less the center, (n, D) float32, and which vectors are zero."""
+    points = vectors.to(torch.float64, copy=True)
+    # Summed in another order than for ``reference``, which the rounding to float32 hides.
+    norms = torch.linalg.vector_norm(points, dim=-1)
+    points.div_(torch.where(norms > 0, norms, 1)[:, None]).sub_(center)
+    return points.to(torch.float32), norms == 0
 
 
 def _center(queries: Tensor, table: Tensor, metric: str, max_bytes: int) -> Tensor:
