@@ -8,8 +8,6 @@ from sgfast.loss.factory import (
     HyperparametersDict,
     LossFunctions,
     Normalizers,
-    check_alpha,
-    check_log_scale,
     check_positive,
     check_something_weighs,
     check_weights,
@@ -18,7 +16,9 @@ from sgfast.loss.factory import (
 )
 from sgfast.model.capture import Capture
 from sgfast.model.decoder import resolve_layer_index
+from sgfast.model.noise_loss import check_interpolation
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
+from sgfast.noise_layer.arguments import check_log_scale
 from sgfast.ops.hidden import hidden_distances
 
 
@@ -87,7 +87,7 @@ def distillation_loss_factory(
         "inverse_l2_power_law_characteristic_length": inverse_l2_power_law_characteristic_length,
         "inverse_l2_power_law_exponent_of_decay": inverse_l2_power_law_exponent_of_decay,
     }
-    check_alpha(alpha)
+    check_interpolation(alpha)
     check_weights(
         {
             "std_log_ratio_loss_weight": std_log_ratio_loss_weight,

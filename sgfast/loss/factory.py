@@ -108,12 +108,6 @@ def weighted_sum(losses: ComponentLossesDict, weights: Mapping[str, float]) -> T
     return torch.stack(terms).sum()
 
 
-def check_alpha(alpha: float) -> None:
-    """Check an interpolation factor."""
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha must lie in [0, 1]; got {alpha}")
-
-
 def check_weights(weights: Mapping[str, float]) -> None:
     """Check that every weight is finite and none is negative."""
     for name, weight in weights.items():
@@ -132,11 +126,3 @@ def check_positive(values: Mapping[str, float]) -> None:
     for name, value in values.items():
         if not value > 0:
             raise ValueError(f"{name} must be positive; got {value}")
-
-
-def check_log_scale(scale: tuple[float, float]) -> None:
-    """Check that log sigma and 1/sigma are finite over a noise layer's scale."""
-    if not scale[0] > 0:
-        raise ValueError(
-            f"a loss with log sigma or 1/sigma needs a noise layer whose scale starts above 0; got {scale}"
-        )

@@ -7,17 +7,17 @@ from torch import nn
 
 
 class Hook:
-    """A forward hook that neither keeps its owner alive nor follows the hooked module into copies and pickles."""
+    """A hook that neither keeps its owner alive nor follows the hooked module into copies and pickles."""
 
     def __init__(self, owner: nn.Module, method: str, *arguments: Any) -> None:
         self.owner: weakref.ref[nn.Module] | None = weakref.ref(owner)
         self.method = method
         self.arguments = arguments
 
-    def __call__(self, *inputs_and_output: Any) -> Any:
+    def __call__(self, *what_torch_passes: Any) -> Any:
         """Call the owner's method; None, which changes nothing, when there is no owner any more."""
         owner = self.owner() if self.owner is not None else None
-        return getattr(owner, self.method)(*self.arguments, *inputs_and_output) if owner is not None else None
+        return getattr(owner, self.method)(*self.arguments, *what_torch_passes) if owner is not None else None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"owner": None, "method": self.method, "arguments": self.arguments}
@@ -29,4 +29,10 @@ def hook_forward(owner: nn.Module, module: nn.Module, method: str, *arguments: A
     Hook once, at construction: torch.compile does not see hooks that come later.
     """
     handle = module.register_forward_hook(Hook(owner, method, *arguments))
+    weakref.finalize(owner, handle.remove)
+
+
+def hook_arguments(owner: nn.Module, module: nn.Module, method: str, *arguments: Any) -> None:
+    """Call ``owner.method(*arguments, module, positional, keywords)`` before every forward, as `hook_forward` does."""
+    handle = module.register_forward_pre_hook(Hook(owner, method, *arguments), with_kwargs=True)
     weakref.finalize(owner, handle.remove)

@@ -1,7 +1,6 @@
 """Any module under a noise layer: its input, or the output of one of its layers, is transformed on the way."""
 
 import inspect
-import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sgfast.model.hooks import hook_arguments, hook_forward
 from sgfast.model.noise_loss import (
     AdaptiveAlpha,
     check_interpolation,
@@ -111,10 +111,9 @@ class NoisyModel(nn.Module):
     def _register_hook(self, target: nn.Module) -> None:
         """Hook the target for as long as this model lives."""
         if self.target_layer is None:
-            handle = target.register_forward_pre_hook(_Hook(self, "_transform_argument"), with_kwargs=True)
+            hook_arguments(self, target, "_transform_argument")
         else:
-            handle = target.register_forward_hook(_Hook(self, "_transform_output"))
-        weakref.finalize(self, handle.remove)
+            hook_forward(self, target, "_transform_output")
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles begin without the last forward."""
@@ -280,7 +279,9 @@ class NoisyModel(nn.Module):
 
     def _transform_argument(
         self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if self._another_runs():
+            return None
         name, position = self._argument
         if name is not None and name in kwargs:
             return args, kwargs | {name: self._transform(kwargs[name])}
@@ -289,9 +290,15 @@ class NoisyModel(nn.Module):
         return (*args[:position], self._transform(args[position]), *args[position + 1 :]), kwargs
 
     def _transform_output(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if self._another_runs():
+            return None
         if isinstance(output, Tensor):
             return self._transform(output)
         return (self._transform(output[0]), *output[1:])
+
+    def _another_runs(self) -> bool:
+        """Whether the base computes for another noisy model over it."""
+        return bool(_running) and _running[-1] is not self
 
     def _transform(self, input: Tensor) -> Tensor:
         layer = self.noise_layer
@@ -315,23 +322,6 @@ class _Argument(NamedTuple):
 
     name: str | None
     position: int | None
-
-
-class _Hook:
-    """A hook that neither keeps its model alive nor follows the hooked module into copies and pickles."""
-
-    def __init__(self, model: NoisyModel, method: str) -> None:
-        self.model: weakref.ref[NoisyModel] | None = weakref.ref(model)
-        self.method = method
-
-    def __call__(self, *arguments: Any) -> Any:
-        model = self.model() if self.model is not None else None
-        if model is None or (_running and _running[-1] is not model):
-            return None
-        return getattr(model, self.method)(*arguments)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": None, "method": self.method}
 
 
 def _tell_apart(

@@ -316,7 +316,13 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
                 f"target_layer is {self.target_layer!r}"
             )
         _, attended, selected = prepare_inputs(input_ids, attention_mask, noise_mask, {}, self._base_arguments)
-        return cast(Tensor, self.noise_layer(embedding(input_ids), selected, attention_mask=attended.long(), seed=seed))
+        return self._apply_layer(embedding(input_ids), selected, attended, seed)
+
+    def _apply_layer(self, clean: Tensor, selected: Tensor, attended: Tensor, seed: int | Tensor | None) -> Tensor:
+        """The noise layer's output, given the attention mask if its estimators take one."""
+        takes_attention = "attention_mask" in inspect.signature(self.noise_layer.estimate).parameters
+        arguments = {"attention_mask": attended.long()} if takes_attention else {}
+        return cast(Tensor, self.noise_layer(clean, selected, seed=seed, **arguments))
 
     def _wanted(self) -> tuple[frozenset[int], bool]:
         """Which layers' outputs to keep, and whether the model must run whole."""
@@ -392,8 +398,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         clean = hidden.chunk(2)[0] if current.half == "joint" else hidden
         if current.transform is None:
             layer = self.noise_layer
-            arguments = {"attention_mask": current.attended.long(), "seed": current.seed}
-            transformed = cast(Tensor, layer(clean, current.selected, **arguments))
+            transformed = self._apply_layer(clean, current.selected, current.attended, current.seed)
             if layer.mean is not None and layer.std is not None:  # None while the layer is disabled
                 current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed)
                 if (draw := shared_draw(layer)) is not None:

@@ -48,7 +48,9 @@ def check_scale(scale: Any) -> Scale:
 def check_log_scale(scale: Scale) -> None:
     """Check that log sigma and 1/sigma are finite over a noise layer's scale."""
     if not scale[0] > 0:
-        raise ValueError(f"a loss with log sigma needs a noise layer whose scale starts above 0; got {scale}")
+        raise ValueError(
+            f"a loss with log sigma or 1/sigma needs a noise layer whose scale starts above 0; got {scale}"
+        )
 
 
 def check_value_range(value_range: Any) -> ValueRange | None:
