@@ -149,23 +149,23 @@ def _backward(dtype: torch.dtype, width: int, kinds: str, *needs: bool, **limits
     return Case(name, divergence_backward, arguments, width, floor, rows=2048, **{"vector_loads": 4} | limits)
 
 
-def _top_k(width: int, k: int, support: str | None) -> Case:
+def _top_k(width: int, k: int, support: str | None = None, kinds: str = "kl") -> Case:
     """The support alone, or also divergences over it. The floor is both sides once, groups and what is read again."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(_bf16, width, rows, device)
-        return (*logits, k) if support is None else (*logits, k, support, _KINDS["all"], 0.5, 0.1)
+        return (*logits, k) if support is None else (*logits, k, support, _KINDS[kinds], 0.5, 0.1)
 
     groups = (2**i for i in range(3, 8))
     floor = 4 + min(32 / group + 4 * group * k / width for group in groups)
     limits = {"rows": 4096, "traffic": 1.03 if k <= 64 else 1.05, "registers": 255}
     if support is None:
         return Case(f"top_k_union bf16 {width} k={k}", top_k_union, arguments, width, floor, **limits)
-    name = f"divergence_topk_forward bf16 {width} k={k} {support}"
+    name = f"divergence_topk_forward bf16 {width} k={k} {support} {kinds}"
     return Case(name, divergence_topk_forward, arguments, width, floor, **limits)
 
 
-def _top_k_backward(width: int, k: int, support: str, *needs: bool) -> Case:
+def _top_k_backward(width: int, k: int, support: str, kinds: str, *needs: bool) -> Case:
     """Reads the side whose gradient it writes, under ``renormalize`` nothing."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
@@ -174,7 +174,7 @@ def _top_k_backward(width: int, k: int, support: str, *needs: bool) -> Case:
         both[:, 1:].masked_fill_(both[:, 1:] == both[:, :-1], width)
         union = both.sort(dim=-1).values
         # What the gradients outside the support are multiples of may be anything; all else must be the logits'.
-        scalars = torch.rand(8 + 2 * len(_KINDS["all"]), rows, device=device)
+        scalars = torch.rand(8 + 2 * len(_KINDS[kinds]), rows, device=device)
         for i, side in enumerate((noisy, clean)):
             logits = torch.cat([side.float(), torch.full((rows, 1), -torch.inf, device=device)], dim=-1)
             outside = logits.scatter(-1, union, -torch.inf)
@@ -183,10 +183,10 @@ def _top_k_backward(width: int, k: int, support: str, *needs: bool) -> Case:
                 scalars[j] = part.amax(-1)
                 scalars[j + 1] = ((part - scalars[j][:, None]) / 1.5).exp().sum(-1)
         union = union.masked_fill(union == width, -1).int()
-        upstream = torch.rand(len(_KINDS["all"]), rows, device=device)
-        return noisy, clean, mask, temperature, upstream, union, scalars, support, _KINDS["all"], 0.5, 0.1, *needs
+        upstream = torch.rand(len(_KINDS[kinds]), rows, device=device)
+        return noisy, clean, mask, temperature, upstream, union, scalars, support, _KINDS[kinds], 0.5, 0.1, *needs
 
-    name = f"divergence_topk_backward bf16 {width} k={k} {support} {'both' if all(needs) else 'noisy'}"
+    name = f"divergence_topk_backward bf16 {width} k={k} {support} {kinds} {'both' if all(needs) else 'noisy'}"
     floor = (2 if support == "renormalize" else 4) * sum(needs)
     limits = {"rows": 1024, "traffic": 1.1 if support == "renormalize" else 1.05, "registers": 255}
     return Case(name, divergence_topk_backward, arguments, width, floor, **limits)
@@ -236,13 +236,12 @@ CASES = [
     # 16 bytes a load would take more registers than there are; on AMD the loads have 8.
     _backward(_bf16, 32000, "all", True, True, registers=192, vector_loads=0),
     _backward(_fp32, 32000, "js", True, False),
-    *(_top_k(width, k, None) for width, k in ((151936, 64), (32000, 100))),
+    *(_top_k(width, k) for width, k in ((151936, 64), (32000, 100))),
     *(_top_k(width, k, support) for width, k in ((151936, 64), (32000, 100)) for support in SUPPORTS),
-    *(
-        _top_k_backward(width, k, support, True, False)
-        for width, k in ((151936, 64), (32000, 100))
-        for support in SUPPORTS
-    ),
+    _top_k(32000, 100, "tail", "all"),
+    *(_top_k_backward(151936, 64, support, "kl", True, False) for support in SUPPORTS),
+    *(_top_k_backward(32000, 100, support, "kl", True, False) for support in SUPPORTS),
+    _top_k_backward(32000, 100, "tail", "all", True, True),
     Case("standard_normal fp32 4096", standard_normal, _normal(_fp32, 4096), 4096, 4, traffic=1.01),
     Case("standard_normal bf16 4096", standard_normal, _normal(_bf16, 4096), 4096, 2, traffic=1.01),
     _noised("forward bf16 4096", _noise(_bf16, 4096, "full"), 4096, 8, vector_loads=6),
