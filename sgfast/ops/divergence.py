@@ -111,7 +111,7 @@ def _definition(kind: str, a: Tensor, b: Tensor, settings: Settings) -> Tensor:
 
 
 # Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
-_TEMPORARIES = 20
+_TEMPORARIES = 22
 
 
 # What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.

@@ -11,7 +11,7 @@ from torch import Tensor
 import sgfast
 from sgfast.ops import divergence as divergence_module
 from sgfast.ops import divergences, top_k_support
-from sgfast.ops.divergence_rows import Settings, backward_rows, forward_rows
+from sgfast.ops.divergence_rows import LABEL_KIND, Settings, backward_rows, forward_rows
 from sgfast.ops.divergence_terms import KINDS
 from sgfast.ops.topk import TEMPORARY_BYTES_PER_LOGIT, union_of_top_k
 from tests.gates import registration
@@ -630,14 +630,75 @@ def test_reference_is_the_definition():
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_temporaries_stay_within_what_chunks_are_planned_for(support):
-    noisy, clean = pair(4, 10_000)
-    settings = Settings(KINDS, support or "full", 0.5, 0.1)
-    temperature, upstream = torch.ones(4, 1), torch.ones(len(KINDS), 4)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support):
+    noisy, clean = pair(4, 10_000, dtype=dtype)
+    settings = Settings((*KINDS, LABEL_KIND), support or "full", 0.5, 0.1)
+    temperature, upstream, labels = torch.ones(4, 1), torch.ones(len(KINDS) + 1, 4), torch.arange(4)[:, None]
     with LiveBytes() as counted:
         indices, valid = union_of_top_k(noisy, clean, 50)
     assert counted.peak <= noisy.numel() * TEMPORARY_BYTES_PER_LOGIT
     with LiveBytes() as counted:
-        forward_rows(noisy, clean, temperature, settings, indices, valid)
-        backward_rows(noisy, clean, temperature, settings, indices, valid, upstream, (True, True))
+        forward_rows(noisy, clean, temperature, settings, indices, valid, labels)
+        backward_rows(noisy, clean, temperature, settings, indices, valid, upstream, (True, True), labels)
     assert counted.peak <= noisy.numel() * 4 * divergence_module._TEMPORARIES
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_is_the_gradients_and_a_chunk(dtype, masked):
+    """What a training step holds besides logits: at [512, 128256] as much more as the gradients are larger."""
+    rows, width, bound = 96, 4000, 2**20
+    noisy, clean = pair(rows, width, dtype=dtype)
+    mask = torch.arange(rows) % 3 != 0 if masked else None
+    options = ("jensen_shannon,jeffreys", 0, "tail", mask, torch.ones(rows), 0.5, 0.1, bound, "torch")
+    row_vectors = rows * 4 * 64
+    with LiveBytes() as counted:
+        values, indices, _ = divergence_module._forward._init_fn(noisy, clean, None, *options)
+    assert counted.peak <= bound + row_vectors
+    upstream = torch.ones_like(values)
+    with LiveBytes() as counted:
+        gradients = divergence_module._backward._init_fn(
+            noisy, clean, None, upstream, indices, None, *options, True, True
+        )
+    own = sum(gradient.nbytes for gradient in gradients)
+    assert own == 2 * noisy.nbytes
+    assert counted.peak <= own + bound + row_vectors
+
+
+@pytest.mark.parametrize("top_k", [None, 10])
+def test_a_twentieth_of_a_byte_per_logit_is_kept_for_backward(top_k):
+    rows, width = 8, 32_000
+    noisy, clean = (side.requires_grad_() for side in pair(rows, width, dtype=torch.bfloat16))
+    inputs, kept = {side.untyped_storage().data_ptr() for side in (noisy, clean)}, {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in inputs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        values = divergences(noisy, clean, KINDS, top_k=top_k, labels=torch.arange(rows))
+    assert len(values) == len(KINDS) + 1
+    assert sum(kept.values()) <= 0.05 * rows * width
+
+
+@pytest.mark.parametrize("impl", ["torch", "compile"])
+@pytest.mark.parametrize("noise", [1e-2, 1e-4])
+def test_digits_are_kept_near_equality(impl, noise):
+    """Values of second order in the difference, gradients of first order: p − q would have lost them."""
+    noisy, clean = pair(4, 2000, noise=noise)
+    noisy = noisy.requires_grad_()
+    wide = noisy.detach().double().requires_grad_()
+    kinds = ["jeffreys", "squared_hellinger"]
+    values = divergences(noisy, clean, kinds, impl=impl)
+    for kind in kinds:
+        p, q = wide.softmax(-1), clean.double().softmax(-1)
+        # In float64 the oracle itself loses no more than 1e-8 of these.
+        expected = torch.stack([oracle(kind, *pair_of_rows, 0.5, 0.1) for pair_of_rows in zip(p, q, strict=True)])
+        torch.testing.assert_close(values[kind].double(), expected, rtol=1e-5, atol=0)
+        (gradient,) = torch.autograd.grad(values[kind].sum(), noisy, retain_graph=True)
+        (expected_gradient,) = torch.autograd.grad(expected.sum(), wide)
+        error = (gradient.double() - expected_gradient).norm(dim=-1)
+        assert (error <= 1e-5 * expected_gradient.norm(dim=-1)).all(), kind
