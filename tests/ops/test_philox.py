@@ -165,7 +165,7 @@ class Approximate(TorchFunctionMode):
 
     def __init__(self, division: float, root: float) -> None:
         super().__init__()
-        self.errors = {"div": division, "__truediv__": division, "true_divide": division, "sqrt": root}
+        self.errors = {"div": division, "__truediv__": division, "true_divide": division, "sqrt": root, "sqrt_": root}
         self.calls = 0
 
     def __torch_function__(self, function, types, args=(), kwargs=None):

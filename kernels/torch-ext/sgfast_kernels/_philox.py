@@ -40,16 +40,16 @@ def radius(word):
     # The last word + 1 does not fit; the word itself rounds to the same 2³².
     rounded = (tl.minimum(word, 0xFFFFFFFE) + 1).to(tl.float32)
     bits = rounded.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23
-    mantissa = (bits - (exponent << 23)).to(tl.float32, bitcast=True)
+    # The exponent e, in units of 2²³; what is left of the bits is 2³²·(1 + s).
+    step = (bits - 0x4F3504F3) & -0x800000
+    scaled = (bits - step).to(tl.float32, bitcast=True)
     below_one = (word ^ 0xFFFFFFFF).to(tl.float32) * -2.3283064365386963e-10
-    s = tl.where(exponent == 32, below_one, mantissa - 1.0)
+    s = tl.where(step == 0, below_one, scaled * 2.3283064365386963e-10 - 1.0)
     q = s / (s + 2.0)
     z = q * q
-    tail = ((z * 0.29871728 + 0.39977542) * z + 0.66666776) * z
-    e = (exponent - 32).to(tl.float32)
-    logarithm = e * 0.693145751953125 + (e * 1.4286068203e-06 + (tail + 2.0) * q)
-    return tl.sqrt(logarithm * -2.0)
+    tail = ((z * -0.59743456 - 0.79955084) * z - 1.33333552) * z
+    e = step.to(tl.float32)
+    return tl.sqrt(e * (-1.38629150390625 / 8388608) + (e * (-2.8572136406e-06 / 8388608) + (tail - 4.0) * q))
 
 
 @triton.jit
