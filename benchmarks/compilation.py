@@ -79,7 +79,17 @@ def compile_launch(launch: Launch, target: GPUTarget) -> Resources:
         backend, launch.options, bound, specialization, options
     )
     source = ASTSource(kernel, signature, constants, attributes)
-    compiled = triton.compile(source, target=target, options=options.__dict__)
+    # Many cases share their first launch.
+    key = (source.hash(), target, backend.hash(), str(sorted(options.__dict__.items(), key=str)))
+    if key not in _known:
+        _known[key] = _resources(triton.compile(source, target=target, options=options.__dict__), bound, target)
+    return _known[key]
+
+
+_known: dict[tuple[Any, ...], Resources] = {}
+
+
+def _resources(compiled: Any, bound: dict[str, Any], target: GPUTarget) -> Resources:
     # Tile sizes are the compile-time constants that begin with B: BN rows, BD or BV columns.
     tile = 1
     for name, value in bound.items():

@@ -19,4 +19,5 @@ pytestmark = pytest.mark.triton
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_baseline(case, order):
     with strict.program_order(order):
-        gpu.assert_equal_results(case.function, BASELINES[case.function.__name__], case.arguments(5, "cpu"))
+        baseline = BASELINES[case.function.__name__]
+        gpu.assert_equal_results(case.function, baseline, case.arguments(5, "cpu"), case.jumps)

@@ -39,6 +39,8 @@ class Case(NamedTuple):
     rows: int = 32768
     #: Registers a thread may use on NVIDIA (of 65536: 32 leave room for all 2048 threads, 64 for half).
     registers: int = 64
+    #: Bytes per element that are loaded also where every row is masked.
+    masked: float = 0.0
     #: Share of elements that another device's arithmetic may round or clamp differently, so that a result jumps.
     jumps: float = 0.0
     #: Loads of 16 bytes or more in the compiled loop; 0 where rows are not aligned.
@@ -197,7 +199,9 @@ def _noised(
 ) -> Case:
     """A case of noise_forward or noise_backward: few registers more than 64, and eps rounded to bfloat16."""
     function = noise_forward if name.startswith("forward") else noise_backward
-    settings = {"traffic": 1.01, "registers": 80, "jumps": 1e-3} | limits
+    # Masked rows copy the input, or the upstream gradient.
+    masked = 4.0 if "fp32" in name else 2.0
+    settings = {"traffic": 1.01, "registers": 80, "masked": masked, "jumps": 1e-3} | limits
     return Case(f"noise_{name}", function, arguments, width, floor, **settings)
 
 
