@@ -177,8 +177,8 @@ def _add_column(
     if (TOTAL_VARIATION | JENSEN_SHANNON) & KINDS != 0:
         s_tv += tl.abs(b_apart)
     if TOTAL_VARIATION & KINDS:
-        s_tvp += b_p * (b_apart > 0).to(tl.float32)
-        s_tvp -= b_p * (b_apart < 0).to(tl.float32)
+        b_sign = (b_apart > 0).to(tl.float32) - (b_apart < 0).to(tl.float32)
+        s_tvp = tl.fma(b_p, b_sign, s_tvp)
     if HELLINGER & KINDS:
         b_roots_apart = tl.fma(b_u, tl.sqrt(rescale), -b_v)
         s_h += b_roots_apart * b_roots_apart
