@@ -30,7 +30,7 @@ forms that keep their digits. The Triton kernels, of ``sgfast_kernels``, are ``l
 ``divergence_backward``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -112,8 +112,8 @@ def _definition(kind: str, a: Tensor, b: Tensor, settings: Settings) -> Tensor:
 
 # Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
 _TEMPORARIES = 22
-
-
+# Those that compiled code writes to memory: a few, and one for each kind where there are many.
+_COMPILED_TEMPORARIES = 8
 # What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
 _LOGITS_PER_THREAD = 64 * 1024
 
@@ -152,9 +152,7 @@ def _forward(
     settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
     values = noisy.new_zeros((len(settings.kinds), *shape), dtype=dtype)
     kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
-    for chunk in rows.row_chunks(
-        shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
-    ):
+    for chunk in _row_chunks(noisy, mask, dtype, choice, settings, max_chunk_bytes):
         noisy_rows, clean_rows = (_read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else _no_support(noisy)
         chunk_values = body(
@@ -229,7 +227,7 @@ def _backward(
         return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(write_gradients, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
-    shape, size = noisy.shape[:-1], noisy.shape[-1]
+    size = noisy.shape[-1]
     settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
     gradients = _empty_gradients(noisy, clean, wanted)
     if mask is not None:
@@ -237,9 +235,7 @@ def _backward(
             gradient.zero_()
     flat_upstream = upstream.reshape(len(settings.kinds), -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
-    for chunk in rows.row_chunks(
-        shape, mask, _row_bytes(size, dtype), _chunk_bytes(noisy, choice, dtype, max_chunk_bytes)
-    ):
+    for chunk in _row_chunks(noisy, mask, dtype, choice, settings, max_chunk_bytes):
         indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
         noisy_rows, clean_rows = (_read_logits(side, chunk, choice) for side in (noisy, clean))
         # Without a mask a chunk is a slice of the gradient, which is written where it lies.
@@ -319,20 +315,28 @@ def _empty_gradients(noisy: Tensor, clean: Tensor, wanted: tuple[bool, bool]) ->
     return first, second
 
 
-def _row_bytes(size: int, dtype: torch.dtype) -> int:
-    return max(size * dtype.itemsize * _TEMPORARIES, size * topk.TEMPORARY_BYTES_PER_LOGIT)
-
-
-def _chunk_bytes(logits: Tensor, choice: dispatch.Choice, dtype: torch.dtype, max_chunk_bytes: int) -> int:
-    """The bound on a chunk's temporaries: less than the caller's where less is faster.
+def _row_chunks(
+    logits: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    choice: dispatch.Choice,
+    settings: Settings,
+    max_chunk_bytes: int,
+) -> Iterator[Tensor | slice]:
+    """Chunks whose temporaries stay within the caller's bound, and are fewer where that is faster.
 
     Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
-    enough to do. Temporaries of 1 MiB and more would also come from the system anew every time, page by page.
+    enough to do.
     """
-    if logits.device.type != "cpu" or choice.implementation != "torch":
-        return max_chunk_bytes
-    threads = torch.get_num_threads()
-    return min(max_chunk_bytes, _LOGITS_PER_THREAD * threads * dtype.itemsize * _TEMPORARIES)
+    size, temporaries = logits.shape[-1], _TEMPORARIES
+    if choice.implementation == "compile":
+        temporaries = max(_COMPILED_TEMPORARIES, 4 + len(settings.kinds))
+    row_bytes = size * max(dtype.itemsize * temporaries, topk.TEMPORARY_BYTES_PER_LOGIT)
+    if logits.device.type == "cpu" and choice.implementation == "torch":
+        max_chunk_bytes = min(max_chunk_bytes, _LOGITS_PER_THREAD * torch.get_num_threads() * row_bytes // size)
+    if logits.device.type == "cpu":
+        rows.keep_freed_memory(max_chunk_bytes)
+    return rows.row_chunks(logits.shape[:-1], mask, row_bytes, max_chunk_bytes)
 
 
 def _read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:
