@@ -28,11 +28,19 @@ def hook_forward(owner: nn.Module, module: nn.Module, method: str, *arguments: A
 
     Hook once, at construction: torch.compile does not see hooks that come later.
     """
+    _drop_dead(module._forward_hooks)
     handle = module.register_forward_hook(Hook(owner, method, *arguments))
     weakref.finalize(owner, handle.remove)
 
 
 def hook_arguments(owner: nn.Module, module: nn.Module, method: str, *arguments: Any) -> None:
     """Call ``owner.method(*arguments, module, positional, keywords)`` before every forward, as `hook_forward` does."""
+    _drop_dead(module._forward_pre_hooks)
     handle = module.register_forward_pre_hook(Hook(owner, method, *arguments), with_kwargs=True)
     weakref.finalize(owner, handle.remove)
+
+
+def _drop_dead(hooks: dict[int, Any]) -> None:
+    """Forget the hooks that came into a copied module without their owner."""
+    for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and hook.owner is None]:
+        del hooks[key]

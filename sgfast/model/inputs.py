@@ -40,6 +40,8 @@ def prepare_inputs(
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
     device = inputs_embeds.device if input_ids is None else input_ids.device
+    if len(shape) != 2:
+        raise ValueError(f"the tokens must be (batch, length); got shape {tuple(shape)}")
     if arguments.get("past_key_values") is not None:
         raise ValueError("past_key_values cannot be given: the clean and the noisy pass would share one cache")
     for name, mask in (("attention_mask", attention_mask), ("noise_mask", noise_mask)):

@@ -93,8 +93,8 @@ class NoisyModel(nn.Module):
         shape = check_input_shape(input_shape)
         if shape is not None and "input_shape" in inspect.signature(layer_class).parameters:
             noise_layer_kwargs["input_shape"] = shape
+        noise_layer = layer_class(**noise_layer_kwargs)  # before the base is touched: it may refuse
         self.base_model = base.requires_grad_(False).eval()
-        noise_layer = layer_class(**noise_layer_kwargs)
         device = next((parameter.device for parameter in base.parameters()), None)
         self.noise_layer = noise_layer if device is None else noise_layer.to(device=device)
         self.adaptive_alpha = None
@@ -182,7 +182,7 @@ class NoisyModel(nn.Module):
         try:
             base_model_output = self.base_model(*args, **kwargs)
         finally:
-            _running.pop()
+            _running.remove(self)
             self._noise_mask, self._arguments_for_layer = None, {}
         layer, applied = self.noise_layer, self.applied
         if layer.enabled and applied is None:
@@ -298,7 +298,8 @@ class NoisyModel(nn.Module):
 
     def _another_runs(self) -> bool:
         """Whether the base computes for another noisy model over it."""
-        return bool(_running) and _running[-1] is not self
+        over_this_base = (model for model in reversed(_running) if model.base_model is self.base_model)
+        return next(over_this_base, self) is not self
 
     def _transform(self, input: Tensor) -> Tensor:
         layer = self.noise_layer

@@ -17,6 +17,7 @@ from sgfast.model.hooks import hook_forward
 from sgfast.model.inputs import Pass, prepare_inputs
 from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
 from sgfast.model.sharing import Draw, share_draws, shared_draw
+from sgfast.noise_layer.arguments import check_input_shape
 from sgfast.noise_layer.base import BaseNoiseLayer
 
 CleanPass = Literal["separate", "joint"]
@@ -90,6 +91,9 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         super().__init__()
         if not isinstance(base_model, nn.Module):
             raise TypeError(f"base_model must be a torch.nn.Module; got {type(base_model).__name__}")
+        if not isinstance(target_layer, str):
+            raise TypeError(f"target_layer must be a string; got {type(target_layer).__name__}")
+        shape = check_input_shape(input_shape)
         if clean_pass not in ("separate", "joint"):
             raise ValueError(f"clean_pass must be 'separate' or 'joint'; got {clean_pass!r}")
         self._check_base(base_model)
@@ -100,14 +104,10 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self.base_model = base_model
         embedding_weight = self.base_model.get_input_embeddings().weight
         width = embedding_weight.shape[-1]
-        if input_shape is not None and input_shape[-1] != width:
-            raise ValueError(f"input_shape must end in the embedding width {width}; got {tuple(input_shape)}")
-        if noise_layer is None:
-            if noise_layer_class is None:
-                raise ValueError("give noise_layer_class, or a ready noise_layer")
-            noise_layer = noise_layer_class(**noise_layer_kwargs)
-        elif noise_layer_kwargs:
-            raise TypeError(f"a ready noise_layer takes no arguments; got {', '.join(noise_layer_kwargs)}")
+        if shape is not None and shape[-1] != width:
+            raise ValueError(f"input_shape must end in the embedding width {width}; got {shape}")
+        self._shares_noise_layer = noise_layer is not None
+        noise_layer = _ready_layer(noise_layer_class, noise_layer, noise_layer_kwargs)
         self.noise_layer = noise_layer.to(device=embedding_weight.device)
         self._freeze_base()
         self.target_layer = target_layer
@@ -118,8 +118,11 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self._trunks: dict[int, list[nn.Module]] = {}  # in lists: a trunk is no submodule, its modules are the base's
         # The pass that is running, for the hooks; None outside this model's own calls.
         self._running: Pass | None = None
-        self._shares_noise_layer = noise_layer_class is None
         self._register()
+
+    @property
+    def _target(self) -> nn.Module:
+        return cast(nn.Module, self.causal_lm.get_submodule(self.target_layer))
 
     @property
     def causal_lm(self) -> Any:
@@ -238,7 +241,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         current = Pass(attended, selected, layers, batch)
         current.clean_graph = any(consumer.clean_graph for consumer in self._consumers)
         draw = shared_draw(self.noise_layer) if self.noise_layer.enabled else None
-        if draw is not None and (drawn := draw.find(self, batch, self.noise_layer)) is not None:
+        if draw is not None and (drawn := draw.find(self, batch, self.noise_layer, self._target)) is not None:
             current.seed, current.transform = drawn
         with with_adapters(self.base_model, self._runs_adapters):
             clean_logits, noisy_logits = run(current, arguments, None if logits_wanted else max(layers))
@@ -402,7 +405,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             if layer.mean is not None and layer.std is not None:  # None while the layer is disabled
                 current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed)
                 if (draw := shared_draw(layer)) is not None:
-                    draw.keep(self, current.batch, Draw(layer.forward_seed, current.transform))
+                    draw.keep(self, current.batch, Draw(layer.forward_seed, current.transform), layer, self._target)
         else:
             transformed = current.transform.output
         return torch.cat([clean, transformed]) if current.half == "joint" else transformed
@@ -418,3 +421,23 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             current.noisy_layers[index] = noisy
         else:
             (current.clean_layers if current.half == "clean" else current.noisy_layers)[index] = hidden
+
+
+def _ready_layer(
+    noise_layer_class: type[BaseNoiseLayer] | None, noise_layer: BaseNoiseLayer | None, arguments: dict[str, Any]
+) -> BaseNoiseLayer:
+    """The layer given, or a new one of the class."""
+    if noise_layer_class is not None and not (
+        isinstance(noise_layer_class, type) and issubclass(noise_layer_class, BaseNoiseLayer)
+    ):
+        raise TypeError(f"noise_layer_class must be a class of BaseNoiseLayer; got {noise_layer_class!r}")
+    if noise_layer is None:
+        if noise_layer_class is None:
+            raise ValueError("give noise_layer_class, or a ready noise_layer")
+        return noise_layer_class(**arguments)
+    if not isinstance(noise_layer, noise_layer_class or BaseNoiseLayer):
+        wanted = (noise_layer_class or BaseNoiseLayer).__name__
+        raise TypeError(f"noise_layer must be a {wanted}; got {type(noise_layer).__name__}")
+    if arguments:
+        raise TypeError(f"a ready noise_layer takes no arguments; got {', '.join(arguments)}")
+    return noise_layer

@@ -95,7 +95,7 @@ class CloakNoiseLayer1(CloakNoiseLayer):
     """Cloak's first phase: learn mu and sigma, and suppress nothing.
 
     The ``stds`` it ends with say to `CloakNoiseLayer2` which features to suppress. Arguments: those of
-    `CloakNoiseLayer` without ``percent_to_mask``.
+    `CloakNoiseLayer`; ``percent_to_mask`` must be None.
     """
 
     def __init__(
@@ -103,12 +103,15 @@ class CloakNoiseLayer1(CloakNoiseLayer):
         input_shape: tuple[int, ...] | None = None,
         scale: Scale = (1e-4, 2.0),
         shallow: float = 1.0,
+        percent_to_mask: None = None,
         value_range: ValueRange | None = None,
         locs_requires_grad: bool = True,
         rhos_requires_grad: bool = True,
         rhos_init: float = -4.0,
         seed: int | None = None,
     ) -> None:
+        if percent_to_mask is not None:
+            raise ValueError(f"percent_to_mask must be None: the first phase suppresses nothing; got {percent_to_mask}")
         super().__init__(
             input_shape,
             scale,
@@ -138,6 +141,8 @@ class CloakNoiseLayer2(BaseNoiseLayer):
     Args:
         input_shape: (batch, *features), checked against ``stds``; None to skip the check.
         scale: (min, max) of the standard deviations.
+        shallow: taken, like ``rhos_requires_grad`` and ``rhos_init``, so that one set of arguments serves both phases;
+            here no rho is learned.
         percent_to_mask: fraction of the features to suppress, those of largest sigma; it must be given.
         value_range: (low or None, high or None), a clamp on transformed elements.
         locs_requires_grad: whether mu is learned.
@@ -164,9 +169,12 @@ class CloakNoiseLayer2(BaseNoiseLayer):
         self,
         input_shape: tuple[int, ...] | None = None,
         scale: Scale = (1e-4, 2.0),
+        shallow: float = 1.0,
         percent_to_mask: float | None = None,
         value_range: ValueRange | None = None,
         locs_requires_grad: bool = True,
+        rhos_requires_grad: bool = True,
+        rhos_init: float = -4.0,
         seed: int | None = None,
         *,
         stds: Tensor,
@@ -188,7 +196,8 @@ class CloakNoiseLayer2(BaseNoiseLayer):
     def estimate(self, input: Tensor) -> tuple[Tensor, Tensor]:
         """Mu and sigma, of the shape of a sample."""
         _check_features(input, self.locs)
-        return self.locs.view_as(self.locs), self.stds.view_as(self.stds)
+        # A layer in half precision has rounded its stds, maybe past the scale.
+        return self.locs.view_as(self.locs), self.stds.float().clamp(*self.scale)
 
     def suppressed_features(self, std: Tensor) -> Tensor | None:
         """The features chosen when the layer was built."""

@@ -533,3 +533,30 @@ def test_wrong_calls(images):
     unused.forward = lambda input: input
     with pytest.raises(RuntimeError, match="target_layer 'never' did not run"):
         NoisyModel(CloakNoiseLayer1, unused, target_layer="never")(images)
+
+
+def test_unrelated_models_do_not_quiet_each_other():
+    bases = [nn.Linear(3, 2) for _ in range(2)]
+    first, second = (NoisyModel(CloakNoiseLayer, base, input_shape=(1, 3), rhos_init=2.0) for base in bases)
+    sample = torch.ones(4, 3)
+    with torch.no_grad():
+        clean = sample @ bases[1].weight.T + bases[1].bias
+        with first.noise_disabled():
+            assert not torch.allclose(bases[1](sample), clean)
+        with second.noise_disabled():
+            torch.testing.assert_close(bases[1](sample), clean)
+
+
+def test_copies_of_copies_carry_one_hook():
+    noisy_model = NoisyModel(CloakNoiseLayer, nn.Linear(3, 2), input_shape=(1, 3))
+    for _ in range(3):
+        noisy_model = copy.deepcopy(noisy_model)
+    assert len(noisy_model.base_model._forward_pre_hooks) == 1
+
+
+def test_a_refused_layer_leaves_the_base_alone():
+    base = nn.Linear(3, 2).train()
+    with pytest.raises(TypeError):
+        NoisyModel(CloakNoiseLayer, base, no_such_argument=1)
+    assert base.training
+    assert base.weight.requires_grad

@@ -321,3 +321,68 @@ def test_errors(make_pair):
     teacher.target_layer = "model.layers.1"
     with pytest.raises(ValueError, match=r"layers\.1.*cannot be checkpointed"):
         teacher.gradient_checkpointing_enable()
+
+
+def test_a_draw_without_graph_is_drawn_again_under_the_same_noise(make_pair, tokens):
+    teacher, student = make_pair()
+    with torch.no_grad():
+        first = teacher.train()(**tokens).transformed
+    second = student.train()(**tokens).transformed
+    assert second.requires_grad
+    torch.testing.assert_close(second.detach(), first, rtol=0, atol=0)
+
+
+def test_a_step_between_teacher_and_student_keeps_the_noise_only(make_pair, tokens):
+    teacher, student = make_pair()
+    first = teacher.train()(**tokens)
+    with torch.no_grad():
+        for parameter in teacher.noise_layer.parameters():
+            parameter.mul_(1.5)
+    second = student.train()(**tokens)
+    assert not torch.equal(first.transformed, second.transformed)
+    selected = tokens["noise_mask"] & (tokens["attention_mask"] != 0)
+    eps = [((output.transformed - output.input - output.mean) / output.std)[selected] for output in (first, second)]
+    torch.testing.assert_close(*eps, rtol=1e-3, atol=1e-3)
+
+
+def test_a_student_over_another_base_shares_the_noise_only(make_pair, tokens):
+    teacher, _ = make_pair()
+    other = tiny_causal_lm("llama")[0]
+    with torch.no_grad():
+        other.get_input_embeddings().weight.add_(1.0)
+    student = PeftNoiseMaskedNoisyTransformerModel(
+        None, with_lora(other), target_layer=teacher.target_layer, noise_layer=teacher.noise_layer
+    )
+    teacher.train()(**tokens)
+    output = student.train()(**tokens)
+    torch.testing.assert_close(output.input, other.get_input_embeddings()(tokens["input_ids"]), rtol=0, atol=0)
+
+
+def test_sharing_works_under_inference_mode(make_pair, tokens):
+    teacher, student = make_pair()
+    with torch.inference_mode():
+        inputs = {name: tensor.clone() for name, tensor in tokens.items()}
+        outputs = [model.eval()(**inputs).transformed for model in (teacher, student)]
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"noise_layer_class": nn.Linear}, TypeError, "noise_layer_class must be a class of BaseNoiseLayer"),
+        ({"noise_layer": nn.Linear(2, 2)}, TypeError, "noise_layer must be a BaseNoiseLayer; got Linear"),
+        ({"target_layer": 3}, TypeError, "target_layer must be a string; got int"),
+        ({"input_shape": 16}, TypeError, "input_shape"),
+        ({"input_shape": ()}, ValueError, "input_shape"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, error, message):
+    base_model, body, target_layer = tiny_causal_lm("llama")
+    settings = {"noise_layer_class": TransformerCloak, "base_model": base_model, "target_layer": target_layer}
+    if "noise_layer" in arguments:
+        settings["noise_layer_class"] = None
+    with pytest.raises(error, match=message):
+        NoiseMaskedNoisyTransformerModel(
+            **(settings | {"config_path": base_model.config, "transformer_type": body} | arguments)
+        )
+    assert base_model.get_input_embeddings().weight.requires_grad  # nothing was touched

@@ -1,5 +1,6 @@
 """The loss of a `DistillationConfig` as a module, from adaptor dictionaries, for any training loop."""
 
+import warnings
 from collections.abc import Mapping
 from typing import Any, cast
 
@@ -129,6 +130,11 @@ class DistillationLoss(nn.Module):
             components[name if repeats[name] == 1 else f"{name}_{repeats[name]}"] = value.detach()
             weighted.append((weight, value))
 
+        one_sided = ("logits" in student_outputs) != ("logits" in teacher_outputs)
+        if one_sided and ("kd_loss_weight" in self._schedulers or self.config.kd_loss_weight):
+            missing = "teacher_outputs" if "logits" in student_outputs else "student_outputs"
+            # TextBrewer says nothing; a misspelt key would look the same.
+            warnings.warn(f"kd_loss_weight has no effect: {missing} has no logits", stacklevel=2)
         if "logits" in student_outputs and "logits" in teacher_outputs:
             heads = pair_heads(student_outputs, teacher_outputs, self.config.probability_shift)
             losses = [self._head_loss(*head) for head in heads]

@@ -9,6 +9,7 @@ TextBrewer's.
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -56,11 +57,22 @@ def flsw_temperature_scheduler_builder(
     """
     _check_min_temperature(min_temperature)
 
-    def scheduler(logits_S: Tensor, logits_T: Tensor, base_temperature: float, *, mask: Tensor | None = None) -> Tensor:
-        disagreement = _row_statistic(logits_S, logits_T, mask, "disagreement", eps)
-        return _around(disagreement.clamp(min=0) ** gamma, base_temperature, beta, mask, min_temperature)
+    return partial(_focal_temperature, beta, gamma, eps, min_temperature)
 
-    return scheduler
+
+def _focal_temperature(
+    beta: float,
+    gamma: float,
+    eps: float,
+    min_temperature: float | None,
+    logits_S: Tensor,
+    logits_T: Tensor,
+    base_temperature: float,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    disagreement = _row_statistic(logits_S, logits_T, mask, "disagreement", eps)
+    return _around(disagreement.clamp(min=0) ** gamma, base_temperature, beta, mask, min_temperature)
 
 
 def cwsm_temperature_scheduler_builder(
@@ -81,11 +93,20 @@ def cwsm_temperature_scheduler_builder(
     """
     _check_min_temperature(min_temperature)
 
-    def scheduler(logits_S: Tensor, logits_T: Tensor, base_temperature: float, *, mask: Tensor | None = None) -> Tensor:
-        confidence = _row_statistic(logits_S, logits_T, mask, "confidence", 0.0)
-        return _around(1 / (confidence + 1e-3), base_temperature, beta, mask, min_temperature)
+    return partial(_confidence_temperature, beta, min_temperature)
 
-    return scheduler
+
+def _confidence_temperature(
+    beta: float,
+    min_temperature: float | None,
+    logits_S: Tensor,
+    logits_T: Tensor,
+    base_temperature: float,
+    *,
+    mask: Tensor | None = None,
+) -> Tensor:
+    confidence = _row_statistic(logits_S, logits_T, mask, "confidence", 0.0)
+    return _around(1 / (confidence + 1e-3), base_temperature, beta, mask, min_temperature)
 
 
 def _around(
