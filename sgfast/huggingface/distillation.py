@@ -99,6 +99,9 @@ class _LastInputs:
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self._inputs = arguments, {name: value for name, value in keywords.items() if name not in self._DROPPED}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_inputs": None}  # a copied student must not carry a batch
+
     def take(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if self._inputs is None:
             raise RuntimeError("compute_loss needs a forward pass of the student since its last call")

@@ -230,8 +230,7 @@ class DivergenceLoss(nn.Module):
             top_k=self.top_k,
             support=self.support,
             mask=mask,
-            # A negative label is what the operation ignores.
-            labels=None if labels is None or weight == 0 else labels.masked_fill(labels == self.ignore_index, -1),
+            labels=None if labels is None or weight == 0 else self._operation_labels(labels, student_logits.shape[-1]),
             temperature=self.temperature,
             beta=self.beta,
             skew=self.skew,
@@ -242,3 +241,11 @@ class DivergenceLoss(nn.Module):
         scale = self.temperature**2 if self.scale_by_temperature_squared else 1.0
         soft = values[self.kind] * ((1 - weight) * scale)
         return soft if weight == 0 else soft + weight * values[LABEL_KIND]
+
+    def _operation_labels(self, labels: Tensor, size: int) -> Tensor:
+        """The operation ignores every negative label; here one alone is meant, and others are out of range."""
+        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+            stray = labels[(labels < 0) & (labels != self.ignore_index)]
+            if stray.numel() > 0:
+                raise ValueError(f"labels must be class indices or ignore_index={self.ignore_index}; got {stray[0]}")
+        return torch.where(labels == self.ignore_index, -1, torch.where(labels < 0, size, labels))

@@ -151,7 +151,7 @@ def fano_error_bound(mutual_information: _Real, num_classes: int) -> _Real:
         num_classes: M, at least 2.
 
     Returns:
-        The bound, in [0, 1]: a float, or a tensor of the given one's shape and dtype.
+        The bound, in [0, 1]: a float, or a float64 tensor of the given one's shape (rounded, it would bound nothing).
 
     Raises:
         ValueError: fewer than 2 classes, or a negative number.
@@ -164,7 +164,7 @@ def fano_error_bound(mutual_information: _Real, num_classes: int) -> _Real:
         raise ValueError(f"num_classes must be at least 2; got {num_classes}")
 
     def bound(information: Tensor) -> Tensor:
-        return (1 - (information + math.log(2)) / math.log(num_classes)).clamp(min=0)
+        return (1 - (information + math.log(2)) / math.log(num_classes)).clamp(0, 1)
 
     return _in_float64(bound, mutual_information)
 
@@ -182,7 +182,8 @@ def pac_privacy_success_bound(mutual_information: _Real, prior: float) -> _Real:
         prior: in (0, 1); 1 / V for guessing a token of V uniformly.
 
     Returns:
-        The bound, in [prior, 1]: a float, or a tensor of the given one's shape and dtype.
+        The bound, in [prior, 1]: a float, or a float64 tensor of the given one's shape (rounded, it would bound
+        nothing).
 
     Raises:
         ValueError: a prior outside (0, 1), or a negative number.
@@ -212,7 +213,7 @@ def pac_privacy_success_bound(mutual_information: _Real, prior: float) -> _Real:
 def _in_float64(bound: Callable[[Tensor], Tensor], mutual_information: _Real) -> _Real:
     """Apply to a tensor, or to a number, which is checked."""
     if isinstance(mutual_information, Tensor):
-        return bound(mutual_information.detach().to(torch.float64)).to(mutual_information.dtype)
+        return bound(mutual_information.detach().to(torch.float64))
     if mutual_information < 0:
         raise ValueError(f"mutual_information must not be negative; got {mutual_information}")
     return bound(torch.tensor(mutual_information, dtype=torch.float64)).item()

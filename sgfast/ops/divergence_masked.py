@@ -249,7 +249,7 @@ def masked_divergence(
         kind,
         support,
         mask,
-        row_temperature(temperature, noisy_logits),
+        row_temperature(temperature, noisy_logits, clean_logits),
         float(beta),
         float(skew),
         validation.chunk_bytes(max_chunk_bytes),

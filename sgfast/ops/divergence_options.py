@@ -22,6 +22,8 @@ def check_options(
     Raises:
         ValueError: an unknown kind, support or implementation; a mixture's weight out of range.
     """
+    if not isinstance(kinds, str | Sequence):
+        raise TypeError(f"kinds must be a name or a sequence of names; got {type(kinds).__name__}")
     names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
     if not names and not with_labels:
         raise ValueError(f"kinds must name at least one of {', '.join(KINDS)} (it may be empty only with labels)")
@@ -61,9 +63,9 @@ def check_temperature(temperature: float) -> None:
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
 
 
-def row_temperature(temperature: float | Tensor, logits: Tensor) -> Tensor:
+def row_temperature(temperature: float | Tensor, logits: Tensor, other_logits: Tensor) -> Tensor:
     """The temperature as a tensor of the row shape; a number is expanded without memory."""
-    dtype = rows.compute_dtype(logits)
+    dtype = rows.compute_dtype(logits, other_logits)
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
             raise ValueError("temperature must not require a gradient: it is a constant of the divergence")

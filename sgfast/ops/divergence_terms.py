@@ -210,15 +210,15 @@ def _partial_to_p(kind: str, atoms: Atoms, beta: float, skew: float, linear: boo
         case "forward_kl" | "cross_entropy":
             return atoms.difference if linear else -atoms.q
         case "reverse_kl":
-            partial = finite_rows(nan_to_zero(atoms.p * atoms.log_ratio))
-            return partial if linear else partial + atoms.p
+            partial = nan_to_zero(atoms.p * atoms.log_ratio)
+            return finite_rows(partial if linear else partial.add_(atoms.p))
         case "skew_forward_kl":
             partial = _mixture_share(atoms, "p", skew).mul_(atoms.difference).mul_((1 - skew) ** 2)
             return partial if linear else partial.sub_(atoms.p, alpha=1 - skew)
         case "skew_reverse_kl":
             partial = _mixture_share(atoms, "p", 1 - skew).mul_(atoms.difference).mul_((skew - 1) * skew)
-            partial = finite_rows(partial.add_(_times_log_mixture(atoms, "p", 1 - skew, -1.0)))
-            return partial if linear else partial.add_(atoms.p, alpha=1 - skew)
+            partial = partial.add_(_times_log_mixture(atoms, "p", 1 - skew, -1.0))
+            return finite_rows(partial if linear else partial.add_(atoms.p, alpha=1 - skew))
         case "jeffreys":
             return finite_rows(nan_to_zero(atoms.p * atoms.log_ratio).add_(atoms.difference))
         case "jensen_shannon":
@@ -235,14 +235,14 @@ def _partial_to_p(kind: str, atoms: Atoms, beta: float, skew: float, linear: boo
 def _partial_to_q(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
     match kind:
         case "forward_kl":
-            partial = finite_rows(nan_to_zero(atoms.q * atoms.log_ratio).neg_())
-            return partial if linear else partial + atoms.q
+            partial = nan_to_zero(atoms.q * atoms.log_ratio).neg_()
+            return finite_rows(partial if linear else partial.add_(atoms.q))
         case "reverse_kl":
             return -atoms.difference if linear else -atoms.p
         case "skew_forward_kl":
             partial = _mixture_share(atoms, "q", skew).mul_(atoms.difference).mul_((1 - skew) * skew)
-            partial = finite_rows(partial.add_(_times_log_mixture(atoms, "q", skew, -1.0)))
-            return partial if linear else partial.add_(atoms.q, alpha=1 - skew)
+            partial = partial.add_(_times_log_mixture(atoms, "q", skew, -1.0))
+            return finite_rows(partial if linear else partial.add_(atoms.q, alpha=1 - skew))
         case "skew_reverse_kl":
             partial = _mixture_share(atoms, "q", 1 - skew).mul_(atoms.difference).mul_(-((1 - skew) ** 2))
             return partial if linear else partial.sub_(atoms.q, alpha=1 - skew)

@@ -460,3 +460,9 @@ def test_closed_form():
     assert DivergenceLoss("forward_kl")(student, teacher).item() == pytest.approx(expected, rel=1e-6)
     value = DivergenceLoss("forward_kl", hard_label_weight=0.25)(student, teacher, torch.tensor([1])).item()
     assert value == pytest.approx(0.75 * expected + 0.25 * math.log(2), rel=1e-6)
+
+
+def test_a_negative_label_that_is_not_ignore_index_is_refused():
+    loss = DivergenceLoss("forward_kl", hard_label_weight=0.5, ignore_index=0)
+    with pytest.raises(ValueError, match="class indices or ignore_index=0; got -100"):
+        loss(torch.zeros(2, 5), torch.zeros(2, 5), torch.tensor([-100, 2]))

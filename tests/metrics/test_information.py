@@ -232,7 +232,7 @@ def test_bounds_take_tensors():
         (pac_privacy_success_bound(nats, 0.01), lambda value: pac_privacy_success_bound(value, 0.01)),
         (fano_error_bound(nats, 100), lambda value: fano_error_bound(value, 100)),
     ):
-        assert (bounds.shape, bounds.dtype) == ((2, 2), torch.float32)
+        assert (bounds.shape, bounds.dtype) == ((2, 2), torch.float64)  # rounded, it would bound nothing
         assert bounds.flatten()[:3].tolist() == pytest.approx([one(0.0), one(1.0), one(5.0)])
         assert bounds[1, 1].isnan()
 

@@ -702,3 +702,24 @@ def test_digits_are_kept_near_equality(impl, noise):
         (expected_gradient,) = torch.autograd.grad(expected.sum(), wide)
         error = (gradient.double() - expected_gradient).norm(dim=-1)
         assert (error <= 1e-5 * expected_gradient.norm(dim=-1)).all(), kind
+
+
+@each_implementation
+@pytest.mark.parametrize("support", [None, "truncate", "tail"])
+@pytest.mark.parametrize("kind", ["forward_kl", "reverse_kl"])
+def test_an_infinite_divergence_has_no_gradient_where_it_would_be_infinite(kind, support, impl):
+    """Whatever the support: each side rules out what the other is sure of."""
+    ruled_out = torch.tensor([[0.0, 0.0, -torch.inf, -torch.inf]], device=DEVICE)
+    sure = torch.tensor([[-torch.inf, -torch.inf, 3.0, 1.0]], device=DEVICE)
+    noisy, clean = ruled_out.requires_grad_(), sure.requires_grad_()
+    value = divergences(noisy, clean, kind, top_k=support and 1, support=support or "tail", impl=impl)[kind]
+    assert value.item() == torch.inf
+    gradients = torch.autograd.grad(value.sum(), (noisy, clean))
+    assert (gradients[kind == "forward_kl"] == 0).all()
+
+
+def test_the_temperature_is_as_wide_as_the_wider_side():
+    noisy, clean = pair(3, 50)
+    mixed = divergences(noisy, clean.double(), "forward_kl", temperature=0.3)["forward_kl"]
+    wide = divergences(noisy.double(), clean.double(), "forward_kl", temperature=0.3)["forward_kl"]
+    torch.testing.assert_close(mixed, wide, rtol=1e-12, atol=0)
