@@ -39,7 +39,7 @@ def run(*arguments: str, **variables: str) -> str:
 @needs_triton
 def test_kernels_in_the_strict_interpreter():
     own = ["tests/gates/planted_bugs.py", "tests/gates/interpreted_cases.py"]
-    run("-m", "pytest", "-q", "-m", "triton", *own, "tests/ops", TRITON_INTERPRET="1")
+    run("-m", "pytest", "-q", "-n", "2", "-m", "triton", *own, "tests/ops", TRITON_INTERPRET="1")
 
 
 @needs_triton
