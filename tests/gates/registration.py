@@ -121,8 +121,10 @@ CHECKS = [
 TRITON_CHECKS = [check_schema, check_compiled, check_export, check_checkpointing]
 
 
-def each_check(cases: Sequence[Case]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Parametrise a test over checks and cases."""
+def each_check(
+    cases: Sequence[Case], *, has_kernel: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Parametrise a test over checks and cases; without a kernel they are PyTorch's in every process."""
 
     def name(value: Any) -> str:
         return value.name if isinstance(value, Case) else value.__name__
@@ -135,7 +137,7 @@ def each_check(cases: Sequence[Case]) -> Callable[[Callable[..., None]], Callabl
 
         return pytest.param(run, marks=pytest.mark.triton, id=check.__name__)
 
-    checks = [under_triton(check) for check in TRITON_CHECKS] if RUNS_TRITON else CHECKS
+    checks = [under_triton(check) for check in TRITON_CHECKS] if RUNS_TRITON and has_kernel else CHECKS
 
     def decorate(test: Callable[..., None]) -> Callable[..., None]:
         return pytest.mark.parametrize("case", cases, ids=name)(

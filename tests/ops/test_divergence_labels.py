@@ -14,11 +14,22 @@ from tests.ops.test_divergence import masked_case, pair
 DTYPES = (torch.float32, torch.bfloat16, *(() if RUNS_TRITON else (torch.float64,)))
 
 
-@each_implementation
-@pytest.mark.parametrize("kinds", [(), KINDS], ids=["alone", "with all kinds"])
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_values_and_gradients_are_torchs(dtype, temperature, kinds, impl):
+@pytest.mark.parametrize(
+    ("impl", "dtype", "temperature", "kinds"),
+    [
+        *(
+            pytest.param(impl, dtype, temperature, kinds, marks=[pytest.mark.triton] if RUNS_TRITON else [])
+            for impl in (["triton"] if RUNS_TRITON else ["torch"])
+            for dtype in DTYPES
+            for temperature in (1.0, 2.5)
+            for kinds in ((), KINDS)
+        ),
+        # Compiling costs half a minute with all kinds.
+        ("compile", torch.float32, 1.0, ("jeffreys",)),
+        ("compile", torch.bfloat16, 2.5, ("jeffreys", "jensen_shannon")),
+    ],
+)
+def test_values_and_gradients_are_torchs(impl, dtype, temperature, kinds):
     """With ignored labels and masked rows, whatever the temperature and the kinds beside it."""
     noisy, clean = pair(4, 6, 130, dtype=dtype)
     labels = torch.arange(24, dtype=torch.int32, device=DEVICE).view(4, 6) * 5 - 20
@@ -46,9 +57,18 @@ def test_values_and_gradients_are_torchs(dtype, temperature, kinds, impl):
         torch.testing.assert_close(values[kind], value, rtol=1e-6, atol=1e-7)
 
 
-@each_implementation
-@pytest.mark.parametrize("support", ["truncate", "renormalize", "tail"])
-def test_labels_cover_the_vocabulary_with_top_k(support, impl):
+@pytest.mark.parametrize(
+    ("impl", "support"),
+    [
+        *(
+            pytest.param(impl, support, marks=[pytest.mark.triton] if RUNS_TRITON else [])
+            for impl in (["triton"] if RUNS_TRITON else ["torch"])
+            for support in ("truncate", "renormalize", "tail")
+        ),
+        ("compile", "tail"),
+    ],
+)
+def test_labels_cover_the_vocabulary_with_top_k(impl, support):
     noisy, clean = (side.requires_grad_() for side in pair(5, 40))
     labels = torch.tensor([0, 39, -1, 7, 20], device=DEVICE)
     options = {"top_k": 3, "support": support, "temperature": 2.0, "impl": impl}

@@ -351,7 +351,7 @@ CASES = [
 ]
 
 
-@registration.each_check(CASES)
+@registration.each_check(CASES, has_kernel=False)
 def test_registration(check, case):
     check(case)
 
