@@ -18,6 +18,13 @@ def check_real(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_finite(name: str, value: Any) -> float:
+    """Check for a finite number and return it as a float."""
+    if math.isinf(check_real(name, value)):
+        raise ValueError(f"{name} must be finite; got {value}")
+    return float(value)
+
+
 def check_bool(name: str, value: Any) -> bool:
     """Check for True or False."""
     if not isinstance(value, bool):

@@ -8,7 +8,7 @@ They follow Cloak (Mireshghallah et al., "Not all features are equal", WWW 2021)
 import torch
 from torch import Tensor, nn
 
-from sgfast.noise_layer.arguments import Scale, ValueRange, check_bool, check_input_shape, check_real
+from sgfast.noise_layer.arguments import Scale, ValueRange, check_bool, check_finite, check_input_shape
 from sgfast.noise_layer.base import BaseNoiseLayer
 from sgfast.noise_layer.lazy import LazyNoiseLayer
 from sgfast.noise_layer.masker import PercentMasker
@@ -61,7 +61,7 @@ class CloakNoiseLayer(LazyNoiseLayer):
         super().__init__(scale, masker=masker, value_range=value_range, seed=seed)
         self.parameterization = CloakStandardDeviationParameterization(scale, shallow)
         self.declare("locs", 0.0, check_bool("locs_requires_grad", locs_requires_grad))
-        rho = check_real("rhos_init", rhos_init)
+        rho = check_finite("rhos_init", rhos_init)
         self.declare("rhos", rho, check_bool("rhos_requires_grad", rhos_requires_grad))
         shape = check_input_shape(input_shape)
         if shape is not None:

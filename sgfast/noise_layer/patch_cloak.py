@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgfast.noise_layer.arguments import Scale, ValueRange, check_count, check_real
+from sgfast.noise_layer.arguments import Scale, ValueRange, check_count, check_finite
 from sgfast.noise_layer.lazy import LazyNoiseLayer
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.parameterizations import CloakStandardDeviationParameterization
@@ -60,7 +60,7 @@ class PatchCloakNoiseLayer(LazyNoiseLayer):
         self.declare("mean_weight", 0.0)
         self.declare("mean_bias", 0.0)
         self.declare("rho_weight", 0.0)
-        self.declare("rho_bias", check_real("rhos_init", rhos_init))
+        self.declare("rho_bias", check_finite("rhos_init", rhos_init))
         if in_channels is not None:
             self.materialize((check_count("in_channels", in_channels),))
 

@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgfast.noise_layer.arguments import Scale, ValueRange, check_bool, check_count, check_real
+from sgfast.noise_layer.arguments import Scale, ValueRange, check_bool, check_count, check_finite, check_real
 from sgfast.noise_layer.base import BaseNoiseLayer
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.parameterizations import (
     CloakStandardDeviationParameterization,
     DirectStandardDeviationParameterization,
 )
+from sgfast.ops import validation
 from sgfast.utils.positions import position_ids_of
 
 # Bodies that a saved layer may name; a file never imports anything else.
@@ -86,6 +87,7 @@ class TransformerCloak(BaseNoiseLayer):
         if not (isinstance(transformer_type, type) and issubclass(transformer_type, nn.Module)):
             raise TypeError(f"transformer_type must be a class of torch.nn.Module; got {transformer_type!r}")
         config = _load_config(config_path)
+        _check_body(transformer_type, config)
         for name, heads in (("mean", mean_num_attention_heads), ("std", std_num_attention_heads)):
             _check_heads(f"{name}_num_attention_heads", heads, config.hidden_size)
         for name, layers in (("mean", mean_num_hidden_layers), ("std", std_num_hidden_layers)):
@@ -93,7 +95,7 @@ class TransformerCloak(BaseNoiseLayer):
         for name, dropout in (("mean", mean_dropout), ("std", std_dropout)):
             _check_dropout(f"{name}_dropout", dropout)
         check_bool("directly_learn_stds", directly_learn_stds)
-        check_real("rhos_init", rhos_init)
+        check_finite("rhos_init", rhos_init)
         self._settings = {
             "transformer_type": transformer_type.__name__,
             "config": _plain_config(config),
@@ -164,6 +166,18 @@ class TransformerCloak(BaseNoiseLayer):
         if arguments["value_range"] is not None:
             arguments["value_range"] = tuple(arguments["value_range"])
         return cls(config, body, **arguments)
+
+
+def _check_body(transformer_type: Any, config: Any) -> None:
+    """Check that a class is a body (no head) for this configuration, as far as transformers says so."""
+    expected = getattr(transformer_type, "config_class", None)
+    if expected is not None and not isinstance(config, expected):
+        raise ValueError(
+            f"transformer_type {transformer_type.__name__} takes a {expected.__name__}; "
+            f"config_path gave a {type(config).__name__}"
+        )
+    if transformer_type.__name__.endswith(("ForCausalLM", "LMHeadModel")):
+        raise ValueError(f"transformer_type must be a body without a head; got {transformer_type.__name__}")
 
 
 class _Estimator(nn.Module):
@@ -276,13 +290,17 @@ def recommend_scale(embedding_weight: Tensor) -> Scale:
         (min, max) for a noise layer's ``scale``.
 
     Raises:
-        ValueError: the table has no non-zero value.
+        TypeError: not a floating tensor.
+        ValueError: the table has no non-zero value, or one that is not finite.
 
     Example:
         >>> import torch
         >>> recommend_scale(torch.tensor([[0.0, -0.5], [2.0, 1.0]]))
         (0.05, 20.0)
     """
+    validation.check_floating("embedding_weight", embedding_weight)
+    if embedding_weight.numel() == 0 or not bool(embedding_weight.isfinite().all()):
+        raise ValueError("embedding_weight must have finite values, and some")
     magnitudes = embedding_weight.detach().abs().float()
     largest = magnitudes.max().item()
     if largest == 0:

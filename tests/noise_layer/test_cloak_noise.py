@@ -107,13 +107,13 @@ def test_one_shot_chooses_anew_and_phase_two_keeps_its_choice(images):
 def test_phase_two_continues_phase_one(images):
     first = make(CloakNoiseLayer1)
     first(images)
-    second = CloakNoiseLayer2((1, *SHAPE), SCALE, 0.25, stds=first.stds, seed=3)
+    second = CloakNoiseLayer2((1, *SHAPE), SCALE, percent_to_mask=0.25, stds=first.stds, seed=3)
     second(images).sum().backward()
     assert torch.equal(second.std, first.std)
     assert [name for name, _ in second.named_parameters()] == ["locs"]
     torch.testing.assert_close(second.locs.grad, torch.full(SHAPE, 2.0))
     state = second.state_dict()
-    loaded = CloakNoiseLayer2(None, SCALE, 0.25, stds=torch.full(SHAPE, 1.0))
+    loaded = CloakNoiseLayer2(None, SCALE, percent_to_mask=0.25, stds=torch.full(SHAPE, 1.0))
     loaded.load_state_dict(state)
     assert torch.equal(loaded(images, seed=5), second(images, seed=5))
 
@@ -378,7 +378,7 @@ def test_wrong_arguments(arguments, error, message):
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        (lambda: CloakNoiseLayer1(percent_to_mask=0.5), TypeError, "percent_to_mask"),
+        (lambda: CloakNoiseLayer1(percent_to_mask=0.5), ValueError, "percent_to_mask must be None: .* got 0.5"),
         (lambda: CloakNoiseLayer2(stds=torch.ones(2)), ValueError, "percent_to_mask must be .* got None"),
         (lambda: CloakNoiseLayer2(percent_to_mask=0.5), TypeError, "stds"),
         (lambda: CloakNoiseLayer2(percent_to_mask=0.5, stds=[1.0]), TypeError, "stds must be a torch.Tensor; got list"),

@@ -6,8 +6,9 @@ import json
 import pytest
 import torch
 import torch.utils.checkpoint
+import transformers
 
-from sgfast.noise_layer import TransformerCloak
+from sgfast.noise_layer import TransformerCloak, recommend_scale
 from sgfast.noise_layer.base import fold_in, mix_seed
 from sgfast.ops.philox import standard_normal
 from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, tiny_causal_lm
@@ -288,3 +289,34 @@ def test_arguments_of_other_types(arguments, message):
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_layer(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"rhos_init": float("inf")}, ValueError, "rhos_init must be finite; got inf"),
+        ({"transformer_type": transformers.LlamaForCausalLM}, ValueError, "body without a head; got LlamaForCausalLM"),
+        ({"transformer_type": transformers.GPT2Model}, ValueError, "GPT2Model takes a GPT2Config; .* a LlamaConfig"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(arguments, error, message):
+    config = transformers.LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    settings = {"config_path": config, "transformer_type": transformers.LlamaModel}
+    with pytest.raises(error, match=message):
+        TransformerCloak(**(settings | arguments))
+
+
+@pytest.mark.parametrize(
+    ("table", "error", "message"),
+    [
+        ("x", TypeError, "embedding_weight must be a torch.Tensor; got str"),
+        (torch.empty(0, 3), ValueError, "finite values"),
+        (torch.tensor([[1.0, torch.nan]]), ValueError, "finite values"),
+        (torch.zeros(2, 3), ValueError, "non-zero"),
+    ],
+)
+def test_recommend_scale_names_what_is_wrong(table, error, message):
+    with pytest.raises(error, match=message):
+        recommend_scale(table)
