@@ -17,6 +17,7 @@ from sgfast.huggingface.collator import IGNORED_LABEL, NoiseMaskCollator
 from sgfast.huggingface.examples import chat_conversations, described, instruction_conversations
 from sgfast.huggingface.noise_tokenizer import NoiseEncoding, NoiseTokenizer
 from sgfast.huggingface.tokenizer_state import check_fields, tokenizer_from_state, tokenizer_state
+from sgfast.utils import strict_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -199,8 +200,8 @@ class TokenizerWrapper:
             ValueError: ``text`` is not such a JSON text.
         """
         try:
-            loaded = json.loads(text)
-        except json.JSONDecodeError as error:
+            loaded = strict_json.loads(text)
+        except ValueError as error:
             raise ValueError(f"a saved TokenizerWrapper must be JSON: {error}") from error
         state = loaded if isinstance(loaded, dict) else {}
         if state.get("format") != _JSON_FORMAT:
