@@ -216,11 +216,12 @@ def _check_description(description: Mapping[str, Any]) -> None:
 
 def _check_table(table: Tensor, layer: TransformerCloak, wrapper: TokenizerWrapper) -> None:
     """Check that every token has an embedding, of the noise layer's width."""
-    width, tokens = layer.settings()["config"]["hidden_size"], len(wrapper.tokenizer)
+    width = layer.mean_estimator.head.in_features
     if table.ndim != 2 or table.shape[1] != width:
         raise ValueError(f"the embedding table must be (V, {width}) as the noise layer is; got {tuple(table.shape)}")
-    if table.shape[0] < tokens:
-        raise ValueError(f"the tokenizer has {tokens} tokens, the embedding table only {table.shape[0]} rows")
+    largest = max(wrapper.tokenizer.get_vocab().values(), default=-1)
+    if table.shape[0] <= largest:
+        raise ValueError(f"the tokenizer has ids up to {largest}, the embedding table only {table.shape[0]} rows")
 
 
 def _rebuild(settings: dict[str, Any], parameters: dict[str, Tensor]) -> TransformerCloak:

@@ -154,6 +154,17 @@ def test_instruction_prompts_round_trip(noisy_model, tmp_path):
     assert StainedGlassTransformForText.from_pretrained(path)(example).shape[0] == 1
 
 
+def test_a_body_with_other_names_for_its_sizes(tmp_path):
+    base_model, body, target_layer = tiny_causal_lm("gpt2", vocab_size=300)
+    model = NoiseMaskedNoisyTransformerModel(
+        TransformerCloak, base_model, None, target_layer, config_path=base_model.config, transformer_type=body
+    )
+    wrapper = TokenizerWrapper(tiny_tokenizer(), "GPT2LMHeadModel")
+    client = StainedGlassTransformForText(model, wrapper, [f"{target_layer}.weight"])
+    client.save_pretrained(tmp_path / "t")
+    assert torch.equal(StainedGlassTransformForText.from_pretrained(tmp_path / "t")(CHAT, seed=1), client(CHAT, seed=1))
+
+
 def test_embeddings_scaled_inside_their_module(tmp_path):
     """Gemma 2 multiplies by √D in the embedding module of transformers 5; in 4 it does so later, for embeddings too."""
     base_model, body, target_layer = tiny_causal_lm("gemma2", vocab_size=300)
@@ -283,5 +294,5 @@ def test_rows_of_a_batch_never_share_noise(client):
 def test_a_table_that_lacks_tokens_is_refused_on_construction(noisy_model):
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["<one more>"])
-    with pytest.raises(ValueError, match="the tokenizer has 296 tokens, the embedding table only 295 rows"):
+    with pytest.raises(ValueError, match="the tokenizer has ids up to 295, the embedding table only 295 rows"):
         StainedGlassTransformForText(noisy_model, TokenizerWrapper(tokenizer, "LlamaForCausalLM"), [EMBEDDING])

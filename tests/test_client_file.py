@@ -263,7 +263,7 @@ class TestPartsThatDoNotFit:
     def test_an_embedding_of_fewer_tokens(self, forge):
         forge(
             lambda t, _: t.update({f"base_model.{EMBEDDING}": torch.ones(5, 16)}),
-            "the tokenizer has 295 tokens, the embedding table only 5 rows",
+            "the tokenizer has ids up to 294, the embedding table only 5 rows",
         )
 
     def test_no_embedding(self, forge):
@@ -285,6 +285,15 @@ class TestPartsThatDoNotFit:
             lambda _, d: d["tokenizer_wrapper"]["tokenizer"]["named_special_tokens"].update({name: "/etc/passwd"}),
             "has an invalid special token",
         )
+
+    def test_ids_that_memory_would_be_taken_by(self, forge):
+        def edit(_, description):
+            state = description["tokenizer_wrapper"]["tokenizer"]
+            backend = json.loads(state["backend"])
+            backend["model"]["vocab"]["a"] = 2**31
+            state["backend"] = json.dumps(backend)
+
+        forge(edit, "has ids above 16777216")
 
     @pytest.mark.parametrize("backend", ["{}", "[" * 10_000, '{"version":"1.0","model":{"type":"BPE"}}', "../../x"])
     def test_tokenizers_that_are_none(self, forge, backend):

@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+# A hundred times those of today's models.
+_LARGEST_ID = 2**24
 # Attributes that bear on ids, masks or decoding.
 _SETTINGS = {
     "padding_side": str,
@@ -71,6 +73,9 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ValueError(f"the saved tokenizer cannot be read: {error}") from error
+    # Writing a vocabulary out again takes memory by its largest id, whatever their number.
+    if max(backend.get_vocab().values(), default=0) > _LARGEST_ID:
+        raise ValueError(f"the saved tokenizer has ids above {_LARGEST_ID}")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=state["chat_template"],
