@@ -8,6 +8,7 @@ from sgfast.metrics.information import (
     information_bounds,
     pac_privacy_success_bound,
 )
+from sgfast.metrics.inversion import LearnedInversionAttack
 from sgfast.metrics.noise import get_noise_metrics_factory
 from sgfast.metrics.privacy import (
     max_rank_failure_rate,
@@ -22,6 +23,7 @@ from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 
 __all__ = [
     "InformationBounds",
+    "LearnedInversionAttack",
     "PrivacyMetrics",
     "UtilityMetrics",
     "compute_percentile_voronoi_l2_distance",

@@ -17,6 +17,7 @@ from sgfast.metrics.information import (
     information_bounds,
     pac_privacy_success_bound,
 )
+from sgfast.metrics.inversion import InversionResult, LearnedInversionAttack
 from sgfast.metrics.utility import check_token_ids
 from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 from sgfast.ops import dispatch, rows, validation
@@ -24,6 +25,8 @@ from sgfast.ops.nearest import DEFAULT_CHUNK_BYTES, Metric, embedding_ranks
 
 __all__ = [
     "InformationBounds",
+    "InversionResult",
+    "LearnedInversionAttack",
     "compute_percentile_voronoi_l2_distance",
     "fano_error_bound",
     "information_bounds",

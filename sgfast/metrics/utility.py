@@ -220,8 +220,8 @@ def sequence_utility_from_hidden(
         input_ids: see ``sequence_utility``.
         top_k: see ``sequence_utility``.
         max_chunk_bytes: bound on all temporaries, the logits included; default 256 MiB. At least one token's logits
-            and their temporaries exist at once, up to 192 bytes per vocabulary entry. Larger chunks use the head
-            better.
+            and their temporaries exist at once, some 128 bytes per vocabulary entry. With more at once, products
+            with the head's weight take less time.
 
     Returns:
         See ``sequence_utility``.
@@ -239,11 +239,13 @@ def sequence_utility_from_hidden(
         tensor([0.], dtype=torch.float64)
     """
     attended, labels = _check_sequences("noisy_hidden", noisy_hidden, clean_hidden, attention_mask, input_ids)
-    half = (_HIDDEN_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)) // 2
+    max_bytes = _HIDDEN_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
+    # A third for the logits, one for the divergences, and one for what matrix products and the allocator take.
+    third = max(1, max_bytes // 3)
     probe = head(noisy_hidden.new_zeros((1, noisy_hidden.shape[-1])))
     row_bytes = 2 * _COPIES_OF_LOGITS * probe.numel() * probe.element_size()
     per_token: dict[str, Tensor] = {}
-    for chunk in rows.row_chunks(attended.shape, attended, row_bytes, half):
+    for chunk in rows.row_chunks(attended.shape, attended, row_bytes, third):
         hidden = torch.cat([rows.read_rows(noisy_hidden, chunk), rows.read_rows(clean_hidden, chunk)])
         noisy_logits, clean_logits = head(hidden).chunk(2)
         found = _token_utility(
@@ -252,7 +254,7 @@ def sequence_utility_from_hidden(
             attended.reshape(-1)[chunk],
             None if labels is None else labels.reshape(-1)[chunk],
             top_k,
-            max(1, half),
+            third,
         )
         for name, values in found.items():
             if name not in per_token:
