@@ -267,6 +267,33 @@ class PrivacyMetrics(_Accumulator):
         # In place of an index of −1, which there is none of, the first with a weight of 0.
         self._add(torch.zeros_like(self._counts).scatter_add_(0, ranks.clamp(min=0), (ranks >= 0).to(torch.int64)))
 
+    def per_sequence(self, ranks: Tensor) -> dict[str, Tensor]:
+        """Return what ``compute`` does for each sequence alone, from ranks (..., T): means (...) in float64.
+
+        NaN where no token is counted; ``transformed_tokens`` in int64. Nothing is added.
+        """
+        counted, ranks = ranks >= 0, ranks.clamp(min=0)
+        tokens = counted.sum(-1)
+        means = {
+            name: torch.where(counted, values[ranks], 0).sum(-1).to(torch.float64) / tokens
+            for name, values in self._values_by_rank(ranks.device).items()
+        }
+        return means | {"transformed_tokens": tokens}
+
+    def _values_by_rank(self, device: torch.device) -> dict[str, Tensor]:
+        """What a token of each rank counts in each mean, (V,) int64."""
+        size = self._counts.shape[0]
+        rank = torch.arange(size, device=device)
+        values = {
+            "nearest_neighbor_failure_rate": rank >= self._beta,
+            "max_rank_failure_rate": rank != size - self._r,
+            "mean_reconstruction_rank": rank,
+        }
+        for k in self._k:
+            values[f"token_transformation_rate_{k}"] = rank >= k
+            values[f"symmetric_token_transformation_rate_{k}"] = (rank >= k) & (rank < size - k)
+        return {name: value.to(torch.int64) for name, value in values.items()}
+
     def rank_counts(self, *, all_processes: bool = True) -> Tensor:
         """Return how many tokens had each rank, (V,) int64; see ``compute`` for ``all_processes``."""
         return self._total(all_processes).clone()
@@ -284,15 +311,7 @@ class PrivacyMetrics(_Accumulator):
             ``symmetric_token_transformation_rate_{k}``; NaN without a token. The count: ``transformed_tokens``.
         """
         counts = self._total(all_processes)
-        size = counts.shape[0]
-        events = {
-            "nearest_neighbor_failure_rate": counts[self._beta :].sum(),
-            "max_rank_failure_rate": counts.sum() - counts[size - self._r],
-            "mean_reconstruction_rank": (counts * torch.arange(size, device=counts.device)).sum(),
-        }
-        for k in self._k:
-            events[f"token_transformation_rate_{k}"] = counts[k:].sum()
-            events[f"symmetric_token_transformation_rate_{k}"] = counts[k : max(k, size - k)].sum()
-        *sums, tokens = torch.stack([*events.values(), counts.sum()]).tolist()
-        rates = {name: value / tokens if tokens else torch.nan for name, value in zip(events, sums, strict=True)}
-        return rates | {"transformed_tokens": tokens}
+        sums = {name: (counts * values).sum() for name, values in self._values_by_rank(counts.device).items()}
+        *totals, tokens = torch.stack([*sums.values(), counts.sum()]).tolist()
+        means = {name: total / tokens if tokens else torch.nan for name, total in zip(sums, totals, strict=True)}
+        return means | {"transformed_tokens": tokens}

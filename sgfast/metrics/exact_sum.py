@@ -58,10 +58,8 @@ def carried(sums: Tensor) -> Tensor:
 
 def to_float64(sums: Tensor) -> Tensor:
     """Sums of non-negative values, (..., WIDTH) → (...), on their device: within 2⁻⁵⁰ relative, and reproducible."""
-    last = _DIGITS - 1
-    weights = [math.ldexp(1.0, _DIGIT_BITS * i + _SMALLEST_EXPONENT) for i in range(last)] + [math.inf]
     digits = sums[..., :_DIGITS]
-    terms = torch.where(digits == 0, 0.0, digits * torch.tensor(weights, dtype=torch.float64, device=sums.device))
+    terms = torch.where(digits == 0, 0.0, digits * _digit_weights(sums.device))
     # By halving: how ``sum`` orders its terms depends on the shape.
     while (width := terms.shape[-1]) > 1:
         half = width // 2
@@ -69,6 +67,14 @@ def to_float64(sums: Tensor) -> Tensor:
         terms = folded if width % 2 == 0 else torch.cat([folded, terms[..., -1:]], dim=-1)
     infinite = torch.where(sums[..., _DIGITS + 1] > 0, math.inf, terms.squeeze(-1))
     return torch.where(sums[..., _DIGITS] > 0, math.nan, infinite)
+
+
+def _digit_weights(device: torch.device) -> Tensor:
+    """2^(32 i − 1074) in float64, inf where that is too large; from their bits, as a list would stop a GPU's queue."""
+    position = _DIGIT_BITS * torch.arange(_DIGITS, device=device)
+    exponent = (position - 51).clamp(max=0x7FF)
+    # The first two are subnormal.
+    return torch.where(exponent > 0, exponent << 52, 1 << position.clamp(max=51)).view(torch.float64)
 
 
 def quotient(sums: Sequence[int], count: int) -> float:

@@ -169,6 +169,14 @@ def test_privacy_against_the_definitions():
         expected[f"symmetric_token_transformation_rate_{k}"] = symmetric
     assert metrics.compute() == pytest.approx(expected, rel=1e-15)
     assert torch.equal(metrics.rank_counts(), torch.bincount(expected_ranks[mask], minlength=V))
+    per_sequence = metrics.per_sequence(ranks)
+    weights = per_sequence.pop("transformed_tokens")
+    assert torch.equal(weights, mask.sum(-1))
+    for name, values in per_sequence.items():
+        assert (values.nan_to_num() * weights).sum().item() / expected["transformed_tokens"] == pytest.approx(
+            expected[name], rel=1e-12
+        )
+    assert metrics.per_sequence(torch.full((2, 3), -1))["mean_reconstruction_rank"].isnan().all()
     assert "symmetric_token_transformation_rate_10" in PrivacyMetrics(table).compute()
     assert "token_transformation_rate_100" not in PrivacyMetrics(table).compute()
 
