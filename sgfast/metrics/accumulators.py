@@ -90,7 +90,7 @@ class UtilityMetrics(_Accumulator):
 
     Args:
         top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
-        max_chunk_bytes: bound on temporaries per logit, see ``sgfast.ops.divergences``.
+        max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
 
     Raises:
         TypeError: an option is not an int.

@@ -25,6 +25,8 @@ _CHUNK_BYTES = 64 * 2**20
 _BYTES_PER_SCORE = 16
 _VALIDATION_FRACTION = 0.1
 _SMALLEST_VARIANCE = 1e-6
+# Epochs without progress after which training ends.
+_PATIENCE = 3
 
 
 class InversionResult(NamedTuple):
@@ -86,7 +88,8 @@ class LearnedInversionAttack:
     Args:
         table: (V, D), the embedding table, which the attacker knows.
         hidden_size: of the MLP; None for 2 D.
-        epochs: passes over the training text; 0 for the closed-form start alone.
+        epochs: most passes over the training text, each of some 4 V D multiplications a token; it ends before where
+            three of them read no more of the validation part. 0 for the closed-form start alone.
         batch_size: tokens a step.
         learning_rate: Adam's, for embeddings scaled to a mean square of 1.
         held_out_fraction: of the tokens, in (0, 1).
@@ -258,12 +261,15 @@ class LearnedInversionAttack:
             best = self._start(decoder, *training_set, *validation_set)
             state = _copy_of(decoder)
             optimizer = torch.optim.Adam(decoder.parameters(), self._learning_rate)
-            for _ in range(self._epochs):
+            best_epoch = -1
+            for epoch in range(self._epochs):
                 order = torch.randperm(len(training_set[1]), generator=generator).to(device)
                 for batch in torch.split(order, self._batch_size):
                     self._step(decoder, optimizer, training_set[0][batch], training_set[1][batch])
                 if (read := self._count_read(*validation_set)) > best:
-                    best, state = read, _copy_of(decoder)
+                    best, best_epoch, state = read, epoch, _copy_of(decoder)
+                if epoch - best_epoch >= _PATIENCE:
+                    break
             decoder.load_state_dict(state)
 
     @torch.no_grad()

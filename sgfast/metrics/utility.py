@@ -172,7 +172,7 @@ def sequence_utility(
         attention_mask: (..., T), nonzero = real token. Other positions are not read.
         input_ids: (..., T) integers, the tokens: adds the cross-entropies.
         top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
-        max_chunk_bytes: bound on temporaries per logit, see ``sgfast.ops.divergences``.
+        max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
 
     Returns:
         By name, values of shape (...) on the logits' device. In float64, means over a sequence's tokens:

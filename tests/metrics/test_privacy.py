@@ -14,6 +14,7 @@ from sgfast.metrics import (
 )
 from sgfast.metrics.privacy import token_ranks
 from sgfast.ops import nearest_embeddings
+from tests.gates.live_bytes import LiveBytes
 
 V = 200
 
@@ -92,6 +93,16 @@ def test_chunks_leading_dimensions_and_unselected_rows_change_nothing(data):
     max_chunk_bytes = data.draw(st.sampled_from([1, 300, 5000, None]))
     ranks = token_ranks(transformed, table, input_ids, mask, max_chunk_bytes=max_chunk_bytes)
     assert torch.equal(ranks, expected)
+
+
+def test_selected_rows_are_copied_within_the_budget():
+    generator = torch.Generator().manual_seed(0)
+    table, input_ids = torch.randn(50, 64, generator=generator), torch.randint(0, 50, (3000,), generator=generator)
+    transformed, mask = table[input_ids], torch.ones(3000, dtype=torch.bool)
+    with LiveBytes() as memory:
+        token_ranks(transformed, table, input_ids, mask, max_chunk_bytes=2**17)
+    # The search itself keeps to its own share. Ranks and indices of the selected tokens come on top: 16 bytes each.
+    assert 2**13 < memory.peak - 16 * 3000 < 2**16
 
 
 def test_untransformed_embeddings_are_always_read_and_nothing_selected_is_nan(attacked):
