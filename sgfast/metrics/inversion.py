@@ -5,9 +5,9 @@ Anyone who can run a transform can make such pairs. The decoder scores every tok
     score(v | x̃) = −‖g(x̃) − e_v‖² / (2 s²) + prior_v,   g(x̃) = A x̃ + c + MLP(x̃)
 
 It starts where a Gaussian model of the transform is right: prior_v is the log of v's smoothed frequency in the training
-text, c the mean of x − x̃, s² what remains, and A either the identity or the ridge regression of x on x̃, whichever
-reads more of a validation part of the training text. From there all of it is trained by cross-entropy, and the epoch
-that reads most of the validation part is kept.
+text, c makes the mean error 0, s² is its mean square, and A is the identity or the ridge regression of x on x̃,
+whichever reads more of a validation part of the training text. From there all of it is trained by cross-entropy. Kept
+is what reads most of the validation part: an epoch's end, the start, or the frequencies alone (s = ∞).
 """
 
 from typing import NamedTuple
@@ -25,6 +25,8 @@ _CHUNK_BYTES = 64 * 2**20
 _BYTES_PER_SCORE = 16
 _VALIDATION_FRACTION = 0.1
 _SMALLEST_VARIANCE = 1e-6
+# So low that scores are the prior.
+_NO_LOG_PRECISION = -30.0
 # Epochs without progress after which training ends.
 _PATIENCE = 3
 
@@ -258,8 +260,7 @@ class LearnedInversionAttack:
         device = self._table.device
         with torch.inference_mode(False), torch.enable_grad(), full_precision_products(device):
             decoder = self._decoder = _Decoder(self._table, self._hidden_size, generator)
-            best = self._start(decoder, *training_set, *validation_set)
-            state = _copy_of(decoder)
+            best, state = self._start(decoder, *training_set, *validation_set)
             optimizer = torch.optim.Adam(decoder.parameters(), self._learning_rate)
             best_epoch = -1
             for epoch in range(self._epochs):
@@ -280,8 +281,8 @@ class LearnedInversionAttack:
         tokens: Tensor,
         validation_embeddings: Tensor,
         validation_tokens: Tensor,
-    ) -> int:
-        """Put the decoder at the better of its two closed forms; return how many validation tokens that reads."""
+    ) -> tuple[int, dict[str, Tensor]]:
+        """Put the decoder at its start; return how many validation tokens that or the prior reads, and which."""
         size, width = self._table.shape
         frequencies = torch.bincount(tokens, minlength=size) + 1
         decoder.prior.copy_((frequencies / frequencies.sum()).log())
@@ -295,15 +296,18 @@ class LearnedInversionAttack:
         change = torch.linalg.solve(centered.T @ centered + penalty, centered.T @ residual.to(torch.float64))
         regression = torch.eye(width, device=mean.device) + change.T.to(torch.float32)
         found: list[tuple[int, dict[str, Tensor]]] = []
-        for matrix in (torch.eye(width, device=mean.device), regression):
+        for matrix in (decoder.linear.weight.clone(), regression):
             decoder.linear.weight.copy_(matrix)
             decoder.linear.bias.copy_(clean_mean - matrix @ mean)
             remaining = (clean - decoder.linear(embeddings)).square().mean().clamp(min=_SMALLEST_VARIANCE)
             decoder.log_precision.copy_(-remaining.log())
             found.append((self._count_read(validation_embeddings, validation_tokens), _copy_of(decoder)))
-        best, state = max(found, key=lambda start: start[0])
-        decoder.load_state_dict(state)
-        return best
+        start = max(found, key=lambda one: one[0])
+        # From the prior alone, where the gradient of everything else is 0, no training could begin.
+        decoder.log_precision.fill_(_NO_LOG_PRECISION)
+        prior = (self._count_read(validation_embeddings, validation_tokens), _copy_of(decoder))
+        decoder.load_state_dict(start[1])
+        return max(start, prior, key=lambda one: one[0])
 
     def _step(self, decoder: _Decoder, optimizer: torch.optim.Optimizer, embeddings: Tensor, tokens: Tensor) -> None:
         optimizer.zero_grad()
