@@ -64,6 +64,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     # The loss of a micro-batch is scaled so that the mean over micro-batches and processes is the wanted one.
     loss_is_scaled_for_ga = False
 
+    _signature_columns: list[str] | None
+
     def __init__(
         self,
         model: NoiseMaskedNoisyTransformerModel,
@@ -88,6 +90,9 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(model, args, **trainer_kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(f"SgtTrainer needs one process for each GPU (torchrun, accelerate); got {self.args.n_gpu}")
+        if self.args.data_seed is None:
+            # In place of what torch was last seeded with, which a resumed program need not repeat.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
         # Inferred from the model's **kwargs, it would change how the loss is scaled.
         self.model_accepts_loss_kwargs = False
         self.label_names = self.args.label_names or ["labels"]
@@ -98,7 +103,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         """Keep what the base model and the loss read, besides what stands in the noisy model's signature."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            own: list[str] = self._signature_columns
+            own: list[str] = self._signature_columns or []
             self._signature_columns = [*own, *sorted({"loss_mask", *self.model._base_arguments} - set(own))]
 
     def get_batch_samples(
