@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from typing import Any
 
+import peft
 import torch
 import transformers
 from torch import Tensor
 
 from sgfast.huggingface.trainer import SgtTrainer
 from sgfast.loss import distillation_loss_factory
-from sgfast.model import NoiseMaskedNoisyTransformerModel
+from sgfast.model import NoiseMaskedNoisyTransformerModel, PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
 from tests.tiny_models import VOCABULARY, WIDTH, tiny_causal_lm
 
@@ -49,6 +50,21 @@ def noisy_language_model(
     for estimator in (noisy_model.noise_layer.mean_estimator, noisy_model.noise_layer.std_estimator):
         torch.nn.init.normal_(estimator.head.weight, std=0.1)
     return noisy_model.to(dtype)
+
+
+def student_of(teacher: NoiseMaskedNoisyTransformerModel, dropout: float = 0.0) -> PeftNoiseMaskedNoisyTransformerModel:
+    """A student over the teacher's base, with adapters that change something."""
+    adapted = peft.get_peft_model(
+        teacher.base_model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=dropout)
+    )
+    adapted.to(teacher.base_model.dtype)
+    torch.manual_seed(5)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return PeftNoiseMaskedNoisyTransformerModel(
+        None, adapted, (-1, WIDTH), teacher.target_layer, noise_layer=teacher.noise_layer
+    )
 
 
 def examples() -> list[dict[str, Tensor]]:

@@ -14,27 +14,12 @@ import torch
 from sgfast.huggingface.trainer_checkpoint import checkpoints, load_trained, save_trained
 from sgfast.model import PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
-from tests.huggingface.sgt_training import distillation, noisy_language_model, trainer
-from tests.tiny_models import WIDTH
-
-
-def student_of(teacher):
-    """A student over the teacher's base, with adapters that change something and drop out."""
-    adapted = peft.get_peft_model(
-        teacher.base_model, peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.1)
-    )
-    torch.manual_seed(5)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.3)
-    return PeftNoiseMaskedNoisyTransformerModel(
-        None, adapted, (-1, WIDTH), teacher.target_layer, noise_layer=teacher.noise_layer
-    )
+from tests.huggingface.sgt_training import distillation, noisy_language_model, student_of, trainer
 
 
 def model(kind="teacher", **arguments):
     noisy_model = noisy_language_model(TransformerCloak, torch.float32, **arguments)
-    return noisy_model if kind == "teacher" else student_of(noisy_model)
+    return noisy_model if kind == "teacher" else student_of(noisy_model, dropout=0.1)
 
 
 def training_of(noisy_model, directory, **settings):
