@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import accelerate
 import torch
 import transformers
 from torch import Tensor, nn
@@ -310,14 +311,28 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the noise layer, a student's adapters, the tokenizer and the training's arguments."""
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        checkpoint.save_trained(self.model, folder)
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        trained = checkpoint.trained_state(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            checkpoint.save_trained(self.model, trained, folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write all of the model with it.
+        plugin = self.accelerator.state.fsdp_plugin
+        accelerate.utils.save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_trained(self.model if model is None else model, resume_from_checkpoint)

@@ -11,10 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from sgfast.huggingface.trainer_checkpoint import checkpoints, load_trained, save_trained
+from sgfast.huggingface.trainer_checkpoint import checkpoints, load_trained, save_trained, trained_state
 from sgfast.model import PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
-from tests.huggingface.sgt_training import distillation, noisy_language_model, student_of, trainer
+from tests.huggingface.sgt_training import distillation, noisy_language_model, student_of, trainer, whole_batch
 
 
 def model(kind="teacher", **arguments):
@@ -38,7 +38,7 @@ def training_of(noisy_model, directory, **settings):
     return training
 
 
-def trained_state(noisy_model):
+def values_of(noisy_model):
     adapters = {name: value for name, value in noisy_model.state_dict().items() if "lora_" in name}
     return copy.deepcopy(noisy_model.noise_layer.state_dict() | adapters)
 
@@ -55,14 +55,14 @@ def test_a_resumed_training_is_the_straight_one_bit_for_bit(seed, kind, tmp_path
     straight = model(kind, seed=seed, mean_dropout=0.1)
     training = training_of(straight, tmp_path / "run")
     training.train()
-    expected, optimizer = trained_state(straight), training.optimizer.state_dict()["state"]
+    expected, optimizer = values_of(straight), training.optimizer.state_dict()["state"]
     losses = [record["loss"] for record in training.state.log_history if "loss" in record]
     for step in (1, 2, 3):  # in the middle of an epoch, and between two
         resumed = model(kind, seed=seed, mean_dropout=0.1)
         again = training_of(resumed, tmp_path / f"from-{step}")
         torch.manual_seed(99)
         again.train(str(tmp_path / "run" / f"checkpoint-{step}"))
-        assert_same(trained_state(resumed), expected)
+        assert_same(values_of(resumed), expected)
         for parameter, state in again.optimizer.state_dict()["state"].items():
             assert_same(state, optimizer[parameter])
         assert [record["loss"] for record in again.state.log_history if "loss" in record] == losses
@@ -86,7 +86,7 @@ def test_what_a_checkpoint_holds(tmp_path):
     assert sum(path.stat().st_size for path in tensors) < 3 * trained + 60_000  # Adam's two moments, RNG, arguments
     other = model("student")
     load_trained(other, folder)
-    assert_same(trained_state(other), trained_state(student))
+    assert_same(values_of(other), values_of(student))
 
 
 def test_the_best_model_is_loaded_and_the_oldest_are_dropped(tmp_path):
@@ -141,7 +141,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_one_interval(tmp_path):
     resumed = model()
     again = training_of(resumed, killed)
     again.train(resume_from_checkpoint=True)
-    assert_same(trained_state(resumed), trained_state(straight))
+    assert_same(values_of(resumed), values_of(straight))
     assert sorted(os.listdir(killed)) == [f"checkpoint-{step}" for step in range(1, 6)]
 
 
@@ -167,23 +167,31 @@ def test_half_checkpoints_are_passed_over(tmp_path):
 
 
 def test_foreign_and_damaged_files(tmp_path):
-    noisy_model = model()
+    noisy_model, deeper, student = model(), model(mean_num_hidden_layers=2), model("student")
     with pytest.raises(ValueError, match=r"is no checkpoint of this trainer: it has no noise_layer\.safetensors"):
         load_trained(noisy_model, tmp_path)
-    save_trained(model(mean_num_hidden_layers=2), tmp_path)
-    with pytest.raises(ValueError, match="is of another architecture"):
+    save_trained(deeper, trained_state(deeper), tmp_path)
+    with pytest.raises(ValueError, match="another architecture than the model: it differs in mean_estimator"):
         load_trained(noisy_model, tmp_path)
     path = tmp_path / "noise_layer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(ValueError, match=r"noise_layer\.safetensors is damaged"):
         load_trained(noisy_model, tmp_path)
+    save_trained(student, trained_state(student), tmp_path / "student")
+    adapted = peft.get_peft_model(noisy_model.base_model, peft.LoraConfig(r=2, target_modules=["k_proj"]))
+    other = PeftNoiseMaskedNoisyTransformerModel(None, adapted, noise_layer=noisy_model.noise_layer)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is of another architecture than the model"):
+        load_trained(other, tmp_path / "student")
+
+
+def test_adapters_are_files_of_peft(tmp_path):
     student = model("student")
-    save_trained(student, tmp_path / "student")
-    other = noisy_language_model(TransformerCloak, torch.float32)
-    adapted = peft.get_peft_model(other.base_model, peft.LoraConfig(r=2, target_modules=["k_proj"]))
-    other_student = PeftNoiseMaskedNoisyTransformerModel(None, adapted, noise_layer=other.noise_layer)
-    with pytest.raises(ValueError, match="holds adapters of other layers than the model's"):
-        load_trained(other_student, tmp_path / "student")
+    save_trained(student, trained_state(student), tmp_path)
+    base_model = noisy_language_model(TransformerCloak, torch.float32).base_model
+    loaded = peft.PeftModel.from_pretrained(base_model, tmp_path)
+    batch = {name: value for name, value in whole_batch().items() if name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, student.eval().base_model(**batch).logits)
 
 
 def test_a_saved_model_is_what_the_trainer_holds(tmp_path):
