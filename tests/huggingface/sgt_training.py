@@ -10,8 +10,10 @@ from torch import Tensor
 
 from sgfast.huggingface.trainer import SgtTrainer
 from sgfast.loss import distillation_loss_factory
+from sgfast.loss.jigsaw import jigsaw_loss_factory
 from sgfast.model import NoiseMaskedNoisyTransformerModel, PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
+from tests.loss.factory_cases import CASES
 from tests.tiny_models import VOCABULARY, WIDTH, tiny_causal_lm
 
 LENGTHS = (12, 3, 7, 5, 12, 2, 9, 4)
@@ -92,6 +94,16 @@ def whole_batch(rows: list[dict[str, Tensor]] | None = None) -> dict[str, Tensor
 def distillation(noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None = 2) -> Any:
     """The distillation loss with all of its components."""
     return distillation_loss_factory(noisy_model, layer, 0.4, 0.1, 0.5, 2.0, 0.3, 0.2, 1.5, 2.0)
+
+
+def case(name: str, **changed: Any) -> tuple[NoiseMaskedNoisyTransformerModel, Any, dict[str, Any]]:
+    """A factory's model, loss and what the trainer takes besides, under weights for all components."""
+    factory, arguments = CASES[name]
+    noisy_model = noisy_language_model()
+    if factory is not jigsaw_loss_factory:
+        return noisy_model, factory(noisy_model, **(arguments | changed)), {}
+    student = student_of(noisy_model)
+    return student, factory(noisy_model, student, **(arguments | changed)), {"teacher": noisy_model}
 
 
 def trainable(model: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:

@@ -11,6 +11,7 @@ from sgfast.metrics import get_utility_metrics_factory
 from sgfast.noise_layer import TransformerCloak
 from tests.huggingface.sgt_training import (
     assert_steps_are,
+    case,
     distillation,
     examples,
     gradients_of_one_batch,
@@ -18,6 +19,7 @@ from tests.huggingface.sgt_training import (
     trainer,
     whole_batch,
 )
+from tests.loss.factory_cases import CASES, MASK
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -30,29 +32,67 @@ def sparse_examples():
     return rows
 
 
-@pytest.mark.parametrize("layer", [2, None])
 @pytest.mark.parametrize("rows", [examples, sparse_examples])
-@pytest.mark.parametrize("batch_size", [8, 4, 2, 1])
-def test_every_accumulation_takes_the_step_of_the_whole_batch(batch_size, rows, layer, tmp_path):
-    noisy_model = noisy_language_model()
-    loss = distillation(noisy_model, layer)
-    components, gradients = gradients_of_one_batch(noisy_model, loss, rows())
+@pytest.mark.parametrize(
+    ("name", "changed"),
+    [
+        ("distillation", {}),
+        ("distillation", {"distillation_layer_index": None}),
+        ("cross entropy", {}),
+        ("jigsaw", {}),
+        ("jigsaw", {MASK: False}),
+    ],
+)
+def test_every_accumulation_takes_the_step_of_the_whole_batch(name, changed, rows, tmp_path):
+    noisy_model, loss, also = case(name, **changed)
+    components, gradients = gradients_of_one_batch(noisy_model, loss, rows(), **also)
     before = copy.deepcopy(noisy_model.state_dict())
+    for batch_size in (8, 2, 1):
+        noisy_model.load_state_dict(before)
+        training = trainer(
+            noisy_model,
+            loss,
+            tmp_path,
+            train_dataset=rows(),
+            per_device_train_batch_size=batch_size,
+            gradient_accumulation_steps=8 // batch_size,
+            **also,
+        )
+        training.train()
+        assert_steps_are(noisy_model, before, gradients)
+        hyperparameters, record, _ = training.state.log_history
+        assert record["loss"] == pytest.approx(components["total"], rel=1e-6)
+        logged = {key: record[key] for key in components if key != "total"}
+        assert logged == pytest.approx({key: components[key] for key in logged}, rel=1e-6)
+        arguments = CASES[name][1] | changed
+        reported = {f"hyperparameters/{key}": value for key, value in arguments.items() if key != MASK}
+        assert reported.items() <= hyperparameters.items()
+
+
+@pytest.mark.parametrize("name", ["mutual information", "mutual information, cross entropy"])
+def test_mutual_information_is_averaged_over_micro_batches_by_their_tokens(name, tmp_path):
+    noisy_model, loss, _ = case(name)
+    rows = examples()
+    batches = [rows[start : start + 2] for start in range(0, 8, 2)]
+    weights = [
+        (whole_batch(batch)["noise_mask"] & (whole_batch(batch)["attention_mask"] != 0)).sum() for batch in batches
+    ]
+    whole, _ = gradients_of_one_batch(noisy_model, loss, rows)
+    parts = [gradients_of_one_batch(noisy_model, loss, batch) for batch in batches]
     training = trainer(
-        noisy_model,
-        loss,
-        tmp_path,
-        train_dataset=rows(),
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=8 // batch_size,
+        noisy_model, loss, tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=4, **IN_ORDER
     )
+    training._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(rows)
     training.train()
-    assert_steps_are(noisy_model, before, gradients)
-    hyperparameters, record, _ = training.state.log_history
-    assert record["loss"] == pytest.approx(components.pop("total"), rel=1e-6)
-    assert {name: record[name] for name in components} == pytest.approx(components, rel=1e-6)
-    assert hyperparameters["hyperparameters/alpha"] == 0.4
-    assert hyperparameters["hyperparameters/distillation_layer_index"] == layer
+    record = next(record for record in training.state.log_history if "loss" in record)
+    information = sum(weight * part["mutual_information"] for weight, (part, _) in zip(weights, parts, strict=True))
+    assert record["mutual_information"] == pytest.approx((information / sum(weights)).item(), rel=1e-6)
+    assert record["mutual_information"] != pytest.approx(whole["mutual_information"], rel=1e-2)
+    for component in whole.keys() - {"total", "mutual_information"}:
+        assert record[component] == pytest.approx(whole[component], rel=1e-6)
+
+
+IN_ORDER = {"accelerator_config": {"use_seedable_sampler": False}}
 
 
 def test_components_are_means_over_the_steps_since_the_last_log(tmp_path):
@@ -69,7 +109,7 @@ def test_components_are_means_over_the_steps_since_the_last_log(tmp_path):
         logging_steps=2,
         per_device_train_batch_size=2,
         gradient_accumulation_steps=3,
-        **in_order(),
+        **IN_ORDER,
     )
     training._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(examples())
     training.train()
@@ -77,10 +117,6 @@ def test_components_are_means_over_the_steps_since_the_last_log(tmp_path):
     for name in windows[0].keys() - {"total"}:
         assert record[name] == pytest.approx((windows[0][name] + windows[1][name]) / 2, rel=1e-6), name
     assert record["loss"] == pytest.approx((windows[0]["total"] + windows[1]["total"]) / 2, rel=1e-6)
-
-
-def in_order():
-    return {"accelerator_config": {"use_seedable_sampler": False}}
 
 
 @pytest.mark.parametrize("batch_size", [5, 1])
@@ -109,6 +145,21 @@ def test_evaluation_measures_utility_and_loss(batch_size, tmp_path):
         + 0.2 * metrics["eval_inverse_l2_power_law_catalyst"]
     )
     assert weighted == pytest.approx(metrics["eval_loss"], rel=1e-5)
+
+
+def test_a_student_is_measured_beside_its_teacher(tmp_path):
+    student, loss, also = case("jigsaw")
+    metrics = trainer(student, loss, tmp_path, **also).evaluate()
+    batch = whole_batch(examples()[:5])
+    attended = batch["attention_mask"] != 0
+    with torch.no_grad():
+        noisy = student.eval()(**batch).base_model_output.noisy_logits.log_softmax(-1)
+        clean = also["teacher"].eval()(**batch).base_model_output.clean_logits.log_softmax(-1)
+        loss_of_batch = loss[0](batch["loss_mask"]).item()
+    distances = torch.where(attended, 0.5 * (noisy.exp() - clean.exp()).abs().sum(-1), 0)
+    expected = (distances.sum(-1) / attended.sum(-1)).mean().item()
+    assert metrics["eval_next_token_utility/total_variation"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["eval_loss"] == pytest.approx(loss_of_batch, rel=1e-6)
 
 
 @pytest.mark.parametrize("seed", [None, 7])

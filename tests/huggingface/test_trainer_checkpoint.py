@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from sgfast.huggingface.trainer_checkpoint import checkpoints, load_trained, save_trained, trained_state
+from sgfast.loss.jigsaw import jigsaw_loss_factory
 from sgfast.model import PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
 from tests.huggingface.sgt_training import distillation, noisy_language_model, student_of, trainer, whole_batch
@@ -33,7 +34,8 @@ def training_of(noisy_model, directory, **settings):
         "eval_strategy": "steps",
         "eval_steps": 2,
     }
-    training = trainer(noisy_model, distillation(noisy_model), directory, **(arguments | settings))
+    loss = settings.pop("loss", None) or distillation(noisy_model)
+    training = trainer(noisy_model, loss, directory, **(arguments | settings))
     training.optimizer = None  # Trainer's own
     return training
 
@@ -49,17 +51,32 @@ def assert_same(one, other):
         assert torch.equal(value, other[name]), name
 
 
-@pytest.mark.parametrize("kind", ["teacher", "student"])
-@pytest.mark.parametrize("seed", [None, 7])
-def test_a_resumed_training_is_the_straight_one_bit_for_bit(seed, kind, tmp_path):
-    straight = model(kind, seed=seed, mean_dropout=0.1)
-    training = training_of(straight, tmp_path / "run")
+def jigsaw():
+    """A student with dropout, recomputed in backward, and its loss and teacher."""
+    teacher = noisy_language_model(TransformerCloak, torch.float32, mean_dropout=0.1)
+    student = student_of(teacher, dropout=0.1)
+    loss = jigsaw_loss_factory(teacher, student, **CASES["jigsaw"][1])
+    return student, {"loss": loss, "teacher": teacher, "gradient_checkpointing": True}
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (model(mean_dropout=0.1), {}),
+        lambda: (model(seed=7), {"eval_strategy": "no"}),
+        jigsaw,
+    ],
+    ids=["layer without a seed", "layer with a seed", "jigsaw"],
+)
+def test_a_resumed_training_is_the_straight_one_bit_for_bit(make, tmp_path):
+    straight, settings = make()
+    training = training_of(straight, tmp_path / "run", **settings)
     training.train()
     expected, optimizer = values_of(straight), training.optimizer.state_dict()["state"]
     losses = [record["loss"] for record in training.state.log_history if "loss" in record]
     for step in (1, 2, 3):  # in the middle of an epoch, and between two
-        resumed = model(kind, seed=seed, mean_dropout=0.1)
-        again = training_of(resumed, tmp_path / f"from-{step}")
+        resumed, settings = make()
+        again = training_of(resumed, tmp_path / f"from-{step}", **settings)
         torch.manual_seed(99)
         again.train(str(tmp_path / "run" / f"checkpoint-{step}"))
         assert_same(values_of(resumed), expected)

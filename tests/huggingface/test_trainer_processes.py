@@ -3,15 +3,19 @@
 import copy
 import os
 
+import accelerate
 import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
+from sgfast.huggingface.trainer_checkpoint import load_trained, trained_state
 from sgfast.model.decoder import decoder_layers
 from sgfast.noise_layer import TransformerCloak
 from tests.huggingface.sgt_training import (
     assert_steps_are,
+    case,
     distillation,
     examples,
     gradients_of_one_batch,
@@ -22,27 +26,27 @@ from tests.huggingface.sgt_training import (
     whole_batch,
 )
 
-EVALUATED = 5
+NAMES = ("distillation", "adapters", "cross entropy", "jigsaw")
 
 
-def models():
-    """By name, a model and its loss: with and without adapters beyond the distilled layer."""
-    teacher, student = noisy_language_model(), student_of(noisy_language_model())
-    return {
-        "noise layer": (teacher, distillation(teacher)),
-        "adapters": (student, distillation(student, 1)),
-    }
+def made(name):
+    """A model, its loss and what the trainer takes besides; with adapters, some are beyond the distilled layer."""
+    if name == "adapters":
+        student = student_of(noisy_language_model())
+        return student, distillation(student, 1), {}
+    return case(name)
 
 
 def _data_parallel(rank, directory):
     """One step on two micro-batches of two in each process, and an evaluation of two and three sequences."""
     arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
     results = {}
-    for name, (model, loss) in models().items():
-        training = trainer(model, loss, directory, per_device_eval_batch_size=2, **arguments)
+    for name in NAMES:
+        model, loss, also = made(name)
+        training = trainer(model, loss, directory, per_device_eval_batch_size=2, **arguments, **also)
         training.train()
         record = next(record for record in training.state.log_history if "loss" in record)
-        evaluation = trainer(model, loss, directory, per_device_eval_batch_size=2, rate=0.0).evaluate()
+        evaluation = training.evaluate()
         results[name] = {"state": model.state_dict(), "record": record, "evaluation": evaluation}
     if rank == 0:
         torch.save(results, f"{directory}/data-parallel.pt")
@@ -89,6 +93,43 @@ def _fully_sharded(rank, directory):
         torch.save(gradients, f"{directory}/fully-sharded.pt")
 
 
+def _sharded_by_accelerate(rank, directory):
+    """One step under accelerate's FSDP2, which its launcher offers on accelerators only; saved, and read again."""
+    plugin = accelerate.FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+        state_dict_type="FULL_STATE_DICT",
+    )
+    results = {}
+    for name in NAMES:
+        model, loss, also = made(name)
+        folder = f"{directory}/sharded {name}"
+        saving = {"save_strategy": "steps", "save_steps": 1, "ddp_backend": "gloo"}
+        training = trainer(
+            model, loss, folder, per_device_train_batch_size=2, gradient_accumulation_steps=2, **saving, **also
+        )
+        shared = type(training.accelerator.state)._shared_state
+        shared |= {"fsdp_plugin": plugin, "distributed_type": accelerate.DistributedType.FSDP}
+        training.is_fsdp_enabled = True
+        training.train()
+        assert any(isinstance(parameter, DTensor) for parameter in model.noise_layer.parameters())
+        state = trained_state(model)
+        with torch.no_grad():
+            for _, parameter in trainable(model):
+                parameter.zero_()
+        load_trained(model, f"{folder}/checkpoint-1")
+        again = trained_state(model)
+        for one, other in zip(state, again, strict=True):
+            assert all(torch.equal(one[key], other[key]) for key in one)
+        results[name] = {
+            key: value.full_tensor() if isinstance(value, DTensor) else value
+            for key, value in model.state_dict().items()
+        }
+    if rank == 0:
+        torch.save(results, f"{directory}/sharded.pt")
+
+
 def token_counts():
     batch = whole_batch()
     attended = batch["attention_mask"] != 0
@@ -101,7 +142,7 @@ def token_counts():
 def _in_two(rank, directory):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
-    for check in (_data_parallel, _resumed, _fully_sharded):
+    for check in (_data_parallel, _resumed, _fully_sharded, _sharded_by_accelerate):
         check(rank, directory)
         dist.barrier()
     dist.destroy_process_group()
@@ -114,25 +155,24 @@ def results(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("name", ["noise layer", "adapters"])
-def test_data_parallel_processes_take_the_step_of_one(name, results, tmp_path):
+@pytest.mark.parametrize("name", NAMES)
+def test_data_parallel_processes_take_the_step_of_one(name, results):
     result = torch.load(results / "data-parallel.pt")[name]
-    model, loss = models()[name]
+    model, loss, also = made(name)
     before = copy.deepcopy(model.state_dict())
-    components, gradients = gradients_of_one_batch(model, loss)
-    single = copy.deepcopy(model)
-    single.load_state_dict(result["state"])
-    assert_steps_are(single, before, gradients)
+    components, gradients = gradients_of_one_batch(model, loss, **also)
+    model.load_state_dict(result["state"])
+    assert_steps_are(model, before, gradients)
     assert result["record"]["loss"] == pytest.approx(components.pop("total"), rel=1e-6)
     assert {key: result["record"][key] for key in components} == pytest.approx(components, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["noise layer", "adapters"])
+@pytest.mark.parametrize("name", NAMES)
 def test_data_parallel_processes_measure_what_one_measures(name, results, tmp_path):
     result = torch.load(results / "data-parallel.pt")[name]
-    model, loss = models()[name]
+    model, loss, also = made(name)
     model.load_state_dict(result["state"])
-    metrics = trainer(model, loss, tmp_path).evaluate(examples()[:EVALUATED])
+    metrics = trainer(model, loss, tmp_path, **also).evaluate()
     utility = {key: value for key, value in metrics.items() if "utility" in key}
     assert len(utility) == 4
     assert {key: result["evaluation"][key] for key in utility} == pytest.approx(utility, rel=1e-5)
@@ -145,3 +185,14 @@ def test_fully_sharded_processes_have_the_gradient_of_one(results):
     assert gradients.keys() == expected.keys()
     for name, gradient in expected.items():
         assert (gradients[name] - gradient).norm() <= 1e-6 * gradient.norm() + 1e-12, name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_accelerates_sharded_processes_take_the_step_of_one(name, results):
+    model, loss, also = made(name)
+    before = copy.deepcopy(model.state_dict())
+    _, gradients = gradients_of_one_batch(model, loss, **also)
+    model.load_state_dict(torch.load(results / "sharded.pt")[name])
+    assert_steps_are(model, before, gradients)
+    written = {path.name for path in (results / f"sharded {name}" / "checkpoint-1").iterdir()}
+    assert not any("model" in file and "adapter" not in file for file in written)
