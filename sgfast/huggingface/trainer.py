@@ -149,11 +149,9 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
                 loss = loss * window.micro_batches  # which Trainer and DistributedDataParallel divide by
             return (loss, outputs, teacher_outputs) if return_outputs else loss
 
+        self._prepare_teacher()
         # Inside the forward that DistributedDataParallel and FSDP wrap: they look for the parameters of this step in
         # what it returns, which need not hold the hidden states that losses read. First of the hooks, for FSDP's.
-        if self.teacher is not None and self.teacher.training != self.model.training:
-            self.teacher.train(self.model.training)
-            self.model.train(self.model.training)  # again: its adapters may stand in the teacher's base
         handle = self.model.register_forward_hook(with_loss, prepend=True, with_kwargs=True)
         try:
             result = model(**inputs)
@@ -163,6 +161,15 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             for name, value in cast(dict[str, Tensor], self._get_losses()).items():
                 self._component_sums[name] = self._component_sums.get(name, 0) + value
         return result if not return_outputs else (result[0], result[1:])
+
+    def _prepare_teacher(self) -> None:
+        """Put the teacher into the student's mode."""
+        if self.teacher is None:
+            return
+        self.teacher.is_gradient_checkpointing = self.model.is_gradient_checkpointing
+        if self.teacher.training != self.model.training:
+            self.teacher.train(self.model.training)
+            self.model.train(self.model.training)  # again: its adapters may stand in the teacher's base
 
     # Logging
 
