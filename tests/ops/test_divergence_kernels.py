@@ -150,13 +150,17 @@ def test_total_variation_counts_no_ties():
     torch.testing.assert_close(gradient.double(), p * (sign - (p * sign).sum()) / 2, rtol=1e-5, atol=1e-9)
 
 
-def test_rows_more_than_2_31_elements_apart():
-    # Memory is mapped when it is touched: on a CPU, two pages of four gigabytes.
-    stride = 2**31 + 64
+def far_apart(rows: Tensor) -> Tensor:
+    """Two rows of bfloat16, each copied to where more than 2³¹ elements lie between their beginnings."""
+    width, stride = rows.shape[-1], 2**31 + 64
+    # Memory is mapped when it is touched: on a CPU, a few pages of four gigabytes.
     storage = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
-    storage.set_(torch.UntypedStorage(2 * (stride + 64), device=DEVICE))
-    noisy = storage.as_strided((2, 64), (stride, 1))
-    noisy.copy_(pair(2, 64, dtype=torch.bfloat16)[0])
+    storage.set_(torch.UntypedStorage(2 * (stride + width), device=DEVICE))
+    return storage.as_strided((2, width), (stride, 1)).copy_(rows)
+
+
+def test_rows_more_than_2_31_elements_apart():
+    noisy = far_apart(pair(2, 64, dtype=torch.bfloat16)[0])
     clean = pair(2, 64, dtype=torch.bfloat16)[1].requires_grad_()
     noisy.requires_grad_()
     labels = torch.tensor([3, 63], device=DEVICE)

@@ -71,7 +71,7 @@ def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, 
                                                half of an SM's warps are resident; the loop's own instructions
                                                are 1 to 3 of 11 to 30 a column
     unaligned  half of that        8           a load and an address per column leave no more registers
-    backward   16 (float32: 8)     4           no loop: more columns would only need more registers
+    backward   16 (float32: 8)     4           nothing is summed: more columns would only need more registers
     > 4 kinds  half of that        4           the coefficients of every kind are in registers too
     =========  ==================  ==========  ============================================================
 
