@@ -228,9 +228,9 @@ def selected_logits(noisy: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def all_supports(noisy: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
+    options = {"mask": mask, "temperature": 1.3, "top_k": 3}
     values = [
-        divergences(noisy, clean, ["jensen_shannon", "reverse_kl"], mask=mask, top_k=3, support=support, temperature=1.3)
-        for support in SUPPORTS
+        divergences(noisy, clean, ["jensen_shannon", "reverse_kl"], support=support, **options) for support in SUPPORTS
     ]
     return torch.stack([value for by_kind in values for value in by_kind.values()])
 

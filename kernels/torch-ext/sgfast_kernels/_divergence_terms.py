@@ -68,16 +68,11 @@ def times_ratio(b_p, b_d):
 
 
 @triton.jit
-def with_sign_of(b_p, b_d):
-    """P ≥ 0 with the sign of d, by its bit."""
-    b_sign = b_d.to(tl.uint32, bitcast=True) & 0x80000000
-    return (b_p.to(tl.uint32, bitcast=True) | b_sign).to(tl.float32, bitcast=True)
-
-
-@triton.jit
 def sign_of(b_d, b_p):
-    """P · sign(d), 0 where d is 0."""
-    return tl.where(b_d != 0, with_sign_of(b_p, b_d), 0.0)
+    """P · sign(d), 0 where d is 0; P ≥ 0."""
+    b_sign = b_d.to(tl.uint32, bitcast=True) & 0x80000000
+    b_signed = (b_p.to(tl.uint32, bitcast=True) | b_sign).to(tl.float32, bitcast=True)
+    return tl.where(b_d != 0, b_signed, 0.0)
 
 
 @triton.jit

@@ -47,9 +47,9 @@ from ._divergence_terms import (
     mixture,
     offsets,
     probabilities,
+    sign_of,
     skew_partials,
     squares,
-    with_sign_of,
 )
 from ._rows import LAUNCH_OPTIONS, columns, on_device_of, row_layout, row_start, to_float32
 from .lse import lse_pair
@@ -179,8 +179,7 @@ def _add_column(
     if (TOTAL_VARIATION | JENSEN_SHANNON) & KINDS != 0:
         s_tv += tl.abs(b_below)
     if TOTAL_VARIATION & KINDS:
-        # An addition that is left out; a 0 would first be selected, and then added.
-        s_tvp = tl.where(b_below != 0, s_tvp - with_sign_of(b_p, b_below), s_tvp)
+        s_tvp -= sign_of(b_below, b_p)
     if HELLINGER & KINDS:
         b_roots_apart = tl.fma(b_u, -tl.sqrt(rescale), b_v)
         s_h += b_roots_apart * b_roots_apart
