@@ -177,3 +177,15 @@ def test_rows_more_than_2_31_elements_apart():
     )
     torch.testing.assert_close(value.double(), label_oracle(wide[0].detach(), labels), rtol=1e-5, atol=5e-7)
     assert (gradient.gather(-1, labels[:, None]) < 0).all()
+
+
+def test_strided_masks_labels_and_temperatures():
+    """What is one number a row may lie apart in memory too."""
+    noisy, clean = pair(6, 40)
+    mask = torch.tensor([True, False, True, True, False, True], device=DEVICE)
+    labels, temperature = torch.arange(6, device=DEVICE), torch.linspace(0.5, 3, 6, device=DEVICE)
+    kinds = ("jeffreys", "label_cross_entropy")
+    expected = forward_and_gradients(noisy, clean, mask, temperature, kinds, labels)
+    mask, temperature, labels = (one[:, None].repeat(1, 3)[:, 1] for one in (mask, temperature, labels))
+    actual = forward_and_gradients(noisy, clean, mask, temperature, kinds, labels)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

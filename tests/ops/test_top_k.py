@@ -235,12 +235,15 @@ def all_supports(noisy: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
     return torch.stack([value for by_kind in values for value in by_kind.values()])
 
 
+def sliced_case(rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Rows that lie apart, also the mask's."""
+    return tuple(one[:, 0] for one in masked_case(rows, dtype))
+
+
 @registration.each_check(
     [
         registration.Case("support", selected_logits, lambda rows, dtype: pair(rows, 6, noise=1.0, dtype=dtype)),
-        registration.Case(
-            "divergences", all_supports, lambda rows, dtype: tuple(one[:, 0] for one in masked_case(rows, dtype))
-        ),
+        registration.Case("divergences", all_supports, sliced_case),
     ]
 )
 def test_registration(check, case):

@@ -160,7 +160,9 @@ def _top_k(width: int, k: int, support: str | None = None, kinds: str = "kl") ->
 
     groups = (2**i for i in range(3, 8))
     floor = 4 + min(32 / group + 4 * group * k / width for group in groups)
-    limits = {"rows": 4096, "traffic": 1.03 if k <= 64 else 1.05, "registers": 255}
+    # A thread of the selection holds 16 logits, or groups; the tail's second read of few rows may cost more.
+    registers = 224 if kinds == "all" else 160 if support == "tail" else 128
+    limits = {"rows": 4096, "traffic": 1.03 if k <= 64 else 1.05, "registers": registers}
     if support is None:
         return Case(f"top_k_union bf16 {width} k={k}", top_k_union, arguments, width, floor, **limits)
     name = f"divergence_topk_forward bf16 {width} k={k} {support} {kinds}"
@@ -190,7 +192,8 @@ def _top_k_backward(width: int, k: int, support: str, kinds: str, *needs: bool) 
 
     name = f"divergence_topk_backward bf16 {width} k={k} {support} {kinds} {'both' if all(needs) else 'noisy'}"
     floor = (2 if support == "renormalize" else 4) * sum(needs)
-    limits = {"rows": 1024, "traffic": 1.1 if support == "renormalize" else 1.05, "registers": 255}
+    registers = 192 if kinds == "all" else 64
+    limits = {"rows": 1024, "traffic": 1.1 if support == "renormalize" else 1.05, "registers": registers}
     return Case(name, divergence_topk_backward, arguments, width, floor, **limits)
 
 
