@@ -1,7 +1,7 @@
 """Distillation with a Hugging Face ``Trainer``: a ``compute_loss_func`` that knows a teacher."""
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -37,7 +37,8 @@ def distillation_compute_loss(
     Args:
         student: the model that the Trainer trains (before the Trainer wraps it). The hook goes when the returned
             function does.
-        teacher: called with the student's arguments, without ``labels``; its result has ``logits``. A module is put
+        teacher: called with the student's arguments, without ``labels``; its result has ``logits``
+            (an attribute or an entry; in a tuple the first tensor of two dimensions or more). A module is put
             into eval mode and belongs on the student's device. For the student's own base model write a function:
             ``def teacher(**inputs): with student.disable_adapter(): return student(**inputs)``.
         loss: with ``reduction="mean"``.
@@ -46,7 +47,8 @@ def distillation_compute_loss(
 
     Returns:
         ``compute_loss(outputs, labels, num_items_in_batch=None)``. It raises RuntimeError without a forward of the
-        student since its last call, ValueError without labels (−100 where a position does not count).
+        student since its last call, TypeError for outputs without logits, ValueError without labels (−100 where a
+        position does not count).
 
     Raises:
         TypeError: an argument's type.
@@ -76,15 +78,26 @@ def distillation_compute_loss(
             raise ValueError("distillation needs labels, -100 where a position does not count; got None")
         arguments, keywords = inputs.take()
         with torch.no_grad():
-            teacher_logits = teacher(*arguments, **keywords).logits
+            teacher_logits = _logits(teacher(*arguments, **keywords), "teacher")
         inputs.clear()  # a teacher that is the student has filled them again
         if shift_labels:  # the labels alone: the backward of sliced logits would make a second gradient of their size
             labels = nn.functional.pad(labels, (0, 1), value=loss.ignore_index)[..., 1:]
-        result: Tensor = loss(outputs.logits, teacher_logits, labels, num_items=num_items_in_batch)
+        result: Tensor = loss(_logits(outputs, "student"), teacher_logits, labels, num_items=num_items_in_batch)
         return result
 
     weakref.finalize(compute_loss, handle.remove)
     return compute_loss
+
+
+def _logits(outputs: Any, model: str) -> Tensor:
+    """Logits of a ModelOutput, a dict, or a tuple as models return with ``return_dict=False``."""
+    if isinstance(outputs, tuple):  # a loss comes first where the model was given labels
+        found = next((part for part in outputs if isinstance(part, Tensor) and part.dim() > 1), None)
+    else:
+        found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    if not isinstance(found, Tensor):
+        raise TypeError(f"the {model}'s output must have logits; got {type(outputs).__name__}")
+    return found
 
 
 class _LastInputs:

@@ -103,8 +103,6 @@ class DivergenceLoss(nn.Module):
         if not isinstance(kind, str):
             raise TypeError(f"kind must be a string; got {type(kind).__name__}")
         check_options(kind, support, beta, skew, impl)
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float):
-            raise TypeError(f"temperature must be a number; got {type(temperature).__name__}")
         check_temperature(temperature)
         for name, count in (("top_k", top_k), ("shared_vocab", shared_vocab)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
@@ -113,6 +111,7 @@ class DivergenceLoss(nn.Module):
                 raise ValueError(f"{name} must be None or at least 1; got {count}")
         if top_k is not None and shared_vocab is not None:
             check_k("top_k", top_k, shared_vocab)
+        validation.check_number("hard_label_weight", hard_label_weight)
         if not 0 <= hard_label_weight <= 1:
             raise ValueError(f"hard_label_weight must be between 0 and 1; got {hard_label_weight}")
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
@@ -160,7 +159,7 @@ class DivergenceLoss(nn.Module):
         Raises:
             TypeError: an argument's type.
             ValueError: shapes or devices differ, no labels although hard labels are weighted, ``num_items`` without
-                ``mean``.
+                ``mean``, or a negative number.
         """
         student_logits, teacher_logits = self._shared_columns(student_logits, teacher_logits)
         labels = self._check_labels(labels, student_logits)
@@ -216,8 +215,11 @@ class DivergenceLoss(nn.Module):
             raise ValueError(f"num_items belongs to reduction='mean'; got reduction={self.reduction!r}")
         if not isinstance(num_items, int | float | Tensor):
             raise TypeError(f"num_items must be a number, a one-element tensor or None; got {type(num_items).__name__}")
-        if isinstance(num_items, Tensor) and num_items.numel() != 1:
-            raise ValueError(f"num_items must have one element; got shape {tuple(num_items.shape)}")
+        if isinstance(num_items, Tensor):
+            if num_items.numel() != 1:
+                raise ValueError(f"num_items must have one element; got shape {tuple(num_items.shape)}")
+        elif num_items < 0:
+            raise ValueError(f"num_items must not be negative; got {num_items}")
 
     def _per_position(
         self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, mask: Tensor | None

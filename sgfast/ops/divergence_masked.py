@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, rows, validation
 from sgfast.ops.autograd import double_backward
-from sgfast.ops.divergence import reference
 from sgfast.ops.divergence_options import Support, check_options, row_temperature
+from sgfast.ops.divergence_reference import reference
 from sgfast.ops.divergence_rows import Settings, backward_rows, forward_rows
 
 _TRITON_REFUSAL = "a support_mask runs in PyTorch"

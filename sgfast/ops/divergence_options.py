@@ -20,6 +20,7 @@ def check_options(
     """Check what is asked and return the kinds, each once; with hard labels, theirs last.
 
     Raises:
+        TypeError: kinds that are not names, or a mixture's weight that is not a number.
         ValueError: an unknown kind, support or implementation; a mixture's weight out of range.
     """
     if not isinstance(kinds, str | Sequence):
@@ -32,6 +33,8 @@ def check_options(
             raise ValueError(f"kinds must be among {', '.join(KINDS)}; got {name!r}")
     if support not in SUPPORTS:
         raise ValueError(f"support must be one of {', '.join(SUPPORTS)}; got {support!r}")
+    validation.check_number("beta", beta)
+    validation.check_number("skew", skew)
     if not 0 < beta < 1:
         raise ValueError(
             f"beta must lie between 0 and 1, both excluded; got {beta}. "
@@ -59,6 +62,7 @@ def check_labels(labels: Tensor | None, like_name: str, like: Tensor) -> Tensor 
 
 def check_temperature(temperature: float) -> None:
     """Check a temperature given as a number."""
+    validation.check_number("temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive and finite; got {temperature}")
 

@@ -148,6 +148,24 @@ def test_aligned_labels_and_positional_inputs():
     assert teacher.head.weight.grad is None
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda logits: {"logits": logits}, lambda logits: (torch.tensor(7.0), logits), lambda logits: (logits,)],
+    ids=["dict", "tuple with a loss", "tuple"],
+)
+def test_outputs_that_are_no_model_output(wrap):
+    torch.manual_seed(0)
+    student, head, features = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(6, 4)
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    compute_loss = distillation_compute_loss(student, lambda x: wrap(head(x)), LOSS, shift_labels=False)
+    value = compute_loss(wrap(student(features)), labels)
+    torch.testing.assert_close(value, LOSS(student(features), head(features), labels), rtol=0, atol=0)
+    compute_loss = distillation_compute_loss(student, lambda x: (), LOSS)
+    student(features)
+    with pytest.raises(TypeError, match="the teacher's output must have logits; got tuple"):
+        compute_loss(wrap(student(features)), labels)
+
+
 class Logits(nn.Module):
     """A language model that has learned its logits by heart."""
 

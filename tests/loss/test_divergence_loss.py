@@ -410,9 +410,12 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
         ({"support": "full"}, ValueError, "support must be one of"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive and finite; got 0.0"),
         ({"temperature": torch.ones(3)}, TypeError, "temperature must be a number; got Tensor"),
+        ({"temperature": "2"}, TypeError, "temperature must be a number; got str"),
         ({"beta": 1.0}, ValueError, "forward_kl or reverse_kl"),
+        ({"beta": "a"}, TypeError, "beta must be a number; got str"),
         ({"skew": -0.1}, ValueError, "skew must be at least 0"),
         ({"hard_label_weight": 1.5}, ValueError, "hard_label_weight must be between 0 and 1; got 1.5"),
+        ({"hard_label_weight": "a"}, TypeError, "hard_label_weight must be a number; got str"),
         ({"ignore_index": None}, TypeError, "ignore_index must be an int; got NoneType"),
         ({"reduction": "batchmean"}, ValueError, "reduction must be one of mean, sum, none; got 'batchmean'"),
         ({"impl": "cuda"}, ValueError, "impl must be one of"),
@@ -445,6 +448,7 @@ def test_settings_are_checked_when_the_loss_is_made(arguments, error, message):
         ({"reduction": "sum"}, {"num_items": 3}, ValueError, "num_items belongs to reduction='mean'"),
         ({}, {"num_items": torch.ones(2, 1)}, ValueError, r"num_items must have one element; got shape \(2, 1\)"),
         ({}, {"num_items": "3"}, TypeError, "num_items must be a number"),
+        ({}, {"num_items": -3}, ValueError, "num_items must not be negative; got -3"),
     ],
 )
 def test_calls_are_checked_at_the_door(settings, arguments, error, message):

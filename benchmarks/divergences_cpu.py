@@ -1,0 +1,105 @@
+"""The CPU's speed goals for the divergences, measured in one run and written as a table.
+
+    python -m benchmarks.divergences_cpu [--output benchmarks/results/divergences-cpu.md] [--threads 1 2]
+
+Milliseconds, the fastest of a few rounds after a warm-up that compiles. Run it on a machine with nothing else to do:
+with two threads every operation waits for the slower one.
+"""
+
+import argparse
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import peers
+from benchmarks.bench_divergences import FOUR, SHAPES, Values
+from sgfast.ops import divergences
+
+Function = Callable[[Tensor, Tensor, tuple[str, ...]], Values]
+IMPLEMENTATIONS: dict[str, Function] = {
+    "default": divergences,
+    "compile": lambda noisy, clean, kinds: divergences(noisy, clean, kinds, impl="compile"),
+    "eager": peers.divergences,
+    "compiled eager": torch.compile(peers.divergences, dynamic=False),
+}
+
+
+def _four_metrics(function: Function, noisy: Tensor, clean: Tensor) -> None:
+    with torch.no_grad():
+        function(noisy, clean, FOUR)
+
+
+def _jensen_shannon_with_gradient(function: Function, noisy: Tensor, clean: Tensor) -> None:
+    leaf = noisy.detach().requires_grad_()
+    torch.autograd.grad(function(leaf, clean, ("jensen_shannon",))["jensen_shannon"].sum(), leaf)
+
+
+JOBS = {"four metrics": _four_metrics, "jensen_shannon with gradient": _jensen_shannon_with_gradient}
+
+
+def _milliseconds(
+    job: Callable[[Function, Tensor, Tensor], None], function: Function, noisy: Tensor, clean: Tensor, rounds: int
+) -> float:
+    times = []
+    for _ in range(rounds + 1):  # the first compiles
+        start = time.perf_counter()
+        job(function, noisy, clean)
+        times.append(time.perf_counter() - start)
+    return 1e3 * min(times[1:])
+
+
+def measure(threads: list[int], rounds: int) -> list[str]:
+    """Lines of a Markdown table: a row for each shape, job and number of threads."""
+    lines = [f"| logits | job | threads | {' | '.join(IMPLEMENTATIONS)} |", "|---" * (3 + len(IMPLEMENTATIONS)) + "|"]
+    for rows, width, dtype in SHAPES:
+        generator = torch.Generator().manual_seed(0)
+        clean = torch.randn(rows, width, generator=generator) * 3
+        noisy = (clean + torch.randn(rows, width, generator=generator)).to(dtype)
+        clean = clean.to(dtype)
+        for name, job in JOBS.items():
+            for count in threads:
+                torch.set_num_threads(count)
+                cells = [
+                    f"{_milliseconds(job, function, noisy, clean, rounds):.1f}" for function in IMPLEMENTATIONS.values()
+                ]
+                shape = f"[{rows}, {width}] {str(dtype).removeprefix('torch.')}"
+                lines.append(f"| {shape} | {name} | {count} | {' | '.join(cells)} |")
+    return lines
+
+
+def _processor() -> str:
+    found = Path("/proc/cpuinfo")
+    lines = found.read_text().splitlines() if found.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def main() -> None:
+    """Measure, print, and write the table where asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    text = "\n".join(
+        [
+            "# The divergences on a CPU beside PyTorch, eager and compiled",
+            "",
+            "`python -m benchmarks.divergences_cpu`: milliseconds, the fastest of "
+            f"{arguments.rounds} rounds in one run. {_processor()}, {torch.get_num_threads()} cores, "
+            f"torch {torch.__version__}.",
+            "",
+            *measure(arguments.threads, arguments.rounds),
+            "",
+        ]
+    )
+    print(text)
+    if arguments.output:
+        arguments.output.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
