@@ -150,13 +150,17 @@ def test_total_variation_counts_no_ties():
     torch.testing.assert_close(gradient.double(), p * (sign - (p * sign).sum()) / 2, rtol=1e-5, atol=1e-9)
 
 
-def test_rows_more_than_2_31_elements_apart():
-    # Memory is mapped when it is touched: on a CPU, two pages of four gigabytes.
-    stride = 2**31 + 64
+def far_apart(rows: Tensor) -> Tensor:
+    """Two rows of bfloat16, each copied to where more than 2³¹ elements lie between their beginnings."""
+    width, stride = rows.shape[-1], 2**31 + 64
+    # Memory is mapped when it is touched: on a CPU, a few pages of four gigabytes.
     storage = torch.empty(0, dtype=torch.bfloat16, device=DEVICE)
-    storage.set_(torch.UntypedStorage(2 * (stride + 64), device=DEVICE))
-    noisy = storage.as_strided((2, 64), (stride, 1))
-    noisy.copy_(pair(2, 64, dtype=torch.bfloat16)[0])
+    storage.set_(torch.UntypedStorage(2 * (stride + width), device=DEVICE))
+    return storage.as_strided((2, width), (stride, 1)).copy_(rows)
+
+
+def test_rows_more_than_2_31_elements_apart():
+    noisy = far_apart(pair(2, 64, dtype=torch.bfloat16)[0])
     clean = pair(2, 64, dtype=torch.bfloat16)[1].requires_grad_()
     noisy.requires_grad_()
     labels = torch.tensor([3, 63], device=DEVICE)
@@ -173,3 +177,15 @@ def test_rows_more_than_2_31_elements_apart():
     )
     torch.testing.assert_close(value.double(), label_oracle(wide[0].detach(), labels), rtol=1e-5, atol=5e-7)
     assert (gradient.gather(-1, labels[:, None]) < 0).all()
+
+
+def test_strided_masks_labels_and_temperatures():
+    """What is one number a row may lie apart in memory too."""
+    noisy, clean = pair(6, 40)
+    mask = torch.tensor([True, False, True, True, False, True], device=DEVICE)
+    labels, temperature = torch.arange(6, device=DEVICE), torch.linspace(0.5, 3, 6, device=DEVICE)
+    kinds = ("jeffreys", "label_cross_entropy")
+    expected = forward_and_gradients(noisy, clean, mask, temperature, kinds, labels)
+    mask, temperature, labels = (one[:, None].repeat(1, 3)[:, 1] for one in (mask, temperature, labels))
+    actual = forward_and_gradients(noisy, clean, mask, temperature, kinds, labels)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)

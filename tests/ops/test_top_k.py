@@ -7,8 +7,10 @@ from torch import Tensor
 import sgfast
 from sgfast.ops import divergences, top_k_support
 from sgfast.ops.divergence_terms import KINDS
+from tests.gates import registration
 from tests.gates.implementations import DEVICE, RUNS_TRITON
-from tests.ops.test_divergence import atoms, each_fast_implementation, oracle, pair
+from tests.ops.test_divergence import atoms, each_fast_implementation, masked_case, oracle, pair
+from tests.ops.test_divergence_kernels import far_apart
 
 SUPPORTS = ("truncate", "renormalize", "tail")
 
@@ -204,6 +206,48 @@ def test_one_gradient_is_the_one_of_both(impl, support):
         indices, _ = top_k_support(noisy, clean, 5)
         outside = torch.ones_like(noisy, dtype=torch.bool).scatter(-1, indices, False)
         assert all((gradient[outside] == 0).all() for gradient in both)
+
+
+@each_fast_implementation
+@pytest.mark.parametrize("width", [64, 8300])
+def test_rows_more_than_2_31_elements_apart(impl, width):
+    """On either side, so that every kernel that reads a side meets it."""
+    noisy, clean = pair(2, width, noise=1.0, dtype=torch.bfloat16)
+    for sides in ((far_apart(noisy), clean), (noisy, far_apart(clean))):
+        indices, valid = top_k_support(*sides, 5, impl=impl)
+        rows = [row[mask].tolist() for row, mask in zip(indices, valid, strict=True)]
+        assert rows == expected_support(noisy, clean, 5)
+        assert_matches_oracle(*sides, 5, impl)
+
+
+def selected_logits(noisy: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+    """Both sides' logits on their support, squared: what is differentiable about it, and not linear."""
+    indices, valid = top_k_support(noisy, clean, 3)
+    gathered = torch.stack([torch.where(valid, side.gather(-1, indices), 0.0) for side in (noisy, clean)])
+    return indices, gathered.square()
+
+
+def all_supports(noisy: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
+    options = {"mask": mask, "temperature": 1.3, "top_k": 3}
+    values = [
+        divergences(noisy, clean, ["jensen_shannon", "reverse_kl"], support=support, **options) for support in SUPPORTS
+    ]
+    return torch.stack([value for by_kind in values for value in by_kind.values()])
+
+
+def sliced_case(rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Rows that lie apart, also the mask's."""
+    return tuple(one[:, 0] for one in masked_case(rows, dtype))
+
+
+@registration.each_check(
+    [
+        registration.Case("support", selected_logits, lambda rows, dtype: pair(rows, 6, noise=1.0, dtype=dtype)),
+        registration.Case("divergences", all_supports, sliced_case),
+    ]
+)
+def test_registration(check, case):
+    check(case)
 
 
 @pytest.mark.triton

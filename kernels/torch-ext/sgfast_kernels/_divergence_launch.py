@@ -46,11 +46,11 @@ def row_count(tensor: Tensor) -> int:
 
 
 def rows_of(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.reshape(-1).view(torch.uint8)
+    return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
 def labels_of(labels: Tensor | None) -> Tensor | None:
-    return None if labels is None else labels.reshape(-1)
+    return None if labels is None else labels.reshape(-1).contiguous()
 
 
 def temperature_rows(temperature: Tensor) -> tuple[Tensor, int]:
@@ -58,7 +58,7 @@ def temperature_rows(temperature: Tensor) -> tuple[Tensor, int]:
     temperature = temperature.float()
     if all(stride == 0 for stride in temperature.stride()):
         return temperature.as_strided((1,), (1,)), 0
-    return temperature.reshape(-1), 1
+    return temperature.reshape(-1).contiguous(), 1
 
 
 def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, int]:
@@ -71,7 +71,7 @@ def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, 
                                                half of an SM's warps are resident; the loop's own instructions
                                                are 1 to 3 of 11 to 30 a column
     unaligned  half of that        8           a load and an address per column leave no more registers
-    backward   16 (float32: 8)     4           no loop: more columns would only need more registers
+    backward   16 (float32: 8)     4           nothing is summed: more columns would only need more registers
     > 4 kinds  half of that        4           the coefficients of every kind are in registers too
     =========  ==================  ==========  ============================================================
 

@@ -69,8 +69,10 @@ def times_ratio(b_p, b_d):
 
 @triton.jit
 def sign_of(b_d, b_p):
-    """P · sign(d), 0 where d is 0 or NaN."""
-    return tl.where(b_d > 0, b_p, tl.where(b_d < 0, -b_p, 0.0))
+    """P · sign(d), 0 where d is 0; P ≥ 0."""
+    b_sign = b_d.to(tl.uint32, bitcast=True) & 0x80000000
+    b_signed = (b_p.to(tl.uint32, bitcast=True) | b_sign).to(tl.float32, bitcast=True)
+    return tl.where(b_d != 0, b_signed, 0.0)
 
 
 @triton.jit

@@ -67,6 +67,17 @@ def row_start(i_row, inner, outer_stride, inner_stride):
 
 
 @triton.jit
+def to_float32(b_x):
+    """A block as float32. Of bfloat16 by a shift: unlike a conversion, it is one with the unpacking of loaded words.
+
+    That holds for blocks loaded into registers; those staged through shared memory are better converted.
+    """
+    if b_x.dtype == tl.bfloat16:
+        b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
+    return b_x.to(tl.float32)
+
+
+@triton.jit
 def sum_neighbours(b_x, BN: tl.constexpr, BD: tl.constexpr, NEIGHBOURS: tl.constexpr):
     """Sum neighbouring columns that one thread holds, [BN, BD] → [BN, BD // NEIGHBOURS], so that it keeps one sum."""
     return tl.sum(tl.reshape(b_x, [BN, BD // NEIGHBOURS, NEIGHBOURS]), axis=2)

@@ -31,6 +31,7 @@ from ._divergence_launch import (
     positions,
     row_count,
     rows_of,
+    split_rows,
     temperature_rows,
     tile,
 )
@@ -48,7 +49,10 @@ from ._divergence_terms import (
     skew_partials,
     squares,
 )
-from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start, to_float32
+
+# What a program finds out about its row costs as much as twenty columns of each thread, of which a tile has 16.
+_TILES_EACH = 4
 
 
 def divergence_backward(
@@ -87,8 +91,10 @@ def divergence_backward(
     rows, width = row_count(noisy), noisy.shape[-1]
     if rows > 0 and (needs_noisy or needs_clean):
         sizes = tile(noisy, clean, len(kinds), backward=True)
+        _, span = split_rows(noisy, rows, sizes["BV"])
+        span = min(span, _TILES_EACH * sizes["BV"])
         with on_device_of(noisy):
-            _backward_kernel[(rows, triton.cdiv(width, sizes["BV"]))](
+            _backward_kernel[(rows, triton.cdiv(width, span))](
                 noisy,
                 clean,
                 labels_of(labels),
@@ -100,6 +106,7 @@ def divergence_backward(
                 clean_gradient,
                 rows,
                 width,
+                span,
                 *row_layout(noisy),
                 *row_layout(clean),
                 beta,
@@ -115,14 +122,44 @@ def divergence_backward(
 
 
 @triton.jit
-def _coefficients(upstream_ptr, scalars_ptr, i_kind, field, i_row, m_read):
-    """Upstream towards log p and log q, 0 where the row's partial is infinite, and what they take off."""
-    g = tl.load(upstream_ptr + i_kind * field + i_row, mask=m_read, other=0.0)
-    to_p = tl.load(scalars_ptr + (4 + 2 * i_kind) * field + i_row, mask=m_read, other=0.0)
-    to_q = tl.load(scalars_ptr + (5 + 2 * i_kind) * field + i_row, mask=m_read, other=0.0)
-    p_finite, q_finite = tl.abs(to_p) < float("inf"), tl.abs(to_q) < float("inf")
-    g_p, g_q = tl.where(p_finite, g, 0.0), tl.where(q_finite, g, 0.0)
-    return g_p, g_q, tl.where(p_finite, g * to_p, 0.0), tl.where(q_finite, g * to_q, 0.0)
+def _coefficients(upstream_ptr, scalars_ptr, i_kinds, field, i_row, rate, KINDS: tl.constexpr, SKEWED: tl.constexpr):
+    """Row scalars of the gradients p·(a₀ + a₁ d) + a₂ (p − q) + … and q·(b₀ + b₁ d) + b₂ (p − q) + …, times ``rate``.
+
+    Returns a and b, and for each kind its upstream towards log p and log q: 0 where the row's partial is infinite.
+    """
+    a_0, a_1, a_2, b_0, b_1, b_2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
+    upstream = ()
+    for i in tl.static_range(9):
+        g_p, g_q = 0.0, 0.0
+        if KINDS >> i & 1:
+            g = tl.load(upstream_ptr + i_kinds[i] * field + i_row)
+            to_p = tl.load(scalars_ptr + (4 + 2 * i_kinds[i]) * field + i_row)
+            to_q = tl.load(scalars_ptr + (5 + 2 * i_kinds[i]) * field + i_row)
+            p_finite, q_finite = tl.abs(to_p) < float("inf"), tl.abs(to_q) < float("inf")
+            g_p, g_q = tl.where(p_finite, g, 0.0) * rate, tl.where(q_finite, g, 0.0) * rate
+            a_0 -= tl.where(p_finite, g * to_p, 0.0) * rate
+            b_0 -= tl.where(q_finite, g * to_q, 0.0) * rate
+            if _ratio_to_q(1 << i, SKEWED) or 1 << i == CROSS_ENTROPY:
+                a_2 += g_p
+            if _ratio_to_p(1 << i, SKEWED):
+                a_1 += g_p * LN2
+                b_2 -= g_q
+            if _ratio_to_q(1 << i, SKEWED):
+                b_1 -= g_q * LN2
+        upstream += ((g_p, g_q),)
+    return (a_0, a_1, a_2), (b_0, b_1, b_2), upstream
+
+
+@triton.constexpr_function
+def _ratio_to_p(kinds, skewed):
+    """Whether the partial of one of the kinds to log p is p·d, and that to log q is a multiple of p − q."""
+    return ((REVERSE_KL | JEFFREYS | (0 if skewed else SKEW_REVERSE)) & kinds) != 0
+
+
+@triton.constexpr_function
+def _ratio_to_q(kinds, skewed):
+    """The same the other way round."""
+    return ((FORWARD_KL | JEFFREYS | (0 if skewed else SKEW_FORWARD)) & kinds) != 0
 
 
 @triton.jit
@@ -139,13 +176,75 @@ def _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, 
 
 
 @triton.jit
-def _label_gradient(b_x, m_a, o_col, label_ptr, upstream_ptr, scalars_ptr, i_kind, field, i_row, m_read):
-    """upstream · (softmax − 1 at the label), at temperature 1; 0 where the label is ignored."""
-    g = tl.load(upstream_ptr + i_kind * field + i_row, mask=m_read, other=0.0)
-    s = tl.load(scalars_ptr + (4 + 2 * i_kind) * field + i_row, mask=m_read, other=1.0)
-    label = tl.load(label_ptr + i_row, mask=m_read, other=-1)
-    b_p = tl.exp2(tl.fma(b_x, LOG2_E, -m_a * LOG2_E)) / tl.where((s > 0) & (s < float("inf")), s, float("nan"))
-    return tl.where(label >= 0, g * (b_p - (o_col == label).to(tl.float32)), 0.0)
+def _gradients(
+    b_x,
+    b_y,
+    row,
+    a,
+    b,
+    upstream,
+    beta,
+    skew,
+    KINDS: tl.constexpr,
+    SKEWED: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Both sides' gradients of all kinds but that of labels."""
+    slope, c_a, c_b, rescale, correction, gap, shift, log_s_b = row
+    b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
+    b_p, b_q = squares(b_u, b_v, KINDS)
+    # Its sign is the one that forward summed by.
+    b_apart = tl.fma(b_p, rescale, -b_q)
+    b_p *= rescale
+    b_log_p = tl.fma(b_log_p, bits_per_unit(KINDS), correction)
+    b_log_q *= bits_per_unit(KINDS)
+    # A product with a clamped ratio is 0 where the probability is, and is multiplied by 0 in rows that are infinite.
+    if EXACT:
+        b_d = clamped(tl.fma((b_x - b_y) - gap, slope, -shift))
+        b_difference = difference_of(b_p, b_q, b_d)
+    else:
+        b_d = clamped(b_log_p - b_log_q)
+        b_difference = b_apart
+
+    # Terms that no kind has are left out: the compiler would keep 0 · d, which might be a NaN.
+    b_to_p, b_to_q = a[0], b[0]
+    if _ratio_to_p(KINDS, SKEWED):
+        b_to_p += b_d * a[1]
+    if _ratio_to_q(KINDS, SKEWED):
+        b_to_q += b_d * b[1]
+    if CROSS_ENTROPY & KINDS:
+        b_to_q += clamped(log_s_b - b_log_p) * (upstream[6][1] * LN2)
+    if JENSEN_SHANNON & KINDS:
+        b_p_over_m, b_q_over_m = _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT)
+        b_to_p += b_p_over_m * (upstream[3][0] * (1.0 - beta) * LN2)
+        b_to_q += b_q_over_m * (upstream[3][1] * beta * LN2)
+    b_a, b_b = b_p * b_to_p, b_q * b_to_q
+    if _ratio_to_q(KINDS, SKEWED) or CROSS_ENTROPY & KINDS:
+        b_a += b_difference * a[2]
+    if _ratio_to_p(KINDS, SKEWED):
+        b_b += b_difference * b[2]
+    if TOTAL_VARIATION & KINDS:
+        b_a += sign_of(b_apart, b_p) * (0.5 * upstream[4][0])
+        b_b -= sign_of(b_apart, b_q) * (0.5 * upstream[4][1])
+    if HELLINGER & KINDS:
+        b_u *= tl.sqrt(rescale)
+        b_roots_apart = b_difference / tl.maximum(b_u + b_v, TINY) if EXACT else b_u - b_v
+        b_a += b_u * b_roots_apart * (0.5 * upstream[5][0])
+        b_b -= b_v * b_roots_apart * (0.5 * upstream[5][1])
+    if SKEW_FORWARD & KINDS and SKEWED:
+        _, b_partial_p, b_partial_q = skew_partials(b_p, b_q, b_d, b_difference, skew)
+        b_a += b_partial_p * upstream[7][0]
+        b_b += b_partial_q * upstream[7][1]
+    if SKEW_REVERSE & KINDS and SKEWED:
+        _, b_partial_q, b_partial_p = skew_partials(b_q, b_p, -b_d, -b_difference, skew)
+        b_a += b_partial_p * upstream[8][0]
+        b_b += b_partial_q * upstream[8][1]
+    return b_a, b_b
+
+
+@triton.jit
+def _store(gradient_ptr, b_gradient, o_col, width):
+    tl.store(gradient_ptr + o_col, b_gradient.to(gradient_ptr.dtype.element_ty), mask=o_col < width)
 
 
 @triton.jit(
@@ -167,6 +266,7 @@ def _backward_kernel(
     b_gradient_ptr,
     rows,
     width,
+    span,
     a_inner,
     a_outer_stride,
     a_inner_stride,
@@ -192,121 +292,57 @@ def _backward_kernel(
 ):
     i_row = tl.program_id(0).to(tl.int64)
     field = rows.to(tl.int64)
-    o_col = tl.program_id(1) * BV + tl.arange(0, BV)
-    m_col = o_col < width
-    m_read = i_row < rows
+    start = tl.program_id(1) * span
+    stop = tl.minimum(start + span, width)
+    if a_gradient_ptr is not None:
+        a_gradient_ptr += i_row * width
+    if b_gradient_ptr is not None:
+        b_gradient_ptr += i_row * width
+    selected = 1
     if mask_ptr is not None:
-        m_read = tl.load(mask_ptr + i_row) != 0
-    m_tile = o_col < tl.where(m_read, width, 0)
+        selected = tl.load(mask_ptr + i_row)
+    if selected == 0:
+        for i_col in range(start, stop, BV):
+            o_col = i_col + tl.arange(0, BV)
+            if a_gradient_ptr is not None:
+                _store(a_gradient_ptr, tl.zeros([BV], tl.float32), o_col, width)
+            if b_gradient_ptr is not None:
+                _store(b_gradient_ptr, tl.zeros([BV], tl.float32), o_col, width)
+        return
     a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
     b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
-    b_x = tl.load(a_row + o_col, mask=m_tile, other=float("-inf")).to(tl.float32)
-    b_y = tl.load(b_row + o_col, mask=m_tile, other=float("-inf")).to(tl.float32)
-
     temperature = tl.load(t_ptr + i_row * t_step)
     slope = LOG2_E / temperature
-    # What masked rows make of these is not stored.
-    m_a = tl.load(scalars_ptr + i_row, mask=m_read, other=0.0)
-    s_a = tl.load(scalars_ptr + field + i_row, mask=m_read, other=1.0)
-    m_b = tl.load(scalars_ptr + 2 * field + i_row, mask=m_read, other=0.0)
-    s_b = tl.load(scalars_ptr + 3 * field + i_row, mask=m_read, other=1.0)
+    m_a, s_a = tl.load(scalars_ptr + i_row), tl.load(scalars_ptr + field + i_row)
+    m_b, s_b = tl.load(scalars_ptr + 2 * field + i_row), tl.load(scalars_ptr + 3 * field + i_row)
     c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
-    rescale = tl.exp2(correction)
-    b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
-    b_p, b_q = squares(b_u, b_v, KINDS)
-    # Its sign is the one that forward summed by.
-    b_apart = tl.fma(b_p, rescale, -b_q)
-    b_p *= rescale
-    b_log_p = tl.fma(b_log_p, bits_per_unit(KINDS), correction)
-    b_log_q *= bits_per_unit(KINDS)
-    # A product with a clamped ratio is 0 where the probability is, and is multiplied by 0 in rows that are infinite.
-    if EXACT:
-        _, _, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
-        b_d = clamped(tl.fma((b_x - b_y) - gap, slope, -shift))
-        b_difference = difference_of(b_p, b_q, b_d)
-    else:
-        b_d = clamped(b_log_p - b_log_q)
-        b_difference = b_apart
-
-    # Gradients as combinations p·(a₀ + a₁ d) + a₂ (p − q) + …: coefficients per row.
-    a_0, a_1, a_2, b_0, b_1, b_2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
-    if FORWARD_KL & KINDS:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_fkl, field, i_row, m_read)
-        a_2 += g_p
-        a_0 -= sum_p
-        b_1 -= g_q
-        b_0 -= sum_q
-    if SKEW_FORWARD & KINDS and not SKEWED:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_sf, field, i_row, m_read)
-        a_2 += g_p
-        a_0 -= sum_p
-        b_1 -= g_q
-        b_0 -= sum_q
-    if REVERSE_KL & KINDS:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_rkl, field, i_row, m_read)
-        a_1 += g_p
-        a_0 -= sum_p
-        b_2 -= g_q
-        b_0 -= sum_q
-    if SKEW_REVERSE & KINDS and not SKEWED:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_sr, field, i_row, m_read)
-        a_1 += g_p
-        a_0 -= sum_p
-        b_2 -= g_q
-        b_0 -= sum_q
-    if JEFFREYS & KINDS:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_jef, field, i_row, m_read)
-        a_1 += g_p
-        a_2 += g_p
-        a_0 -= sum_p
-        b_1 -= g_q
-        b_2 -= g_q
-        b_0 -= sum_q
-    if CROSS_ENTROPY & KINDS:
-        g_p, g_ce, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_ce, field, i_row, m_read)
-        a_2 += g_p
-        a_0 -= sum_p
-        b_0 -= sum_q
-    b_a = b_p * (b_d * (a_1 * LN2) + a_0) + a_2 * b_difference
-    b_b = b_q * (b_d * (b_1 * LN2) + b_0) + b_2 * b_difference
-    if CROSS_ENTROPY & KINDS:
-        b_bits = clamped(tl.log2(s_b) - b_log_p)
-        b_b += b_q * b_bits * (g_ce * LN2)
-    if JENSEN_SHANNON & KINDS:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_js, field, i_row, m_read)
-        b_to_p, b_to_q = _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT)
-        b_a += b_p * (b_to_p * (g_p * (1.0 - beta) * LN2) - sum_p)
-        b_b += b_q * (b_to_q * (g_q * beta * LN2) - sum_q)
-    if TOTAL_VARIATION & KINDS:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_tv, field, i_row, m_read)
-        b_a += 0.5 * g_p * sign_of(b_apart, b_p) - sum_p * b_p
-        b_b -= 0.5 * g_q * sign_of(b_apart, b_q) + sum_q * b_q
-    if HELLINGER & KINDS:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_h, field, i_row, m_read)
-        b_u *= tl.sqrt(rescale)
-        b_roots_apart = b_difference / tl.maximum(b_u + b_v, TINY) if EXACT else b_u - b_v
-        b_a += b_u * (0.5 * g_p * b_roots_apart - sum_p * b_u)
-        b_b -= b_v * (0.5 * g_q * b_roots_apart + sum_q * b_v)
-    if SKEW_FORWARD & KINDS and SKEWED:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_sf, field, i_row, m_read)
-        _, b_to_p, b_to_q = skew_partials(b_p, b_q, b_d, b_difference, skew)
-        b_a += g_p * b_to_p - sum_p * b_p
-        b_b += g_q * b_to_q - sum_q * b_q
-    if SKEW_REVERSE & KINDS and SKEWED:
-        g_p, g_q, sum_p, sum_q = _coefficients(upstream_ptr, scalars_ptr, i_sr, field, i_row, m_read)
-        _, b_to_q, b_to_p = skew_partials(b_q, b_p, -b_d, -b_difference, skew)
-        b_a += g_p * b_to_p - sum_p * b_p
-        b_b += g_q * b_to_q - sum_q * b_q
-
-    rate = 1.0 / (s_b * temperature)
+    _, _, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
+    row = (slope, c_a, c_b, tl.exp2(correction), correction, gap, shift, tl.log2(s_b))
     valid = (s_a > 0) & (s_a < float("inf")) & (s_b > 0) & (s_b < float("inf"))
-    rate = tl.where(valid, rate, float("nan"))
-    if a_gradient_ptr is not None:
-        b_a = tl.zeros([BV], tl.float32) if KINDS == LABEL_CROSS_ENTROPY else b_a * rate
+    rate = tl.where(valid, 1.0 / (s_b * temperature), float("nan"))
+    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
+    a, b, upstream = _coefficients(upstream_ptr, scalars_ptr, i_kinds, field, i_row, rate, KINDS, SKEWED)
+    label, label_upstream, label_rate = -1, 0.0, 0.0
+    if LABEL_CROSS_ENTROPY & KINDS:
+        label = tl.maximum(tl.minimum(tl.load(label_ptr + i_row), width), -1).to(tl.int32)
+        label_upstream = tl.load(upstream_ptr + i_label * field + i_row)
+        s = tl.load(scalars_ptr + (4 + 2 * i_label) * field + i_row)
+        label_rate = label_upstream / tl.where((s > 0) & (s < float("inf")), s, float("nan"))
+
+    for i_col in range(start, stop, BV):
+        o_col = i_col + tl.arange(0, BV)
+        # What lies beyond the row is not stored.
+        b_x = to_float32(tl.load(a_row + o_col, mask=o_col < width))
+        b_y = to_float32(tl.load(b_row + o_col, mask=o_col < width))
+        b_a, b_b = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
+        if KINDS != LABEL_CROSS_ENTROPY:
+            b_a, b_b = _gradients(b_x, b_y, row, a, b, upstream, beta, skew, KINDS, SKEWED, EXACT)
         if LABEL_CROSS_ENTROPY & KINDS:
-            b_a += _label_gradient(b_x, m_a, o_col, label_ptr, upstream_ptr, scalars_ptr, i_label, field, i_row, m_read)
-        b_a = tl.where(m_read, b_a, 0.0)
-        tl.store(a_gradient_ptr + i_row * width + o_col, b_a.to(a_gradient_ptr.dtype.element_ty), mask=m_col)
-    if b_gradient_ptr is not None:
-        b_b = tl.where(m_read, b_b * rate, 0.0)
-        tl.store(b_gradient_ptr + i_row * width + o_col, b_b.to(b_gradient_ptr.dtype.element_ty), mask=m_col)
+            # upstream · (softmax − 1 at the label), at temperature 1.
+            b_label = tl.exp2(tl.fma(b_x, LOG2_E, -m_a * LOG2_E)) * label_rate
+            b_label -= tl.where(o_col == label, label_upstream, 0.0)
+            b_a += tl.where(label >= 0, b_label, 0.0)
+        if a_gradient_ptr is not None:
+            _store(a_gradient_ptr, b_a, o_col, width)
+        if b_gradient_ptr is not None:
+            _store(b_gradient_ptr, b_b, o_col, width)

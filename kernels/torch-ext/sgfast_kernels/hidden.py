@@ -104,7 +104,7 @@ def hidden_backward(
 
 
 def _rows_of(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.reshape(-1).view(torch.uint8)
+    return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
 def _tile(noisy: Tensor, clean: Tensor) -> dict[str, int]:

@@ -71,7 +71,8 @@ def top_k_union(
                 k,
                 union.shape[-1],
                 BK=triton.next_power_of_2(k),
-                num_warps=8 if k > 64 else 4,
+                # All pairs of indices are compared: so many warps that a thread holds few of them.
+                num_warps=16 if k > 64 else 8,
                 **LAUNCH_OPTIONS,
             )
     return union, masses
