@@ -8,9 +8,10 @@ For rows a (noisy) and b (clean) of width D:
     cosine_similarity  1 − cosine_distance
 
 The cosine is formed from differences because 1 − a·b/(‖a‖‖b‖) has lost all its digits when a ≈ b, which is where
-distillation spends its time. Where a row is zero (its squared norm underflows: below 1.1e-19 in float32) the similarity
-is 0 and its gradient 0; at a = b the gradient of l2 is 0. Gradients, for δ = ‖a‖−‖b‖, are combinations of a − b and of
-the row itself:
+distillation spends its time. Where ‖a−b‖ > min(‖a‖, ‖b‖) it is 1 − a·b/(‖a‖‖b‖) after all: there differences lose as
+many digits as the norms are apart. Where a row is zero (its squared norm underflows: below 1.1e-19 in float32) the
+similarity is 0 and its gradient 0; at a = b the gradient of l2 is 0. Gradients, for δ = ‖a‖−‖b‖, are combinations of
+a − b and of the row itself:
 
     ∂cosine_distance/∂a = (a−b) / (‖a‖‖b‖) − a · (δ/(‖a‖‖b‖) + cosine_distance/‖a‖) / ‖a‖
     ∂l2/∂a = (a−b) / l2,   ∂normalized_l2/∂b = (b−a) / (l2·‖b‖) − b · l2 / ‖b‖³   (second term 0 if ‖b‖ ≤ eps)
@@ -47,8 +48,17 @@ def reference(noisy: Tensor, clean: Tensor, eps: float) -> Tensor:
     both = _both_nonzero(a_norm, b_norm)
     norm_difference = (difference * (a + b)).sum(-1) / torch.where(both, a_norm + b_norm, 1)
     product = torch.where(both, 2 * a_norm * b_norm, 1)
-    cosine_distance = torch.where(both, (squared_l2 - norm_difference.square()) / product, 1)
-    return torch.stack([cosine_distance, l2, l2 / b_norm.clamp(min=eps), 1 - cosine_distance])
+    cosine_distance = (squared_l2 - norm_difference.square()) / product
+    far = _far(l2, a_norm, b_norm)
+    similarity = torch.where(far, 2 * (a * b).sum(-1) / product, 1 - cosine_distance)
+    cosine_distance = torch.where(far, 1 - similarity, cosine_distance)
+    similarity, cosine_distance = torch.where(both, similarity, 0), torch.where(both, cosine_distance, 1)
+    return torch.stack([cosine_distance, l2, l2 / b_norm.clamp(min=eps), similarity])
+
+
+def _far(l2: Tensor, a_norm: Tensor, b_norm: Tensor) -> Tensor:
+    """Where the rows are farther from each other than one of them from 0."""
+    return l2 > torch.minimum(a_norm, b_norm)
 
 
 def _safe_sqrt(squares: Tensor) -> Tensor:
@@ -74,8 +84,13 @@ def _forward_rows(noisy: Tensor, clean: Tensor, eps: float) -> tuple[Tensor, Ten
     norm_difference = torch.where(both, norm_difference, 0)
     # The numerator is ≥ 0 by the triangle inequality; rounding may leave −1 ulp.
     numerator = (l2.square() - norm_difference.square()).clamp(min=0)
-    cosine_distance = torch.where(both, numerator / torch.where(both, 2 * a_norm * b_norm, 1), 1)
-    values = torch.stack([cosine_distance, l2, l2 / b_norm.clamp(min=eps), 1 - cosine_distance])
+    product = torch.where(both, 2 * a_norm * b_norm, 1)
+    cosine_distance = numerator / product
+    far = _far(l2, a_norm, b_norm)
+    similarity = torch.where(far, (2 * (a * b).sum(-1) / product).clamp(-1, 1), 1 - cosine_distance)
+    cosine_distance = torch.where(far, 1 - similarity, cosine_distance)
+    similarity, cosine_distance = torch.where(both, similarity, 0), torch.where(both, cosine_distance, 1)
+    values = torch.stack([cosine_distance, l2, l2 / b_norm.clamp(min=eps), similarity])
     return values, torch.stack([l2, a_norm, b_norm, norm_difference])
 
 

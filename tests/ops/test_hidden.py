@@ -78,6 +78,15 @@ def test_mixed_dtypes(impl):
 
 
 @each_implementation
+@pytest.mark.parametrize("ratio", [1e-6, 0.02, 1.5, 50.0, 1e6])
+def test_digits_where_norms_are_far_apart(impl, ratio):
+    noisy, clean = pair(64, 768)
+    noisy = ratio * (noisy + clean)
+    values = torch.stack(list(hidden_distances(noisy, clean, impl=impl))).double()
+    torch.testing.assert_close(values, oracle(noisy, clean), rtol=1e-6, atol=5e-7)
+
+
+@each_implementation
 @pytest.mark.parametrize("noise", [0.05, 1e-2, 1e-3, 1e-4])
 def test_digits_near_equality(impl, noise):
     noisy, clean = pair(5, 768, noise=noise)

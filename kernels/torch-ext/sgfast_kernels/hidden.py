@@ -2,9 +2,10 @@
 
 For rows a (noisy) and b (clean), forward writes ``values`` (4, ...): cosine distance, l2, normalized l2, cosine
 similarity; and ``row_scalars`` (4, ...) for backward: ‖a−b‖, ‖a‖, ‖b‖, ‖a‖−‖b‖. The cosine is formed from differences,
-(‖a−b‖² − (‖a‖−‖b‖)²) / (2‖a‖‖b‖) with ‖a‖−‖b‖ = Σ(a−b)(a+b) / (‖a‖+‖b‖), and keeps its digits where a ≈ b. A row whose
-squared norm underflows counts as zero: similarity 0, cosine gradient 0. Both gradients are combinations of a − b and
-of the side's own row, with coefficients per row.
+(‖a−b‖² − (‖a‖−‖b‖)²) / (2‖a‖‖b‖) with ‖a‖−‖b‖ = Σ(a−b)(a+b) / (‖a‖+‖b‖), and keeps its digits where a ≈ b; where
+‖a−b‖ > min(‖a‖, ‖b‖) it is 1 − Σab / (‖a‖‖b‖), which keeps them where the norms are far apart. A row whose squared
+norm underflows counts as zero: similarity 0, cosine gradient 0. Both gradients are combinations of a − b and of the
+side's own row, with coefficients per row.
 
 Masked rows are not read; both passes write zeros there.
 """
@@ -155,6 +156,7 @@ def _forward_kernel(
     b_bb = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
     b_dd = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
     b_ds = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
+    b_ab = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
     # No trip at all where every row of the program is masked.
     stop = width * tl.max(m_read.to(tl.int32), axis=0)
     for start in range(0, stop, BD):
@@ -167,20 +169,27 @@ def _forward_kernel(
         b_bb += sum_neighbours(b_b * b_b, BN, BD, NEIGHBOURS)
         b_dd += sum_neighbours(b_d * b_d, BN, BD, NEIGHBOURS)
         b_ds += sum_neighbours(b_d * (b_a + b_b), BN, BD, NEIGHBOURS)
+        b_ab += sum_neighbours(b_a * b_b, BN, BD, NEIGHBOURS)
 
     aa, bb, dd, ds = tl.sum(b_aa, axis=1), tl.sum(b_bb, axis=1), tl.sum(b_dd, axis=1), tl.sum(b_ds, axis=1)
+    ab = tl.sum(b_ab, axis=1)
     a_norm, b_norm, l2 = tl.sqrt(aa), tl.sqrt(bb), tl.sqrt(dd)
     m_both = (aa >= TINY) & (bb >= TINY)
     norm_difference = tl.where(m_both, ds / tl.where(m_both, a_norm + b_norm, 1.0), 0.0)
     # The numerator is ≥ 0 by the triangle inequality; rounding may leave −1 ulp.
     numerator = tl.maximum(dd - norm_difference * norm_difference, 0.0)
-    cosine_distance = tl.where(m_both, numerator / tl.where(m_both, 2 * a_norm * b_norm, 1.0), 1.0)
+    product = tl.where(m_both, 2 * a_norm * b_norm, 1.0)
+    m_far = l2 > tl.minimum(a_norm, b_norm)
+    near_distance = numerator / product
+    far_similarity = tl.minimum(tl.maximum(2 * ab / product, -1.0), 1.0)
+    similarity = tl.where(m_both, tl.where(m_far, far_similarity, 1 - near_distance), 0.0)
+    cosine_distance = tl.where(m_both, tl.where(m_far, 1 - far_similarity, near_distance), 1.0)
     normalized_l2 = l2 / tl.maximum(b_norm, eps)
 
     tl.store(values_ptr + o_row, tl.where(m_read, cosine_distance, 0.0), mask=m_row)
     tl.store(values_ptr + field + o_row, l2, mask=m_row)
     tl.store(values_ptr + 2 * field + o_row, normalized_l2, mask=m_row)
-    tl.store(values_ptr + 3 * field + o_row, tl.where(m_read, 1 - cosine_distance, 0.0), mask=m_row)
+    tl.store(values_ptr + 3 * field + o_row, tl.where(m_read, similarity, 0.0), mask=m_row)
     tl.store(scalars_ptr + o_row, l2, mask=m_row)
     tl.store(scalars_ptr + field + o_row, a_norm, mask=m_row)
     tl.store(scalars_ptr + 2 * field + o_row, b_norm, mask=m_row)
