@@ -91,10 +91,9 @@ def ranks(
             _UNDECIDED,
             torch.stack([nearest_scan.round_down(limits), nearest_scan.round_up(limits)]),
         )
-        candidates = torch.where(torch.arange(_UNDECIDED, device=table.device) < undecided[:, None], candidates, 0)
-        squares = _squares(vectors, table, candidates, metric, max_bytes)
+        squares = _squares(vectors, table, candidates.clamp(min=0), metric, max_bytes)
         earlier = nearest_scan.comes_before(squares, candidates, own_squares[:, None], own_targets[:, None])
-        earlier &= torch.arange(_UNDECIDED, device=table.device) < undecided[:, None]
+        earlier &= candidates >= 0
         proved = undecided <= _UNDECIDED
         counts[some] = before + earlier.sum(1)
         if side.zero is not None:

@@ -404,11 +404,25 @@ def test_fake_gpu():
     )
 
 
-def test_explain_names_the_missing_kernel():
-    reason = "there is no Triton kernel for the nearest-embedding operations yet"
+def test_explain_names_the_device():
+    reason = "cpu tensors (Triton needs a GPU, or TRITON_INTERPRET=1 before the first import)"
     assert sgfast.explain(nearest_embeddings, torch.ones(2, 3), torch.ones(4, 3)) == ("torch", reason)
-    with pytest.raises(RuntimeError, match=reason):
+    with pytest.raises(RuntimeError, match="cpu tensors"):
         embedding_ranks(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2).long(), impl="triton")
+
+
+@pytest.mark.parametrize("farthest", [False, True], ids=["nearest", "farthest"])
+def test_cosine_of_any_float64(farthest):
+    """Squares beyond 1e±308: powers of two change no cosine, not by a bit."""
+    queries, table, targets = (one.double() if one.is_floating_point() else one for one in embeddings(90, 7, 6))
+    table[4], queries[2] = 0, 0
+    expected = nearest_embeddings(queries, table, 5, metric="cosine", farthest=farthest)
+    ranks = embedding_ranks(queries, table, targets, metric="cosine")
+    for up, down in ((2.0**700, 2.0**-700), (2.0**-900, 2.0**900)):
+        actual = nearest_embeddings(queries * up, table * down, 5, metric="cosine", farthest=farthest)
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+        assert torch.equal(embedding_ranks(queries * up, table * down, targets, metric="cosine"), ranks)
 
 
 @pytest.mark.parametrize(

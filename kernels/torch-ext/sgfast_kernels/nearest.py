@@ -71,14 +71,23 @@ def rank_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return of every query how many rows are certainly before its limit, of how many E cannot tell, and which.
 
-    (Q,) int64 twice, and (Q, count) int64 of which the undecided, if there are no more than ``count``, come first.
+    (Q,) int64 twice, and (Q, count) int64: the undecided, if there are no more than ``count``, then −1.
 
     Args:
-        queries: as in ``nearest_candidates``, as all arguments not named here.
+        queries: as in ``nearest_candidates``.
+        squares: likewise.
+        norms: likewise.
+        table: likewise.
+        scale: likewise.
+        center: likewise.
+        bound: likewise.
+        count: likewise.
         limits: (2, Q) float32: below and above the d² − ‖a‖² that a row must stay under to be before.
     """
     packed, counts = _launch(queries, squares, norms, table, scale, center, 1, bound, count, limits.contiguous())
-    return *counts.sum(0).unbind(0), packed & 0xFFFFFFFF
+    before, undecided = counts.sum(0).unbind(0)
+    found = torch.arange(count, device=queries.device) < undecided[:, None]
+    return before, undecided, torch.where(found, packed & 0xFFFFFFFF, -1)
 
 
 def _launch(
