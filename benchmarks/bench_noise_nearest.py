@@ -3,7 +3,7 @@
     python -m benchmarks.bench_noise_nearest [--threads 1] [--dtype float32] [--repeats 5]
 
 ``noise`` is ``apply_noise`` on [8, 1024, 4096] beside ``input + torch.randn(...) * std + mean``, mean and std of one
-row; backward gives all three gradients. ``nearest`` looks up 512 queries in a table of 49152 rows of 576, l2 and cosine,
+row; backward gives all three gradients. ``nearest`` looks up 512 queries in 49152 table rows of 576, l2 and cosine,
 beside ``torch.cdist`` (of unit vectors) and ``topk`` in chunks of the queries whose matrix takes 64 MiB. Times are
 medians; ``peak`` is the most that PyTorch had allocated at once beyond the inputs, results included.
 """

@@ -128,6 +128,8 @@ def _forward(
         eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.shape)
         masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
         output[index] = reference(box, mean[index], std[index], eps, *masks, lowest, highest)
+        # Not to be held while the next are drawn.
+        del eps
     return output
 
 
@@ -242,6 +244,8 @@ def _backward(
         for total, gradient, needed in zip(totals, gradients, needs, strict=True):
             if needed and gradient is not None:
                 _add_box(total, index, gradient, shape)
+        # Not to be held while the next are drawn.
+        del eps, gradients, gradient
     of_input, of_mean, of_std = (
         total.to(operand.dtype).view(operand.shape) if needed else total
         for total, operand, needed in zip(totals, operands, needs, strict=True)
