@@ -51,7 +51,7 @@ def nearest(queries: Tensor, table: Tensor, k: int, metric: str, sign: int, max_
         vectors = rows.read_rows(queries, some)
         side = nearest_scan.side_of(vectors, center, metric)
         bounds, candidates = dispatch.kernels().nearest_candidates(
-            *side[:3], table, scale, center, sign, _bound(table, metric), count
+            side.points.contiguous(), *side[1:3], table, scale, center, sign, _bound(table, metric), count
         )
         proved = torch.full_like(side.norms, table.shape[0] <= count, dtype=torch.bool)
         if side.zero is not None:
@@ -83,7 +83,8 @@ def ranks(
         side = nearest_scan.side_of(vectors, center, metric)
         limits = own_squares - side.squares.to(torch.float64)
         before, undecided, candidates = dispatch.kernels().rank_candidates(
-            *side[:3],
+            side.points.contiguous(),
+            *side[1:3],
             table,
             scale,
             center,

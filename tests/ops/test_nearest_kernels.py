@@ -68,7 +68,8 @@ def test_equals_brute_force(monkeypatch, metric, programs, scanned):
 def test_any_size(metric, vocabulary, width, queries, k):
     generator = torch.Generator().manual_seed(width)
     table = torch.randn(vocabulary, width, generator=generator)
-    check(torch.randn(queries, width, generator=generator), table, k, metric)
+    # Columns in a row.
+    check(torch.randn(width, queries, generator=generator).T, table, k, metric)
 
 
 @pytest.mark.parametrize("metric", METRICS)
