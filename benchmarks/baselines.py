@@ -179,6 +179,37 @@ def _divergence_topk_backward(
     return tuple(gradients)
 
 
+def _keys_and_bounds(
+    queries: Tensor,
+    squares: Tensor,
+    norms: Tensor,
+    table: Tensor,
+    scale: Tensor | None,
+    center: Tensor,
+    sign: int,
+    bound: tuple[float, float, float],
+) -> tuple[Tensor, Tensor]:
+    points = table.float() * (1 if scale is None else scale[:, None]) - center
+    keys = sign * (points.square().sum(1) - 2 * queries @ points.T)
+    reach = norms + points.norm(dim=1).amax()
+    return keys, (reach * (bound[0] * reach + bound[1]) + bound[2])[:, None]
+
+
+def _nearest_candidates(*arguments: Any) -> tuple[Tensor, Tensor]:
+    *sides, count = arguments
+    keys, bounds = _keys_and_bounds(*sides)
+    return tuple((keys - bounds).topk(count, largest=False))  # type: ignore[return-value]
+
+
+def _rank_candidates(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *sides, bound, count, limits = arguments
+    keys, bounds = _keys_and_bounds(*sides, 1, bound)
+    before = keys + bounds < limits[0][:, None]
+    undecided = ~before & (keys - bounds <= limits[1][:, None])
+    first = torch.where(undecided, keys, torch.inf).topk(count, largest=False)
+    return before.sum(1), undecided.sum(1), torch.where(first.values.isfinite(), first.indices, -1)
+
+
 def _noise_forward(
     input: Tensor, mean: Tensor, std: Tensor, seed: Tensor, offset: int, *masks_and_bounds: Any
 ) -> Tensor:
@@ -211,6 +242,8 @@ BASELINES: dict[str, Callable[..., Any]] = {
     "top_k_union": _top_k_union,
     "divergence_topk_forward": _divergence_topk_forward,
     "divergence_topk_backward": _divergence_topk_backward,
+    "nearest_candidates": _nearest_candidates,
+    "rank_candidates": _rank_candidates,
     "noise_forward": _noise_forward,
     "noise_backward": _noise_backward,
     "standard_normal": _standard_normal,

@@ -14,13 +14,9 @@ nearly agree 10⁵ σ from c. Pairs that this bound does not prove right to 10�
 that came out NaN, are summed again term by term: on a CPU all of them, on a GPU, where counting them would stop the
 queue, the A + B least certain ones. Negative results (rounding) become 0.
 
-Gradients, for upstream G, with R = G·ρ and Gᵀ·1, Gᵀ·x, Gᵀ·(σ_i² + x²) again matrix products:
-
-    ∂/∂m_i = x (G·ρ) − G·(y ρ)          ∂/∂σ_i = σ_i (G·ρ) − (G·1) / σ_i
-    ∂/∂m_j = ρ (y Gᵀ·1 − Gᵀ·x)          ∂/∂σ_j = (Gᵀ·1) / σ_j − (Gᵀ·(σ_i² + x²) − 2 y Gᵀ·x + y² Gᵀ·1) / σ_j³
-
-off by about 10⁻¹⁶ (|m − c| / σ)² of 1/σ. Backward keeps the inputs and nothing else. There is no Triton kernel: the
-time goes into float64 matrix products, which PyTorch hands to the vendor's library.
+Gradients are matrix products too (``sgfast.ops.gaussian_products``), off by about 10⁻¹⁶ (|m − c| / σ)² of 1/σ. Backward
+keeps the inputs and nothing else. There is no Triton kernel: the time goes into float64 matrix products, which PyTorch
+hands to the vendor's library.
 
 Inputs (A, T, D) and (B, T, D) in float32, bfloat16, float16 or float64; results in float32 (float64 if an input is).
 """
@@ -33,6 +29,7 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, rows, validation
 from sgfast.ops.autograd import double_backward
+from sgfast.ops.gaussian_products import Triple, gradients_of_products, products, reference
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 # Bytes for a feature of a Gaussian on its way through the products, and for one of a pair that is summed term by term.
@@ -41,81 +38,8 @@ _DIRECT_BYTES = 96
 # What a pair's rounding may amount to before it is summed again.
 _RELATIVE, _PER_FEATURE = 1e-6, 1e-7
 
-# Means and stds (n, p, d), and what is used of them, (n, p) bool; a block is two of these.
-_Triple = tuple[Tensor, Tensor, Tensor]
-_Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 # Means, stds (n, T, D) and their mask as the caller gave them.
 _Side = tuple[Tensor, Tensor, Tensor | None]
-
-
-def _centred(block: _Block) -> _Block:
-    """Float64 means less a common center, stds, and weights; masked entries are replaced by 0, 1 and 0."""
-    mean_a, std_a, used_a, mean_b, std_b, used_b = block
-    # A position that no partner uses belongs to no pair.
-    used_a, used_b = used_a & used_b.any(0), used_b & used_a.any(0)
-    selected_a, selected_b = used_a[..., None], used_b[..., None]
-    x, y = (torch.where(on, m.to(torch.float64), 0) for on, m in ((selected_a, mean_a), (selected_b, mean_b)))
-    count = selected_a.sum(0) + selected_b.sum(0)
-    center = ((x.sum(0) + y.sum(0)) / count.clamp(min=1)).detach().nan_to_num(0, 0, 0)
-    return (
-        torch.where(selected_a, x - center, 0),
-        torch.where(selected_a, std_a.to(torch.float64), 1),
-        used_a.to(torch.float64),
-        torch.where(selected_b, y - center, 0),
-        torch.where(selected_b, std_b.to(torch.float64), 1),
-        used_b.to(torch.float64),
-    )
-
-
-def _weighted(block: _Block) -> tuple[Tensor, Tensor, Tensor]:
-    """σ_i² + x², ρ and y ρ of a centred block, 0 where masked."""
-    x, std_a, weight_a, y, std_b, weight_b = block
-    spread = (std_a.square() + x.square()) * weight_a[..., None]
-    precision = std_b.reciprocal().square() * weight_b[..., None]
-    return spread, precision, y * precision
-
-
-def _products(block: _Block) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every pair, (A, B) in float64: 2 KL, what its rounding is measured against, and the positions in common."""
-    block = _centred(block)
-    x, std_a, weight_a, y, std_b, weight_b = block
-    spread, precision, product = _weighted(block)
-    magnitude = spread.flatten(1) @ precision.flatten(1).T + weight_a @ (y * product).sum(-1).T
-    positions = weight_a @ weight_b.T
-    logs = weight_a @ std_b.log().sum(-1).T - std_a.log().sum(-1) @ weight_b.T
-    twice = magnitude - 2 * (x.flatten(1) @ product.flatten(1).T) + 2 * logs - positions * x.shape[-1]
-    return twice, magnitude, positions
-
-
-def _gradients_of_products(block: _Block, upstream: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of Σ upstream · KL to means and stds, (A, p, d) and (B, p, d) in float64, 0 where masked."""
-    block = _centred(block)
-    x, std_a, weight_a, y, std_b, weight_b = block
-    spread, precision, product = _weighted(block)
-    selected_a, selected_b = weight_a[..., None] > 0, weight_b[..., None] > 0
-
-    def over_b(values: Tensor) -> Tensor:
-        return torch.where(selected_a, torch.tensordot(upstream, values, 1), 0)
-
-    def over_a(values: Tensor) -> Tensor:
-        return torch.where(selected_b, torch.tensordot(upstream.T, values, 1), 0)
-
-    of_precision = over_b(precision)
-    mean_a_gradient = x * of_precision - over_b(product)
-    std_a_gradient = std_a * of_precision - over_b(weight_b[..., None]) / std_a
-    of_x, of_one = over_a(x), over_a(weight_a[..., None])
-    mean_b_gradient = y * (of_one * precision) - of_x * precision
-    squares = over_a(spread) - 2 * y * of_x + y.square() * of_one
-    std_b_gradient = (of_one - squares * precision) / std_b
-    return mean_a_gradient, std_a_gradient, mean_b_gradient, std_b_gradient
-
-
-def reference(mean_a: Tensor, std_a: Tensor, mean_b: Tensor, std_b: Tensor, used: Tensor) -> Tensor:
-    """2 KL of paired Gaussians, term by term in float64: (n, p, d), used (n, p, 1) → (n,)."""
-    mean_a, std_a, mean_b, std_b = (one.to(torch.float64) for one in (mean_a, std_a, mean_b, std_b))
-    ratio = torch.where(used, std_a / std_b, 1)
-    shift = torch.where(used, (mean_a - mean_b) / std_b, 0)
-    return (ratio.square() - 1 - 2 * ratio.log() + shift.square()).sum((1, 2))
 
 
 def feature_chunks(like: Tensor, row_count: int, feature_bytes: int, max_bytes: int) -> Iterator[tuple[slice, slice]]:
@@ -128,7 +52,7 @@ def feature_chunks(like: Tensor, row_count: int, feature_bytes: int, max_bytes: 
             yield slice(first, first + step), slice(first_feature, first_feature + feature_step)
 
 
-def _read(side: _Side, chunk: tuple[slice, slice], by_feature: bool, index: Tensor | None = None) -> _Triple:
+def _read(side: _Side, chunk: tuple[slice, slice], by_feature: bool, index: Tensor | None = None) -> Triple:
     """Means, stds (n, p, d) and what is used (n, p); ``by_feature``, every feature is a position of width 1."""
     mean, std, mask = side
     mean, std = mean[:, *chunk], std[:, *chunk]
@@ -164,7 +88,7 @@ def _forward(
     impl: str | None,
 ) -> tuple[Tensor, Tensor]:
     choice = dispatch.select(impl, _triton_refusal())
-    body = dispatch.implementation_of(_products, choice.implementation)
+    body = dispatch.implementation_of(products, choice.implementation)
     a, b = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b)
     by_feature = _by_feature(a, b)
     twice, magnitude, count = mean_a.new_zeros((3, mean_a.shape[0], mean_b.shape[0]), dtype=torch.float64)
@@ -238,7 +162,7 @@ def _backward(
 ) -> list[Tensor]:
     """Gradients to the four tensors; one that is not needed is an empty tensor."""
     choice = dispatch.select(impl, _triton_refusal())
-    body = dispatch.implementation_of(_gradients_of_products, choice.implementation)
+    body = dispatch.implementation_of(gradients_of_products, choice.implementation)
     a, b = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b)
     by_feature, upstream = _by_feature(a, b), upstream.to(torch.float64)
     gradients = _empty_gradients((mean_a, std_a, mean_b, std_b), needs)
@@ -304,7 +228,7 @@ def _second_gradients(ctx: Any, upstream_of_gradients: Sequence[Tensor | None]) 
     def kl(mean_a: Tensor, std_a: Tensor, mean_b: Tensor, std_b: Tensor) -> Tensor:
         a, b, everything = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b), (slice(None), slice(None))
         by_feature = _by_feature(a, b)
-        twice, _, _ = _products((*_read(a, everything, by_feature), *_read(b, everything, by_feature)))
+        twice, _, _ = products((*_read(a, everything, by_feature), *_read(b, everything, by_feature)))
         return (twice / 2).to(upstream.dtype)
 
     *gradients, upstream_gradient = double_backward(

@@ -50,10 +50,10 @@ def reference(
 def _noised(input: Tensor, mean: Tensor, std: Tensor, eps: Tensor, keep_mask: Tensor | None) -> Tensor:
     """Every element's value before clamp and selection, in the arithmetic's dtype."""
     dtype = rows.compute_dtype(input)
-    noised = input.to(dtype) + std.to(dtype) * eps.to(input.dtype).to(dtype)
+    noised = (std.to(dtype) * eps.to(input.dtype).to(dtype)).add_(input.to(dtype))
     if keep_mask is not None:
         noised = torch.where(keep_mask, noised, 0)
-    return noised + mean.to(dtype)
+    return noised.add_(mean.to(dtype))
 
 
 def _triton_refusal(
@@ -78,15 +78,15 @@ def _boxes(shape: Sequence[int]) -> Iterator[tuple[_Index, int, int]]:
     A box fixes the leading dimensions, takes a range of the next one and all of the rest, so that it is a view of a
     tensor of any strides, broadcast ones included.
     """
-    split, inner = len(shape), 1
-    while split > 0 and inner * shape[split - 1] <= philox.CHUNK_ELEMENTS:
+    split, inner, most = len(shape), 1, philox.chunk_elements()
+    while split > 0 and inner * shape[split - 1] <= most:
         split -= 1
         inner *= shape[split]
     if split == 0:
         if inner > 0:
             yield (), 0, inner
         return
-    length, step = shape[split - 1], max(1, philox.CHUNK_ELEMENTS // inner)
+    length, step = shape[split - 1], max(1, most // inner)
     for position, outer in enumerate(itertools.product(*map(range, shape[: split - 1]))):
         for start in range(0, length, step):
             stop = min(start + step, length)
@@ -119,6 +119,7 @@ def _forward(
         arguments = (input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
         return dispatch.kernels().noise_forward(*arguments)  # type: ignore[no-any-return]
     keys = philox.round_keys(seed)
+    rows.keep_freed_memory(16 * philox.chunk_elements())
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
     mean, std = mean.expand(input.shape), std.expand(input.shape)
     noise_mask, keep_mask = _expand(noise_mask, input.shape), _expand(keep_mask, input.shape)
@@ -127,6 +128,8 @@ def _forward(
         eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.shape)
         masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
         output[index] = reference(box, mean[index], std[index], eps, *masks, lowest, highest)
+        # Not to be held while the next are drawn.
+        del eps
     return output
 
 
@@ -147,20 +150,23 @@ def _(
 
 
 def _new_sum(like: Tensor, shape: Sequence[int], needed: bool) -> Tensor:
-    """Zeros to collect the gradient of a tensor that was broadcast to ``shape``; (0,) if nobody needs it.
+    """Where to collect the gradient of a tensor that was broadcast to ``shape``; (0,) if nobody needs it.
 
     A tensor of the full shape is written once, in its own dtype. A smaller one gets a contribution from each of
     possibly many thousand boxes: its sum is kept in float64.
     """
     if not needed:
         return like.new_empty(0)
+    if like.shape == torch.Size(shape):
+        return torch.empty_like(like, memory_format=torch.contiguous_format)
     padded = (1,) * (len(shape) - like.dim()) + tuple(like.shape)
-    return like.new_zeros(padded, dtype=like.dtype if padded == tuple(shape) else torch.float64)
+    return like.new_zeros(padded, dtype=torch.float64)
 
 
-def _add_box(total: Tensor, index: _Index, gradient: Tensor) -> None:
-    """Add a box of the full gradient, summed over the dimensions that were broadcast."""
-    if total.numel() == 0:
+def _add_box(total: Tensor, index: _Index, gradient: Tensor, full: Sequence[int]) -> None:
+    """Add a box of the ``full``-shaped gradient, summed over the dimensions that were broadcast."""
+    if total.shape == torch.Size(full):
+        total[index] = gradient
         return
     # Where the total has size 1, every position of the box falls on the one element.
     within = (
@@ -176,23 +182,26 @@ def _box_gradients(
     input: Tensor,
     mean: Tensor,
     std: Tensor,
-    eps: Tensor,
+    eps: Tensor | None,
     noise_mask: Tensor | None,
     keep_mask: Tensor | None,
     lowest: float | None,
     highest: float | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients to input, mean and std, before any sum, in the arithmetic's dtype."""
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients to input, mean and std, before any sum, in the arithmetic's dtype.
+
+    Without ``eps``, for which nothing may be clamped, there is none to std.
+    """
     of_mean = upstream = upstream.to(rows.compute_dtype(input))
     if noise_mask is not None:
         of_mean = torch.where(noise_mask, of_mean, 0)
-    if lowest is not None or highest is not None:
+    if eps is not None and not (lowest is None and highest is None):
         noised = _noised(input, mean, std, eps, keep_mask)
         low, high = -math.inf if lowest is None else lowest, math.inf if highest is None else highest
         of_mean = torch.where((noised >= low) & (noised <= high), of_mean, 0)
     kept = of_mean if keep_mask is None else torch.where(keep_mask, of_mean, 0)
     of_input = kept if noise_mask is None else torch.where(noise_mask, kept, upstream)
-    return of_input, of_mean, kept * eps.to(input.dtype).to(kept.dtype)
+    return of_input, of_mean, None if eps is None else kept * eps.to(input.dtype).to(kept.dtype)
 
 
 @torch.library.custom_op("sgfast::apply_noise_backward", mutates_args=())
@@ -218,6 +227,8 @@ def _backward(
         of_input, of_mean, of_std = (input.new_empty(0) if one is None else one for one in computed)
         return of_input, of_mean, of_std
     keys = philox.round_keys(seed)
+    rows.keep_freed_memory(16 * philox.chunk_elements())
+    reads_eps = needs[2] or lowest is not None or highest is not None
     shape = input.shape
     operands = (input, mean, std)
     totals = [_new_sum(operand, shape, needed) for operand, needed in zip(operands, needs, strict=True)]
@@ -225,14 +236,16 @@ def _backward(
     noise_mask, keep_mask = _expand(noise_mask, shape), _expand(keep_mask, shape)
     for index, start, count in _boxes(shape):
         box = input[index]
-        eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.shape)
+        eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.shape) if reads_eps else None
         masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
         gradients = _box_gradients(
             upstream[index], box, full_mean[index], full_std[index], eps, *masks, lowest, highest
         )
         for total, gradient, needed in zip(totals, gradients, needs, strict=True):
-            if needed:
-                _add_box(total, index, gradient)
+            if needed and gradient is not None:
+                _add_box(total, index, gradient, shape)
+        # Not to be held while the next are drawn.
+        del eps, gradients, gradient
     of_input, of_mean, of_std = (
         total.to(operand.dtype).view(operand.shape) if needed else total
         for total, operand, needed in zip(totals, operands, needs, strict=True)

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sgfast.ops import dispatch, validation
+from sgfast.ops import dispatch, rows, validation
 
 # Largest |draw − exact value|: radius · 9e-8 (cosine_and_sine) + 5e-7 · |cos| (radius) + the product's rounding make
 # 1.2e-6 where division and root are correctly rounded; a GPU's (within 2 units in the last place, and 1) make the rest.
@@ -31,6 +31,8 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
+# Rounds before most words depend on the first; the others are an even number.
+_SPREAD = 2
 
 
 def round_keys(seed: Tensor) -> Tensor:
@@ -41,42 +43,64 @@ def round_keys(seed: Tensor) -> Tensor:
     return words + torch.stack([rounds * increment for increment in _KEY_INCREMENTS], dim=-1) & _WORD
 
 
-def philox(counter: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32-10 of four counter words (int64 tensors that hold 32 bits, broadcast) under ``round_keys``."""
-    # A CPU fetches new memory more slowly than it computes: six buffers take turns, which torch.compile sees through.
-    shape = torch.broadcast_shapes(*(one.shape for one in counter))  # type: ignore[no-untyped-call]
-    c0, c1, c2, c3 = (one.expand(shape).clone(memory_format=torch.contiguous_format) for one in counter)
-    product0, product1 = torch.empty_like(c0), torch.empty_like(c0)
-    for key in keys.unbind():
-        k0, k1 = key.unbind()
-        # A product of two 32-bit words needs all 64 bits. As int64 it wraps to the same bits, so shift and mask
-        # recover both halves. Only the words that are multiplied next need the mask.
-        torch.mul(c0, _MULTIPLIERS[0], out=product0)
-        torch.mul(c2, _MULTIPLIERS[1], out=product1)
-        torch.bitwise_right_shift(product1, 32, out=c0).bitwise_xor_(c1).bitwise_xor_(k0).bitwise_and_(_WORD)
-        torch.bitwise_right_shift(product0, 32, out=c2).bitwise_xor_(c3).bitwise_xor_(k1).bitwise_and_(_WORD)
-        c1, product1, c3, product0 = product1, c1, product0, c3
-    return c0, c1.bitwise_and_(_WORD), c2, c3.bitwise_and_(_WORD)
+def philox(counter: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Philox4x32-10 of four counter words (int64 tensors that hold 32 bits, (n,) or broadcast) under ``round_keys``.
+
+    Returns words 0 and 2, and words 1 and 3, (2, n) each: the first and the second words of Box-Muller's pairs.
+    """
+    c0, c1, c2, c3 = counter
+    # A product of two 32-bit words needs all 64 bits. As int64 it wraps to the same bits, so shift and mask recover
+    # both halves. Only the words that are multiplied next need the mask.
+    for k0, k1 in (key.unbind() for key in keys[:_SPREAD].unbind()):
+        # Words that all counters share stay one number each until the others have reached them.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c2 = (product1 >> 32 ^ c1 ^ k0) & _WORD, (product0 >> 32 ^ c3 ^ k1) & _WORD
+        c1, c3 = product1, product0
+    c0, c1, c2, c3 = torch.broadcast_tensors(c0, c1, c2, c3)  # type: ignore[no-untyped-call]
+    multiplied, others = torch.stack([c0, c2]), torch.stack([c1, c3])
+    # A CPU fetches new memory more slowly than it computes: three buffers take turns.
+    products = torch.empty_like(multiplied)
+    second = torch.arange(2, device=keys.device)[:, None]
+    multipliers = second * (_MULTIPLIERS[1] - _MULTIPLIERS[0]) + _MULTIPLIERS[0]
+    # Both words at once change places in every round, and with them multipliers and keys.
+    for i, key in enumerate(keys[_SPREAD:].unbind()):
+        torch.mul(multiplied, multipliers if i % 2 == 0 else multipliers.flip(0), out=products)
+        torch.bitwise_right_shift(products, 32, out=multiplied)
+        multiplied[0].bitwise_xor_(others[1])
+        multiplied[1].bitwise_xor_(others[0])
+        multiplied.bitwise_xor_((key.flip(0) if i % 2 == 0 else key)[:, None]).bitwise_and_(_WORD)
+        others, products = products, others
+    return multiplied, others.bitwise_and_(_WORD)
 
 
 def normals(first: int, counters: int, keys: Tensor) -> Tensor:
-    """Return the draws of counters ``first``, ``first + 1``, ...: (4 · counters,) float32."""
+    """Return the draws of counters ``first``, ``first + 1``, ...: (4 · counters,) float32.
+
+    The counters' upper 32 bits must be the same.
+    """
     # int64 addition wraps, as the 64-bit counter does.
     counter = torch.arange(counters, device=keys.device) + first
     zero = torch.zeros_like(keys[0, 0])
-    w0, w1, w2, w3 = philox((counter & _WORD, counter >> 32 & _WORD, zero, zero), keys)
-    length = radius(torch.stack([w0, w2]))
-    cosine, sine = (length * factor for factor in cosine_and_sine(torch.stack([w1, w3])))
-    return torch.stack([cosine[0], sine[0], cosine[1], sine[1]], dim=-1).flatten()
+    firsts, seconds = philox((counter & _WORD, counter[:1] >> 32 & _WORD, zero, zero), keys)
+    length = radius(firsts)
+    values = length.new_empty((counters, 2, 2))
+    for factor, part in zip(cosine_and_sine(seconds), values.unbind(-1), strict=True):
+        part.copy_((length * factor).T)
+    return values.flatten()
 
 
 def draws(keys: Tensor, offset: int, start: int, count: int, implementation: str) -> Tensor:
     """Elements start, …, start + count − 1 of the stream: (count,) float32."""
     body = dispatch.implementation_of(normals, implementation)
-    skipped = start % 4
+    first, skipped = start // 4 + offset, start % 4
     counters = (skipped + count + 3) // 4
+    # Up to the next multiple of 2³², where the upper half of the counter changes.
+    here = min(counters, 2**32 - first % 2**32)
     # Beyond 2⁶³ the argument keeps the counter's bits, as the int64 addition inside does.
-    return body(as_int64(start // 4 + offset), counters, keys)[skipped : skipped + count]
+    values = body(as_int64(first % 2**64), here, keys)
+    if here < counters:
+        values = torch.cat([values, body(as_int64((first + here) % 2**64), counters - here, keys)])
+    return values[skipped : skipped + count]
 
 
 def as_int64(value: int) -> int:
@@ -115,14 +139,16 @@ def radius(word: Tensor) -> Tensor:
     With (word + 1)/2³² = 2ᵉ·(1 + s) and 1 + s in [√½, √2), ln = e·ln 2 + 2 atanh(q) and q = s/(2 + s). Where e = 0
     the result is small and s must keep its digits: it is −(2³² − 1 − word)/2³², rounded only once, from integers.
     """
-    rounded = (word + 1).to(torch.float32)
+    # float64 holds the sum, which is rounded once.
+    rounded = word.to(torch.float64).add_(1).to(torch.float32)
     bits = rounded.view(torch.int32)
     # 0x4F3504F3 is √½·2³²: the subtraction moves the exponent's steps from the powers of 2 to √½ times them. The step
     # is e in units of 2²³; what is left of the bits is 2³²·(1 + s).
     step = (bits - 0x4F3504F3).bitwise_and_(-(2**23))
     scaled = (bits - step).view(torch.float32)
-    below_one = (_WORD - word).to(torch.float32).mul_(-(2.0**-32))
-    s = _select(step >> 31, (scaled * 2.0**-32).sub_(1), below_one)
+    # Where e = 0 the upper bit of this is not set: as int32 it is 2³² − 1 − word.
+    below_one = word.to(torch.int32).bitwise_not_().to(torch.float32).mul_(-(2.0**-32))
+    s = _select(step >> 31, scaled.mul_(2.0**-32).sub_(1), below_one)
     q = s / (s + 2)
     # −4 atanh(q)/q + 4, minimax for the relative error of ln(1 + s): 1.6e-9.
     z = q * q
@@ -138,8 +164,9 @@ def cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
 
     The nearest quarter turn is taken off in integers, exactly; the rest is t eighths of a turn, t in [−1, 1].
     """
+    low = word.to(torch.int32)
     # Without its two upper bits, and with the next as sign, the word is the distance to the nearest quarter turn.
-    t = (word << 2).to(torch.int32).to(torch.float32).mul_(2.0**-31)
+    t = (low << 2).to(torch.float32).mul_(2.0**-31)
     z = t * t
     # sin(πt/4)/t − 1 and (cos(πt/4) − 1)/t², minimax for the absolute error of the functions: 1.2e-9 and 6e-11. As
     # corrections to t and 1 their own rounding is small.
@@ -148,12 +175,14 @@ def cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
     cosine = (z * 3.53133465e-06).sub_(0.000325942008).mul_(z).add_(0.0158543278).mul_(z).sub_(0.308425136)
     cosine = cosine.mul_(z).add_(1)
     # The upper bits of this are the number of that quarter turn, modulo 4.
-    quarter = (word + 2**29).to(torch.int32)
-    odd = (quarter << 1).bitwise_right_shift_(31)
+    quarter = low.add_(2**29)
+    cosine_bits, sine_bits = cosine.view(torch.int32), sine.view(torch.int32)
+    # In odd quarters the two change places.
+    exchange = (cosine_bits ^ sine_bits).bitwise_and_((quarter << 1).bitwise_right_shift_(31))
     # Quarters 1 and 2 have a negative cosine, 2 and 3 a negative sine.
-    negative_cosine, negative_sine = (quarter + 2**30).bitwise_and_(-(2**31)), quarter & -(2**31)
-    turned_cosine, turned_sine = _select(odd, sine, cosine), _select(odd, cosine, sine)
-    return _flip(turned_cosine, negative_cosine), _flip(turned_sine, negative_sine)
+    cosine_bits = cosine_bits.bitwise_xor_(exchange).bitwise_xor_((quarter + 2**30).bitwise_and_(-(2**31)))
+    sine_bits = sine_bits.bitwise_xor_(exchange).bitwise_xor_(quarter.bitwise_and_(-(2**31)))
+    return cosine_bits.view(torch.float32), sine_bits.view(torch.float32)
 
 
 def _select(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
@@ -162,13 +191,15 @@ def _select(mask: Tensor, chosen: Tensor, other: Tensor) -> Tensor:
     return (chosen.view(torch.int32) ^ other_bits).bitwise_and_(mask).bitwise_xor_(other_bits).view(torch.float32)
 
 
-def _flip(value: Tensor, sign: Tensor) -> Tensor:
-    """The value with the bits of ``sign`` flipped."""
-    return sign.bitwise_xor_(value.view(torch.int32)).view(torch.float32)
+# Elements handled at once by each of a CPU's threads, among which PyTorch shares operations on more than 2¹⁵ numbers:
+# words and temporaries, below 4 MiB a thread, stay in the last cache and the allocator's pool.
+CHUNK_ELEMENTS = 2**17
+_SHARING_THREADS = 8
 
 
-# Elements handled at once: words and temporaries stay in a CPU core's cache and its allocator's pool, below 4 MiB.
-CHUNK_ELEMENTS = 2**16
+def chunk_elements() -> int:
+    """Elements to handle at once; no result depends on it."""
+    return CHUNK_ELEMENTS * min(torch.get_num_threads(), _SHARING_THREADS)
 
 
 def _triton_refusal(
@@ -193,8 +224,10 @@ def _standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: tor
     keys = round_keys(seed)
     values = torch.empty(shape, dtype=dtype, device=seed.device)
     flat = values.view(-1)
-    for start in range(0, flat.numel(), CHUNK_ELEMENTS):
-        part = flat[start : start + CHUNK_ELEMENTS]
+    step = chunk_elements()
+    rows.keep_freed_memory(16 * step)
+    for start in range(0, flat.numel(), step):
+        part = flat[start : start + step]
         part.copy_(draws(keys, offset, start, part.numel(), implementation))
     return values
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import sgfast
-from sgfast.ops import nearest
+from sgfast.ops import nearest, nearest_scan
 from sgfast.ops.nearest import embedding_ranks, nearest_embeddings
 from sgfast.ops.precision import full_precision_products
 from tests.gates import registration
@@ -248,12 +248,12 @@ def test_bounds_hold_and_are_useful(metric):
     for width, offset in ((8, 0.0), (768, 5.0), (4096, 1000.0)):
         table = torch.randn(200, width, generator=generator) + offset
         queries = table[:50] + 0.3 * torch.randn(50, width, generator=generator)
-        center = nearest._center(queries, table, metric, 2**24)
-        sides = tuple(nearest._side(side, center, metric) for side in (queries, table))
-        exact = torch.stack([nearest.reference(query.expand_as(table), table, metric) for query in queries])
+        center = nearest_scan.center_of(queries, table, metric, 2**24)
+        sides = tuple(nearest_scan.side_of(side, center, metric) for side in (queries, table))
+        exact = torch.stack([nearest_scan.reference(query.expand_as(table), table, metric) for query in queries])
         for sign in (1, -1):
-            bound, missing = (offset[:, None] for offset in nearest._offsets(*sides, sign))
-            error = nearest._keys(*sides, sign).double() + missing - sign * exact
+            bound, missing = (offset[:, None] for offset in nearest_scan._offsets(*sides, sign))
+            error = nearest_scan._keys(*sides, sign).double() + missing - sign * exact
             assert (error.abs() <= bound).all()
         others = exact[~torch.eye(50, 200, dtype=torch.bool)]
         assert 2 * bound.max() < 0.01 * others.min()
@@ -262,8 +262,8 @@ def test_bounds_hold_and_are_useful(metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_few_direct_comparisons(monkeypatch, metric):
     compared = []
-    direct = nearest._direct
-    monkeypatch.setattr(nearest, "_direct", lambda *args: compared.append(len(args[1])) or direct(*args))
+    direct = nearest_scan.direct
+    monkeypatch.setattr(nearest_scan, "direct", lambda *args: compared.append(len(args[1])) or direct(*args))
     queries, table, targets = embeddings(20_000, 64, 50)
     nearest_embeddings(queries, table, 5, metric=metric, max_chunk_bytes=4 * 2**20)
     assert sum(compared) < 100 * 50
@@ -275,8 +275,8 @@ def test_few_direct_comparisons(monkeypatch, metric):
 def test_zero_queries_are_compared_with_one_block(monkeypatch):
     """Cosine distances from zero are all 1: later rows at the same distance need no comparison."""
     compared = []
-    direct = nearest._direct
-    monkeypatch.setattr(nearest, "_direct", lambda *args: compared.append(len(args[1])) or direct(*args))
+    direct = nearest_scan.direct
+    monkeypatch.setattr(nearest_scan, "direct", lambda *args: compared.append(len(args[1])) or direct(*args))
     queries, table, _ = embeddings(20_000, 64, 50)
     queries[::2] = 0
     _, indices = nearest_embeddings(queries, table, 3, metric="cosine", max_chunk_bytes=4 * 2**20)
@@ -288,13 +288,13 @@ def test_zero_queries_are_compared_with_one_block(monkeypatch):
 def test_any_order_of_the_table(monkeypatch, farthest):
     """Rows sorted from far to near, so that every block brings nearer ones than all before."""
     compared = []
-    direct = nearest._direct
-    monkeypatch.setattr(nearest, "_direct", lambda *args: compared.append(len(args[1])) or direct(*args))
+    direct = nearest_scan.direct
+    monkeypatch.setattr(nearest_scan, "direct", lambda *args: compared.append(len(args[1])) or direct(*args))
     _, table, _ = embeddings(20_000, 16, 1)
     query = torch.zeros(1, 16)
     table = table[(table - query).norm(dim=1).argsort(descending=not farthest)]
     check(query, table, 4, "l2", farthest, max_chunk_bytes=2**20)
-    blocks = -(-20_000 // nearest._sizes(16, 4, 2**20).table)
+    blocks = -(-20_000 // nearest_scan.sizes_of(16, 4, 2**20).table)
     assert blocks > 100
     assert sum(compared) <= 2 * 4 * blocks
 
@@ -317,7 +317,7 @@ def test_memory_is_bounded(metric, table_kind, max_chunk_bytes):
 def test_memory_is_bounded_for_many_queries():
     """More queries than are held as points at once."""
     _, table, _ = embeddings(3000, 24, 1)
-    assert nearest._sizes(24, 1, 2**17).held < 1000
+    assert nearest_scan.sizes_of(24, 1, 2**17).held < 1000
     with LiveBytes() as counted:
         nearest._nearest._init_fn(table, table, 2, "l2", False, 2**17, None)
     assert counted.peak <= 2**17 + 3000 * 2 * (8 + 8 + 4)
@@ -404,11 +404,25 @@ def test_fake_gpu():
     )
 
 
-def test_explain_names_the_missing_kernel():
-    reason = "there is no Triton kernel for the nearest-embedding operations yet"
+def test_explain_names_the_device():
+    reason = "cpu tensors (Triton needs a GPU, or TRITON_INTERPRET=1 before the first import)"
     assert sgfast.explain(nearest_embeddings, torch.ones(2, 3), torch.ones(4, 3)) == ("torch", reason)
-    with pytest.raises(RuntimeError, match=reason):
+    with pytest.raises(RuntimeError, match="cpu tensors"):
         embedding_ranks(torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2).long(), impl="triton")
+
+
+@pytest.mark.parametrize("farthest", [False, True], ids=["nearest", "farthest"])
+def test_cosine_of_any_float64(farthest):
+    """Squares beyond 1e±308: powers of two change no cosine, not by a bit."""
+    queries, table, targets = (one.double() if one.is_floating_point() else one for one in embeddings(90, 7, 6))
+    table[4], queries[2] = 0, 0
+    expected = nearest_embeddings(queries, table, 5, metric="cosine", farthest=farthest)
+    ranks = embedding_ranks(queries, table, targets, metric="cosine")
+    for up, down in ((2.0**700, 2.0**-700), (2.0**-900, 2.0**900)):
+        actual = nearest_embeddings(queries * up, table * down, 5, metric="cosine", farthest=farthest)
+        assert torch.equal(actual[0], expected[0])
+        assert torch.equal(actual[1], expected[1])
+        assert torch.equal(embedding_ranks(queries * up, table * down, targets, metric="cosine"), ranks)
 
 
 @pytest.mark.parametrize(

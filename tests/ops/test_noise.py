@@ -402,15 +402,16 @@ def test_nothing_but_the_inputs_is_kept_for_backward():
 def test_temporaries_are_bounded():
     input, mean, std = operands(256, 4096)
     seed, masks = philox.seed_tensor(1, None), (random_mask(256, 1), random_mask(4096))
+    bound = 4 * 2**20 * torch.get_num_threads()
     with LiveBytes() as counted:
         out = noise._forward._init_fn(input, mean, std, seed, 0, *masks, -1.0, 1.0, None)
-    assert counted.peak - 4 * out.numel() < 4 * 2**20
+    assert counted.peak - 4 * out.numel() < bound
     with LiveBytes() as counted:
         noise._backward._init_fn(out, input, mean, std, seed, 0, *masks, -1.0, 1.0, [True] * 3, None)
-    assert counted.peak - 3 * 4 * out.numel() < 4 * 2**20
+    assert counted.peak - 3 * 4 * out.numel() < bound
     with LiveBytes() as counted:
         philox._standard_normal._init_fn(seed, (2**21,), 0, torch.float32, None)
-    assert counted.peak - 4 * 2**21 < 4 * 2**20
+    assert counted.peak - 4 * 2**21 < bound
 
 
 def plain_case(rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:

@@ -13,11 +13,13 @@ from .divergence_topk import divergence_topk_forward
 from .divergence_topk_backward import divergence_topk_backward
 from .hidden import hidden_backward, hidden_forward
 from .lse import lse_pair
+from .nearest import MAX_CANDIDATES, nearest_candidates, rank_candidates
 from .noise import noise_forward, standard_normal
 from .noise_backward import noise_backward
 from .topk import MAX_TOP_K, MAX_TOP_K_WIDTH, top_k_union
 
 __all__ = [
+    "MAX_CANDIDATES",
     "MAX_TOP_K",
     "MAX_TOP_K_WIDTH",
     "divergence_backward",
@@ -27,9 +29,11 @@ __all__ = [
     "hidden_backward",
     "hidden_forward",
     "lse_pair",
+    "nearest_candidates",
     "noise_backward",
     "noise_forward",
     "noise_walk",
+    "rank_candidates",
     "row_layout",
     "standard_normal",
     "top_k_union",

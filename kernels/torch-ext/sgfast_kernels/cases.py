@@ -18,6 +18,7 @@ from .divergence_topk import divergence_topk_forward
 from .divergence_topk_backward import divergence_topk_backward
 from .hidden import hidden_backward, hidden_forward
 from .lse import lse_pair
+from .nearest import nearest_candidates, rank_candidates
 from .noise import noise_forward, standard_normal
 from .noise_backward import noise_backward
 from .topk import top_k_union
@@ -197,6 +198,26 @@ def _top_k_backward(width: int, k: int, support: str, kinds: str, *needs: bool) 
     return Case(name, divergence_topk_backward, arguments, width, floor, **limits)
 
 
+def _nearest(dtype: torch.dtype, width: int, scaled: bool, count: int, ranks: bool = False) -> Case:
+    """64 table rows for each query. The floor is both once; every tile of the table reads the queries again."""
+
+    def arguments(rows: int, device: str) -> tuple[Any, ...]:
+        queries, center = torch.randn(rows, width, device=device), torch.randn(width, device=device) / 8
+        table = torch.randn(64 * rows, width, dtype=dtype, device=device)
+        scale = torch.full((64 * rows,), 0.5, device=device) if scaled else None
+        sides = queries, queries.square().sum(1), queries.norm(dim=1), table, scale, center
+        if not ranks:
+            return *sides, -1, (1e-6, 1e-7, 1e-30), count
+        first = table[0].float() * (0.5 if scaled else 1.0) - center
+        limits = first.square().sum() - 2 * queries @ first
+        return *sides, (1e-6, 1e-7, 1e-30), count, torch.stack([limits, limits])
+
+    function = rank_candidates if ranks else nearest_candidates
+    name = f"{function.__name__} {'bf16' if dtype == _bf16 else 'fp32'} {width}{' scaled' if scaled else ''} {count}"
+    limits = {"rows": 2048, "traffic": 1.3, "registers": 255, "jumps": 1e-2, "vector_loads": 1}
+    return Case(name, function, arguments, width, 4 + 64 * dtype.itemsize, **limits)
+
+
 def _noised(
     name: str, arguments: Callable[[int, str], tuple[Any, ...]], width: int, floor: float, **limits: Any
 ) -> Case:
@@ -249,6 +270,9 @@ CASES = [
     *(_top_k_backward(151936, 64, support, "kl", True, False) for support in SUPPORTS),
     *(_top_k_backward(32000, 100, support, "kl", True, False) for support in SUPPORTS),
     _top_k_backward(32000, 100, "tail", "all", True, True),
+    _nearest(_bf16, 256, False, 16),
+    _nearest(_fp32, 256, True, 64),
+    _nearest(_bf16, 256, True, 16, ranks=True),
     Case("standard_normal fp32 4096", standard_normal, _normal(_fp32, 4096), 4096, 4, traffic=1.01),
     Case("standard_normal bf16 4096", standard_normal, _normal(_bf16, 4096), 4096, 2, traffic=1.01),
     _noised("forward bf16 4096", _noise(_bf16, 4096, "full"), 4096, 8, vector_loads=6),
