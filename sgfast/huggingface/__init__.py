@@ -1,6 +1,7 @@
 """Hugging Face integration; importing it does not import transformers, which loads where a function needs it."""
 
+from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.distillation import distillation_compute_loss
 from sgfast.huggingface.tokenization_utils import PromptType, TokenizerWrapper
 
-__all__ = ["PromptType", "TokenizerWrapper", "distillation_compute_loss"]
+__all__ = ["NoiseMaskCollator", "PromptType", "TokenizerWrapper", "distillation_compute_loss"]

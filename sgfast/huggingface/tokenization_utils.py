@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sgfast.huggingface.collator import IGNORED_LABEL, NoiseMaskCollator
 from sgfast.huggingface.content_spans import Rendering, locate_contents, overlapping_tokens, skip_white_space
 from sgfast.huggingface.examples import (
     RESPONSE_ROLE,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-IGNORED_LABEL = -100
 # Above this, transformers' model_max_length means "not known".
 _UNKNOWN_MODEL_MAX_LENGTH = 10**12
 _JSON_FORMAT = 1
@@ -341,29 +341,10 @@ class TokenizerWrapper:
         if kept is not None:
             cut = slice(-kept, None) if self.tokenizer.truncation_side == "left" else slice(kept)
             rows = [_Row(*(values[cut] for values in row)) for row in rows]
-        lengths = {len(row.ids) for row in rows}
-        padding = self._padding_id() if len(lengths) > 1 else 0
-        ids = self._pad([row.ids for row in rows], padding)
-        loss = self._pad([row.loss for row in rows], 0)
-        inputs = {
-            "input_ids": ids,
-            "attention_mask": self._pad([torch.ones_like(row.ids) for row in rows], 0),
-            "noise_mask": self._pad([row.noise for row in rows], 0),
-            "loss_mask": loss,
-        }
-        if self.include_labels:
-            inputs["labels"] = torch.where(loss, ids, IGNORED_LABEL)
-        return inputs
-
-    def _pad(self, rows: list[Tensor], value: int) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=value, padding_side=self.tokenizer.padding_side
-        )
-
-    def _padding_id(self) -> int:
-        tokens = self.tokenizer.special_tokens_map
-        token = tokens.get("pad_token", tokens.get("eos_token"))
-        if token is None:
-            raise ValueError("examples of different lengths need padding: set tokenizer.pad_token or eos_token")
-        padding: int = self.tokenizer.convert_tokens_to_ids(token)
-        return padding
+        examples = []
+        for row in rows:
+            example = {"input_ids": row.ids, "noise_mask": row.noise, "loss_mask": row.loss}
+            if self.include_labels:
+                example["labels"] = row.ids.where(row.loss, IGNORED_LABEL)
+            examples.append(example)
+        return NoiseMaskCollator(self.tokenizer)(examples)
