@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sgfast.utils.records import TextUnit
+
 app = typer.Typer(
     name="sgfast",
     help="Train, measure and use Stained Glass Transforms.",
@@ -52,25 +54,21 @@ def demo(
 @app.command()
 def transform(
     file: Annotated[Path, typer.Argument(help="A transform saved for clients.")],
-    prompt: Annotated[str, typer.Option(help="The user's message.")],
     out: Annotated[Path, typer.Option(help="Where to write inputs_embeds and attention_mask (safetensors).")],
+    prompt: Annotated[str | None, typer.Option(help="The user's message.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Or a text or JSONL file: tensors KEY.inputs_embeds and KEY.attention_mask.")
+    ] = None,
+    text_unit: Annotated[TextUnit, typer.Option(help="What a record of a text file is.")] = "line",
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=2**64 - 1, help="To repeat an output; default: fresh randomness.", show_default=False),
     ] = None,
 ) -> None:
-    """Transform a prompt into embeddings for a server: the client's half."""
-    from safetensors.torch import save_file
+    """Transform a prompt, or the texts and chats of a file, into embeddings for a server: the client's half."""
+    from sgfast.cli.transform import run_transform
 
-    from sgfast.client import StainedGlassTransformForText
-    from sgfast.utils.files import replacing
-
-    client = StainedGlassTransformForText.from_pretrained(file)
-    encoded = client.encode([{"role": "user", "content": prompt}], seed=seed)
-    with replacing(out) as temporary:
-        save_file(encoded, temporary)
-    batch, tokens, width = encoded["inputs_embeds"].shape
-    typer.echo(f"wrote {out}: {batch} x {tokens} tokens x {width} features")
+    run_transform(file=file, prompt=prompt, data=data, out=out, seed=seed, text_unit=text_unit)
 
 
 @app.command()
