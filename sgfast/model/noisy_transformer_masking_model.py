@@ -187,6 +187,14 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             raise ValueError(f"the decoder layer with target_layer {self.target_layer!r} cannot be checkpointed")
         self.is_gradient_checkpointing = True
 
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, **others: Any
+    ) -> None:
+        """`gradient_checkpointing_enable` under the name and with the arguments of transformers 5's Trainer."""
+        if every_n_layers != 1 or any(others.values()):
+            raise ValueError(f"every decoder layer is checkpointed; got every_n_layers={every_n_layers}, {others}")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
+
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
         self.is_gradient_checkpointing = False
