@@ -3,7 +3,18 @@
 import sys
 from collections.abc import Sequence
 
-_EXTRAS = {"typer", "rich", "transformers", "tokenizers", "safetensors", "matplotlib", "gguf"}
+_EXTRAS = {
+    "typer",
+    "rich",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "matplotlib",
+    "gguf",
+    "accelerate",
+    "peft",
+    "yaml",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from sgfast.client import StainedGlassTransformForText
 from sgfast.huggingface.assets import load_causal_lm
@@ -112,10 +111,3 @@ def _student(teacher: NoiseMaskedNoisyTransformerModel, lora: LoraOptions) -> Pe
     return PeftNoiseMaskedNoisyTransformerModel(
         None, with_adapters, target_layer=teacher.target_layer, noise_layer=teacher.noise_layer
     )
-
-
-def trained_parameters(models: Models) -> list[nn.Parameter]:
-    """The noise layer's parameters and the student's adapters."""
-    modules: list[nn.Module] = [models.noisy_model] if models.student is None else [models.noisy_model, models.student]
-    found = {id(parameter): parameter for module in modules for parameter in module.parameters()}
-    return [parameter for parameter in found.values() if parameter.requires_grad]
