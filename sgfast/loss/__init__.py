@@ -2,7 +2,12 @@
 
 from sgfast.loss import cloak, components, distillation, divergences, presets
 from sgfast.loss.cloak import composite_cloak_loss_factory
-from sgfast.loss.distillation import distillation_loss_factory
+from sgfast.loss.distillation import (
+    cross_entropy_distillation_factory,
+    distillation_loss_factory,
+    mutual_information_cross_entropy_distillation_factory,
+    mutual_information_distillation_loss_factory,
+)
 from sgfast.loss.divergence_loss import DivergenceLoss
 
 __all__ = [
@@ -10,8 +15,11 @@ __all__ = [
     "cloak",
     "components",
     "composite_cloak_loss_factory",
+    "cross_entropy_distillation_factory",
     "distillation",
     "distillation_loss_factory",
     "divergences",
+    "mutual_information_cross_entropy_distillation_factory",
+    "mutual_information_distillation_loss_factory",
     "presets",
 ]

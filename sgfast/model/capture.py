@@ -65,6 +65,11 @@ class Consumer:
                 capture = _without_clean_graph(capture)
         self._capture = capture
 
+    @property
+    def has_forward(self) -> bool:
+        """Whether there was a forward since it was last let go of."""
+        return self._capture is not None
+
     def pending(self, caller: str) -> Capture:
         """Return the last forward.
 

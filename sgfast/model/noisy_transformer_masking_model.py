@@ -243,7 +243,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         arguments, attended, selected = prepare_inputs(
             input_ids, attention_mask, noise_mask, kwargs, self._base_arguments
         )
-        layers, logits_wanted = self._wanted()
+        layers, last_layer = self._wanted()
         run = self._run_joint if self.clean_pass == "joint" else self._run_separate
         batch = (arguments.get("input_ids", arguments.get("inputs_embeds")), attention_mask, noise_mask)
         current = Pass(attended, selected, layers, batch)
@@ -252,7 +252,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if draw is not None and (drawn := draw.find(self, batch, self.noise_layer, self._target)) is not None:
             current.seed, current.transform = drawn
         with with_adapters(self.base_model, self._runs_adapters):
-            clean_logits, noisy_logits = run(current, arguments, None if logits_wanted else max(layers))
+            clean_logits, noisy_logits = run(current, arguments, last_layer)
         layer_outputs = {index: (current.clean_layers[index], current.noisy_layers[index]) for index in layers}
         transform = current.transform
         if transform is None and self.noise_layer.enabled:
@@ -335,11 +335,22 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         arguments = {"attention_mask": attended.long()} if takes_attention else {}
         return cast(Tensor, self.noise_layer(clean, selected, seed=seed, **arguments))
 
-    def _wanted(self) -> tuple[frozenset[int], bool]:
-        """Which layers' outputs to keep, and whether the model must run whole."""
+    @property
+    def target_depth(self) -> int | None:
+        """Index of the last decoder layer to run for the target layer to run: −1 for none, None for all of them."""
+        target = self._target
+        for index, layer in enumerate(decoder_layers(self.base_model)):
+            if any(module is target for module in layer.modules()):
+                return index
+        return -1 if self._targets_embeddings() else None
+
+    def _wanted(self) -> tuple[frozenset[int], int | None]:
+        """Which layers' outputs to keep, and the last layer to run; None to run the whole model."""
         layers = frozenset().union(*(consumer.layers for consumer in self._consumers))
         logits = any(consumer.logits for consumer in self._consumers)
-        return layers, logits or not layers or not self.training
+        if logits or not self._consumers or not self.training:
+            return layers, None
+        return layers, max(layers) if layers else self.target_depth
 
     def _run_separate(
         self, current: "Pass", arguments: dict[str, Tensor], last_layer: int | None
