@@ -9,7 +9,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sgfast.huggingface.assets import PACKAGED_MODEL
-from sgfast.training.building import Models, build_models
+from sgfast.loss.factory import LossFunctions
+from sgfast.training.building import Models, build_loss, build_models
 from sgfast.training.configuration import (
     Configuration,
     ConfigurationError,
@@ -21,7 +22,7 @@ from sgfast.training.configuration import (
 from sgfast.training.data import TokenizedRecords
 from sgfast.training.plot import plot_history
 from sgfast.training.record import RECORD_FILE, check_continues, components_in, ends, write_record
-from sgfast.training.run import CHECKPOINTS, History, train
+from sgfast.training.run import History, train
 from sgfast.utils.files import replacing
 from sgfast.utils.records import IndexedRecords, data_digest
 
@@ -37,8 +38,8 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
         raise ConfigurationError(
             f"{configuration.data} holds {len(records)} records, fewer than a batch of {configuration.batch_size}"
         )
-    data = {"records": len(records), "sha256": data_digest(configuration.data)}
-    check_continues(configuration, data["sha256"], resume)
+    digest = data_digest(configuration.data)
+    check_continues(configuration, digest, resume)
     console.print(f"data: {configuration.data}, {len(records)} records", highlight=False)
     console.print(f"loading {configuration.model or PACKAGED_MODEL}", highlight=False)
     models = build_models(configuration)
@@ -46,11 +47,13 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
         records, models.tokenizer_wrapper, max_length=configuration.max_length, text_as=configuration.text_as
     )
     examples[0]  # a tokenizer without a chat template is refused here, before anything is written
+    loss = build_loss(models, configuration.loss_name, configuration.loss_options)
     configuration.out.mkdir(parents=True, exist_ok=True)
-    about = {"data": data, "scale": models.noisy_model.noise_layer.scale}
-    history, finished = _follow(console, configuration, models, examples, resume)
+    data, scale = {"records": len(records), "sha256": digest}, models.noisy_model.noise_layer.scale
+    write_record(configuration, data, scale)  # a run that is killed is known by it
+    history, finished = _follow(console, configuration, models, loss, examples, resume)
     _save(configuration, models)
-    write_record(configuration, **about, history=history, finished=finished)
+    write_record(configuration, data, scale, history, finished=finished)
     with replacing(configuration.out / PLOT_FILE) as temporary:
         plot_history(temporary, history)
     if not finished:
@@ -79,7 +82,12 @@ def _configuration(config: Path | None, flags: dict[str, Any], overrides: Sequen
 
 
 def _follow(
-    console: Console, configuration: Configuration, models: Models, examples: TokenizedRecords, resume: bool
+    console: Console,
+    configuration: Configuration,
+    models: Models,
+    loss: LossFunctions,
+    examples: TokenizedRecords,
+    resume: bool,
 ) -> tuple[History, bool]:
     """Train under a progress bar."""
     columns = (
@@ -98,7 +106,7 @@ def _follow(
                 task, completed=step, description=f"loss {values['loss']:.4g} sigma {values['mean_sigma']:.4g}{rate}"
             )
 
-        return train(configuration, models, examples, resume=resume, on_step=on_step)
+        return train(configuration, models, loss, examples, resume=resume, on_step=on_step)
 
 
 def _save(configuration: Configuration, models: Models) -> None:

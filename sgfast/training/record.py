@@ -6,14 +6,14 @@ It holds no seed: under the seed of a run, the noise that hid its texts could be
 import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from sgfast._version import __version__
+from sgfast.huggingface.trainer_checkpoint import checkpoints
 from sgfast.training.configuration import Configuration, ConfigurationError, settings_of
 from sgfast.utils.files import replacing
 
-RECORD_FILE = "training.json"
+RECORD_FILE, CHECKPOINTS = "training.json", "checkpoints"
 # A run may be continued elsewhere and for longer. The same data may lie in another place: its digest is compared.
 _FREE_TO_CHANGE = ("out", "data", "steps", "save_steps")
 # What the trainer logs besides the loss and its components.
@@ -31,26 +31,31 @@ def versions() -> dict[str, str]:
 def check_continues(configuration: Configuration, digest: str, resume: bool) -> None:
     """Check that a run may write to its folder: an unused one or, to resume, that of a run like it.
 
+    A run that came to no step does not count.
+
     Raises:
         ConfigurationError: there is a run and ``resume`` is False, or it had other settings or other data.
     """
     path = configuration.out / RECORD_FILE
     if not path.exists():
         return
-    if not resume:
-        raise ConfigurationError(f"{configuration.out} holds a run: continue it by --resume, or give another --out")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         before, digest_before = record["settings"], record["data"]["sha256"]
-        differing = [name for name in before if name not in _FREE_TO_CHANGE]
+        has_steps = bool(record["history"] or checkpoints(configuration.out / CHECKPOINTS))
+        compared = [name for name in before if name not in _FREE_TO_CHANGE]
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"{path} is no record of a run, which --resume needs") from error
+        raise ConfigurationError(f"{path} is not the record of a run: give another --out") from error
+    if not has_steps:
+        return
+    if not resume:
+        raise ConfigurationError(f"{configuration.out} holds a run: continue it by --resume, or give another --out")
     if digest != digest_before:
         raise ConfigurationError(
             f"--resume: {configuration.data} is not the data that {configuration.out} was begun with"
         )
     now = json.loads(json.dumps(settings_of(configuration)))
-    for name in differing:
+    for name in compared:
         if now.get(name) != before[name]:
             raise ConfigurationError(
                 f"--resume: {configuration.out} was begun with {name} = {before[name]}; now it is {now.get(name)}"
@@ -59,11 +64,11 @@ def check_continues(configuration: Configuration, digest: str, resume: bool) -> 
 
 def write_record(
     configuration: Configuration,
-    *,
     data: Mapping[str, Any],
     scale: Sequence[float],
-    history: Sequence[Mapping[str, float]],
-    finished: bool,
+    history: Sequence[Mapping[str, float]] = (),
+    *,
+    finished: bool = False,
 ) -> None:
     """Write ``training.json``.
 

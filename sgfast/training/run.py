@@ -13,27 +13,30 @@ import transformers
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.trainer import SgtTrainer
 from sgfast.huggingface.trainer_checkpoint import checkpoints
-from sgfast.training.building import Models, build_loss
+from sgfast.loss.factory import LossFunctions
+from sgfast.training.building import Models
 from sgfast.training.configuration import Configuration
 from sgfast.training.data import TokenizedRecords
+from sgfast.training.record import CHECKPOINTS
 
 History = list[dict[str, float]]
-CHECKPOINTS = "checkpoints"
 
 
 def train(
     configuration: Configuration,
     models: Models,
+    loss: LossFunctions,
     examples: TokenizedRecords,
     *,
     resume: bool,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
 ) -> tuple[History, bool]:
-    """Train until all steps are taken or the process is interrupted (Ctrl-C, once), in which case a checkpoint is saved.
+    """Train until all steps are taken or, at the first Ctrl-C, to the end of the step, and save a checkpoint there.
 
     Args:
         configuration: of the run.
         models: what to train, changed in place.
+        loss: built over the models.
         examples: the data.
         resume: go on from the newest whole checkpoint in the run's folder, if there is one.
         on_step: called with the number of every step and its values, also those of steps taken before.
@@ -42,7 +45,7 @@ def train(
         The history, a dictionary of values for every step since the run began, and whether it is finished.
 
     Raises:
-        ValueError: the loss is no longer finite, a checkpoint does not fit the model, or the loss's options do not.
+        ValueError: the loss is no longer finite, or a checkpoint does not fit the model.
         KeyboardInterrupt: interrupted a second time.
     """
     folder = configuration.out / CHECKPOINTS
@@ -50,7 +53,7 @@ def train(
     trainer = SgtTrainer(
         models.student or models.noisy_model,
         _training_arguments(configuration),
-        loss=build_loss(models, configuration.loss_name, configuration.loss_options),
+        loss=loss,
         teacher=models.noisy_model if models.student is not None else None,
         train_dataset=examples,
         data_collator=NoiseMaskCollator(examples.tokenizer_wrapper.tokenizer),
@@ -125,10 +128,9 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
     def _mean_sigma(self) -> float:
         """Over the transformed tokens of the last micro-batch."""
         layer = self.noise_layer
-        assert layer.std is not None and layer.noise_mask is not None
-        std = layer.std.float()
-        selected = layer.noise_mask.expand(std.shape[:-1])
-        return float(std[selected].mean()) if bool(selected.any()) else math.nan
+        assert layer.std is not None
+        assert layer.noise_mask is not None
+        return float(layer.std[layer.noise_mask].float().mean())  # NaN where nothing is transformed
 
 
 @contextmanager
