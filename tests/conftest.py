@@ -1,14 +1,15 @@
 """Fixtures over tiny causal language models."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
-from sgfast.model import NoiseMaskedNoisyTransformerModel
+from sgfast.model import NoiseMaskedNoisyTransformerModel, PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
-from tests.tiny_models import VOCABULARY, WIDTH, tiny_causal_lm
+from tests.tiny_models import VOCABULARY, WIDTH, tiny_causal_lm, with_lora
 
 
 @pytest.fixture
@@ -25,6 +26,32 @@ def make_noisy_model() -> Callable[..., NoiseMaskedNoisyTransformerModel]:
         for estimator in (noisy_model.noise_layer.mean_estimator, noisy_model.noise_layer.std_estimator):
             torch.nn.init.normal_(estimator.head.weight, std=0.1)
         return noisy_model
+
+    return make
+
+
+@pytest.fixture
+def make_pair(make_noisy_model: Callable[..., Any]) -> Callable[..., tuple[Any, Any]]:
+    """Build a teacher and a student over one base, or over equal ones, and one noise layer."""
+
+    def make(
+        family: str = "llama",
+        dropout: float = 0.0,
+        clean_pass: str = "separate",
+        two_bases: bool = False,
+        **arguments: Any,
+    ) -> tuple[Any, Any]:
+        teacher = make_noisy_model(family, clean_pass=clean_pass, **arguments)
+        base_model = copy.deepcopy(teacher.base_model) if two_bases else teacher.base_model
+        student = PeftNoiseMaskedNoisyTransformerModel(
+            None,
+            with_lora(base_model, family, dropout),
+            (-1, WIDTH),
+            teacher.target_layer,
+            noise_layer=teacher.noise_layer,
+            clean_pass=clean_pass,
+        )
+        return teacher, student
 
     return make
 

@@ -33,3 +33,17 @@ def tiny_causal_lm(family: str, **overrides: Any) -> tuple[Any, type, str]:
     config = getattr(transformers, f"{name}Config")(**settings)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     return model, getattr(transformers, f"{name}Model"), "model.embed_tokens"
+
+
+def with_lora(base_model: Any, family: str = "llama", dropout: float = 0.0) -> Any:
+    """The model with LoRA adapters that change what it computes."""
+    import peft
+
+    targets = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"]}.get(family, ["q_proj", "v_proj"])
+    config = peft.LoraConfig(r=4, target_modules=targets, lora_dropout=dropout, fan_in_fan_out=family == "gpt2")
+    adapted = peft.get_peft_model(base_model, config)
+    torch.manual_seed(5)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:  # zero at first: the adapters would change nothing
+            torch.nn.init.normal_(parameter, std=0.5)
+    return adapted

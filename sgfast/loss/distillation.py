@@ -5,7 +5,8 @@ Every factory returns ``(loss, get_losses, get_hyperparameters)``, each callable
 ``loss(loss_mask, *, normalizers=None)``
     the scalar to call ``backward`` on, in float32. ``loss_mask`` (B, T) is nonzero where a position counts.
     ``normalizers={"loss_tokens": …, "noise_tokens": …}`` replaces the batch's counts of counted (l & a) and of
-    transformed (n & a) tokens by global ones, so that the losses of several batches add up to that of all of them.
+    transformed (n & a) tokens by global ones, so that the losses of several batches add up to that of all of them;
+    ``"attended_tokens"`` (a) is read by `sgfast.loss.jigsaw` where a term averages over them.
     Mutual information, whose pairs belong to a batch, then adds up to the batches' mean weighted by ``noise_tokens``.
 ``get_losses()``
     the detached, unweighted components of weight > 0, and ``total``.
@@ -114,7 +115,9 @@ def distillation_loss_factory(
     def compute(captures: Sequence[Capture], counted: Tensor, normalizers: Normalizers) -> dict[str, Tensor]:
         (capture,) = captures
         noise_tokens = normalizers.get("noise_tokens")
-        losses = terms.layer_losses(capture, layer, counted, wanted, normalizers.get("loss_tokens"))
+        losses = terms.layer_losses(
+            capture.noisy, capture.clean, layer, counted, wanted, normalizers.get("loss_tokens")
+        )
         losses |= terms.std_loss(capture, wanted, noisy_model.noise_layer.scale[1], noise_tokens)
         losses |= terms.angle_and_distance_losses(
             capture,
@@ -188,7 +191,9 @@ def mutual_information_distillation_loss_factory(
         (capture,) = captures
         noise_tokens = normalizers.get("noise_tokens")
         losses = terms.mutual_information_loss(capture, wanted, combine, noise_tokens)
-        losses |= terms.layer_losses(capture, layer, counted, wanted, normalizers.get("loss_tokens"))
+        losses |= terms.layer_losses(
+            capture.noisy, capture.clean, layer, counted, wanted, normalizers.get("loss_tokens")
+        )
         losses |= terms.angle_and_distance_losses(
             capture,
             wanted,

@@ -84,7 +84,7 @@ _UTILITY = (
     "clean_embedding_performance",
 )
 # The others read the transform alone.
-_READ_OUTPUTS = (*_UTILITY, "distillation_cross_entropy")
+READ_OUTPUTS = (*_UTILITY, "distillation_cross_entropy")
 _NEED_LOG_SIGMA = ("std_log_ratio", "mutual_information")
 
 
@@ -139,9 +139,15 @@ def resolve_distillation_layer(
 
 def attach(noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, wanted: frozenset[str]) -> Consumer:
     """Let forwards keep what the wanted components read: a layer's outputs or the logits, beside the transform."""
-    reads = not wanted.isdisjoint(_READ_OUTPUTS)
+    return attach_reader(noisy_model, layer, not wanted.isdisjoint(READ_OUTPUTS))
+
+
+def attach_reader(
+    noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, reads: bool, **halves: bool
+) -> Consumer:
+    """Let forwards keep a layer's outputs, or the logits for None, if anything ``reads`` them."""
     layers = frozenset({layer}) if reads and layer is not None else frozenset[int]()
-    return noisy_model.attach(layers=layers, logits=reads and layer is None)
+    return noisy_model.attach(layers=layers, logits=reads and layer is None, **halves)
 
 
 def loss_functions(
@@ -208,9 +214,10 @@ def _check_loss_arguments(loss_mask: Tensor, attended: Tensor, normalizers: Norm
         raise ValueError(
             f"loss_mask must have the shape of the tokens, {tuple(attended.shape)}; got {tuple(loss_mask.shape)}"
         )
-    unknown = set(normalizers or ()) - {"loss_tokens", "noise_tokens"}
+    unknown = set(normalizers or ()) - {"loss_tokens", "noise_tokens", "attended_tokens"}
     if unknown:
-        raise ValueError(f"normalizers may hold loss_tokens and noise_tokens; got {', '.join(sorted(unknown))}")
+        allowed = "loss_tokens, noise_tokens and attended_tokens"
+        raise ValueError(f"normalizers may hold {allowed}; got {', '.join(sorted(unknown))}")
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sgfast.loss import components
-from sgfast.model.capture import Capture
+from sgfast.model.capture import Capture, Outputs
 from sgfast.ops.divergence import divergences
 from sgfast.ops.hidden import hidden_distances
 
@@ -12,13 +12,12 @@ Count = Tensor | float | None
 
 
 def layer_losses(
-    capture: Capture, layer: int | None, counted: Tensor, wanted: frozenset[str], count: Count
+    noisy: Outputs, clean: Outputs, layer: int | None, counted: Tensor, wanted: frozenset[str], count: Count
 ) -> dict[str, Tensor]:
     """How far noisy outputs of a decoder layer, or logits for None, are from clean ones, over l & a."""
     losses: dict[str, Tensor] = {}
     if wanted & {"distillation_layer_cosine_distance", "distillation_layer_l2_distance"}:
-        clean, noisy = capture.halves(layer)
-        distances = hidden_distances(noisy, clean, counted)
+        distances = hidden_distances(noisy.at(layer), clean.at(layer), counted)
         if "distillation_layer_cosine_distance" in wanted:
             losses["distillation_layer_cosine_distance"] = components.distillation_layer_cosine_distance(
                 distances.cosine_distance, counted, count

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.model.adapters import adapter_parameters, with_adapters
-from sgfast.model.capture import Capture, Consumer, Transform
+from sgfast.model.capture import Capture, Consumer, Half, Outputs, Transform
 from sgfast.model.checkpointing import check_checkpointable, checkpointed_layers
 from sgfast.model.decoder import causal_lm_of, decoder_layers, hidden_states_of, resolve_layer_index, shallow_trunk
 from sgfast.model.hooks import hook_forward
@@ -200,15 +200,22 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self.is_gradient_checkpointing = False
 
     def attach(
-        self, *, layers: frozenset[int] = frozenset(), logits: bool = False, clean_graph: bool = False
+        self,
+        *,
+        layers: frozenset[int] = frozenset(),
+        logits: bool = False,
+        clean_graph: bool = False,
+        clean: bool = True,
+        noisy: bool = True,
     ) -> Consumer:
         """Register a loss or metric that reads decoder layers' outputs or logits of every forward.
 
         It counts for as long as the returned `Consumer` is alive. With ``clean_graph`` it sends gradients through the
-        clean half too, which costs the memory of a second pass.
+        clean half too, which costs the memory of a second pass. Of a half that nothing reads, ``clean`` or ``noisy``,
+        training forwards run only what the transform needs.
         """
         resolved = frozenset(resolve_layer_index(self.base_model, index) for index in layers)
-        consumer = Consumer(resolved, logits, clean_graph)
+        consumer = Consumer(resolved, logits, clean_graph, clean, noisy)
         self._consumers.add(consumer)
         return consumer
 
@@ -243,7 +250,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         arguments, attended, selected = prepare_inputs(
             input_ids, attention_mask, noise_mask, kwargs, self._base_arguments
         )
-        layers, last_layer = self._wanted()
+        layers = frozenset().union(*(consumer.layers for consumer in self._consumers))
         run = self._run_joint if self.clean_pass == "joint" else self._run_separate
         batch = (arguments.get("input_ids", arguments.get("inputs_embeds")), attention_mask, noise_mask)
         current = Pass(attended, selected, layers, batch)
@@ -252,20 +259,18 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if draw is not None and (drawn := draw.find(self, batch, self.noise_layer, self._target)) is not None:
             current.seed, current.transform = drawn
         with with_adapters(self.base_model, self._runs_adapters):
-            clean_logits, noisy_logits = run(current, arguments, last_layer)
-        layer_outputs = {index: (current.clean_layers[index], current.noisy_layers[index]) for index in layers}
+            clean_logits, noisy_logits = run(current, arguments)
         transform = current.transform
         if transform is None and self.noise_layer.enabled:
             raise RuntimeError(
                 f"target_layer {self.target_layer!r} did not run: it lies deeper than what the attached losses read"
             )
-        both = clean_logits is not None and noisy_logits is not None
         capture = Capture(
             attention_mask=attended,
             noise_mask=selected,
             enabled_transform=transform,
-            layers=layer_outputs,
-            logits=cast(tuple[Tensor, Tensor], (clean_logits, noisy_logits)) if both else None,
+            clean=Outputs(current.clean_layers, clean_logits),
+            noisy=Outputs(current.noisy_layers, noisy_logits),
         )
         for consumer in self._consumers:
             consumer.offer(capture)
@@ -344,25 +349,31 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
                 return index
         return -1 if self._targets_embeddings() else None
 
-    def _wanted(self) -> tuple[frozenset[int], int | None]:
-        """Which layers' outputs to keep, and the last layer to run; None to run the whole model."""
-        layers = frozenset().union(*(consumer.layers for consumer in self._consumers))
-        logits = any(consumer.logits for consumer in self._consumers)
-        if logits or not self._consumers or not self.training:
-            return layers, None
-        return layers, max(layers) if layers else self.target_depth
+    def _runs_whole(self) -> bool:
+        """Whether both halves run to the logits, whoever reads what."""
+        return not self.training or not self._consumers
 
-    def _run_separate(
-        self, current: "Pass", arguments: dict[str, Tensor], last_layer: int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and current.clean_graph), self._during(current, "clean"):
-            clean_logits = self._call_base(arguments, last_layer)
+    def _last_layer(self, half: Half) -> int | None:
+        """The last layer to run for all that is read of this half, and for the transform; None for the whole model."""
+        readers = [consumer for consumer in self._consumers if consumer.reads(half)]
+        if self._runs_whole() or any(consumer.logits for consumer in readers):
+            return None
+        layers = frozenset().union(*(consumer.layers for consumer in readers))
+        return max(layers) if layers else self.target_depth
+
+    def _run_separate(self, current: "Pass", arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        clean_logits = None
+        if self._runs_whole() or any(consumer.reads("clean") for consumer in self._consumers):
+            graph = torch.is_grad_enabled() and current.clean_graph
+            with torch.set_grad_enabled(graph), self._during(current, "clean"):
+                clean_logits = self._call_base(arguments, self._last_layer("clean"))
         with self._during(current, "noisy"):
-            return clean_logits, self._call_base(arguments, last_layer)
+            return clean_logits, self._call_base(arguments, self._last_layer("noisy"))
 
-    def _run_joint(
-        self, current: "Pass", arguments: dict[str, Tensor], last_layer: int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _run_joint(self, current: "Pass", arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        halves: tuple[Half, Half] = ("clean", "noisy")
+        last_layers = [self._last_layer(half) for half in halves]
+        last_layer = None if None in last_layers else max(cast(list[int], last_layers))
         rows = len(current.attended)
         doubled = {
             name: torch.cat([value, value]) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
@@ -422,7 +433,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             layer = self.noise_layer
             transformed = self._apply_layer(clean, current.selected, current.attended, current.seed)
             if layer.mean is not None and layer.std is not None:  # None while the layer is disabled
-                current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed)
+                current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed, layer.forward_seed)
                 if (draw := shared_draw(layer)) is not None:
                     draw.keep(self, current.batch, Draw(layer.forward_seed, current.transform), layer, self._target)
         else:
