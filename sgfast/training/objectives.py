@@ -9,12 +9,14 @@ from sgfast.loss.distillation import (
     mutual_information_cross_entropy_distillation_factory,
     mutual_information_distillation_loss_factory,
 )
+from sgfast.loss.jigsaw import jigsaw_loss_factory
 
 FACTORIES: dict[str, Callable[..., Any]] = {
     "distillation": distillation_loss_factory,
     "mutual_information_distillation": mutual_information_distillation_loss_factory,
     "cross_entropy_distillation": cross_entropy_distillation_factory,
     "mutual_information_cross_entropy_distillation": mutual_information_cross_entropy_distillation_factory,
+    "jigsaw": jigsaw_loss_factory,
 }
 # A factory's models, which the run provides; its other arguments are settings.
 MODEL_ARGUMENTS = ("noisy_model", "noisy_teacher_model", "noisy_student_model", "return")
@@ -43,5 +45,12 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
         "distillation_cross_entropy_loss_weight": 1.0,
         "absolute_cosine_similarity_penalty_weight": 1.0,
         "median_norm_penalty_weight": 0.1,
+    },
+    "jigsaw": {
+        "distillation_layer_index": 5,
+        "alpha": 0.5,
+        "std_log_ratio_loss_weight": 0.2,
+        "input_embedding_similarity_loss_weight": 0.5,
+        "distillation_layer_cosine_distance_loss_weight": 10.0,
     },
 }
