@@ -47,6 +47,28 @@ def cross_entropy_distillation_factory(
     Raises:
         ValueError: a negative weight, or nothing left to minimise.
         TypeError: an argument of another type.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+        >>> from sgfast.model import NoiseMaskedNoisyTransformerModel
+        >>> from sgfast.noise_layer import TransformerCloak
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> noisy_model = NoiseMaskedNoisyTransformerModel(
+        ...     TransformerCloak, LlamaForCausalLM(config), config_path=config, transformer_type=LlamaModel
+        ... )
+        >>> loss, get_losses, _ = cross_entropy_distillation_factory(
+        ...     noisy_model.train(),
+        ...     distillation_cross_entropy_loss_weight=1.0,
+        ...     absolute_cosine_similarity_penalty_weight=0.3,
+        ...     median_norm_penalty_weight=0.05,
+        ... )
+        >>> output = noisy_model(input_ids=torch.arange(6).view(2, 3))
+        >>> loss(loss_mask=torch.ones(2, 3)).backward()
+        >>> sorted(get_losses())
+        ['absolute_cosine_similarity', 'distillation_cross_entropy', 'median_norm_penalty', 'total']
     """
     hyperparameters: HyperparametersDict = {
         "distillation_cross_entropy_loss_weight": distillation_cross_entropy_loss_weight,

@@ -13,8 +13,9 @@ Every factory returns ``(loss, get_losses, get_hyperparameters)``, each callable
 ``get_hyperparameters()``
     the factory's int, float and None arguments.
 
-A call out of this order raises RuntimeError. A component of weight 0 is not computed. While anything that a factory
-returned is alive, training forwards of the model run as deep as its components read, and no deeper.
+A call out of this order raises RuntimeError. A component of weight 0 is not computed; at alpha 0 or 1 the side that
+does not count still is, to be seen in ``get_losses``. While anything that a factory returned is alive, training
+forwards of the model run as deep as its components read, and no deeper.
 """
 
 from collections.abc import Sequence

@@ -82,6 +82,36 @@ def jigsaw_loss_factory(
             nothing left to minimise, a noise layer whose scale starts at 0, or two noise layers.
         TypeError: an argument of another type.
         RuntimeError: from ``loss``: a model has not run since its last call, or the two saw different batches or noise.
+
+    Example:
+        >>> import peft, torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
+        >>> from sgfast.model import NoiseMaskedNoisyTransformerModel, PeftNoiseMaskedNoisyTransformerModel
+        >>> from sgfast.noise_layer import TransformerCloak
+        >>> config = LlamaConfig(
+        ...     vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+        ... )
+        >>> base_model = LlamaForCausalLM(config)
+        >>> teacher = NoiseMaskedNoisyTransformerModel(
+        ...     TransformerCloak, base_model, config_path=config, transformer_type=LlamaModel
+        ... )
+        >>> adapted = peft.get_peft_model(base_model, peft.LoraConfig(target_modules=["q_proj"]))
+        >>> student = PeftNoiseMaskedNoisyTransformerModel(None, adapted, noise_layer=teacher.noise_layer)
+        >>> loss, get_losses, _ = jigsaw_loss_factory(
+        ...     teacher.train(),
+        ...     student.train(),
+        ...     distillation_layer_index=0,
+        ...     alpha=0.5,
+        ...     std_log_ratio_loss_weight=0.01,
+        ...     input_embedding_similarity_loss_weight=0.0,
+        ...     distillation_layer_cosine_distance_loss_weight=1.0,
+        ...     distillation_protection_l2_loss_weight=0.1,
+        ... )
+        >>> batch = {"input_ids": torch.arange(6).view(2, 3)}
+        >>> outputs = teacher(**batch), student(**batch)
+        >>> loss(loss_mask=torch.ones(2, 3)).backward()
+        >>> sorted(get_losses())
+        ['distillation_layer_cosine_distance', 'distillation_protection_l2', 'std_log_ratio', 'total']
     """
     hyperparameters: HyperparametersDict = {
         "distillation_layer_index": distillation_layer_index,

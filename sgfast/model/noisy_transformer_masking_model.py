@@ -12,9 +12,16 @@ from torch import Tensor, nn
 from sgfast.model.adapters import adapter_parameters, with_adapters
 from sgfast.model.capture import Capture, Consumer, Half, Outputs, Transform
 from sgfast.model.checkpointing import check_checkpointable, checkpointed_layers
-from sgfast.model.decoder import causal_lm_of, decoder_layers, hidden_states_of, resolve_layer_index, shallow_trunk
+from sgfast.model.decoder import (
+    causal_lm_of,
+    decoder_layers,
+    hidden_states_of,
+    layer_index_of,
+    resolve_layer_index,
+    shallow_trunk,
+)
 from sgfast.model.hooks import hook_forward
-from sgfast.model.inputs import Pass, prepare_inputs
+from sgfast.model.inputs import Pass, prepare_inputs, ready_noise_layer
 from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
 from sgfast.model.sharing import Draw, share_draws, shared_draw
 from sgfast.noise_layer.arguments import check_input_shape
@@ -30,9 +37,9 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     half runs in a pass of its own without a graph, so that training keeps half the activations; ``"joint"`` runs one
     batch of 2B rows, for hooks that need it. Both give the same numbers.
 
-    While training, the base model runs only as deep as the attached losses and metrics read: for layer k, decoder
-    layers 0..k and neither final norm nor head, and the output's logits are None. In eval mode, or when anything
-    attached reads logits, it runs whole.
+    While training, each half runs only as deep as the attached losses and metrics read of it: for layer k, decoder
+    layers 0..k and neither final norm nor head, and the output's logits are None; for the transform alone, as deep as
+    the target layer. In eval mode, or where anything attached reads logits, it runs whole.
 
     The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. If PEFT has
     put adapters into it, this model runs it without them; `PeftNoiseMaskedNoisyTransformerModel` runs it with them. The
@@ -107,7 +114,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if shape is not None and shape[-1] != width:
             raise ValueError(f"input_shape must end in the embedding width {width}; got {shape}")
         self._shares_noise_layer = noise_layer is not None
-        noise_layer = _ready_layer(noise_layer_class, noise_layer, noise_layer_kwargs)
+        noise_layer = ready_noise_layer(noise_layer_class, noise_layer, noise_layer_kwargs)
         self.noise_layer = noise_layer.to(device=embedding_weight.device)
         self._freeze_base()
         self.target_layer = target_layer
@@ -182,8 +189,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if asked not in ({}, {"use_reentrant": False}):
             raise ValueError(f"gradient_checkpointing_kwargs may only be {{'use_reentrant': False}}; got {asked}")
         check_checkpointable(self.base_model)
-        target = self.causal_lm.get_submodule(self.target_layer)
-        if any(module is target for layer in decoder_layers(self.base_model) for module in layer.modules()):
+        if layer_index_of(self.base_model, self._target) is not None:
             raise ValueError(f"the decoder layer with target_layer {self.target_layer!r} cannot be checkpointed")
         self.is_gradient_checkpointing = True
 
@@ -343,11 +349,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     @property
     def target_depth(self) -> int | None:
         """Index of the last decoder layer to run for the target layer to run: −1 for none, None for all of them."""
-        target = self._target
-        for index, layer in enumerate(decoder_layers(self.base_model)):
-            if any(module is target for module in layer.modules()):
-                return index
-        return -1 if self._targets_embeddings() else None
+        return -1 if self._targets_embeddings() else layer_index_of(self.base_model, self._target)
 
     def _runs_whole(self) -> bool:
         """Whether both halves run to the logits, whoever reads what."""
@@ -451,23 +453,3 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             current.noisy_layers[index] = noisy
         else:
             (current.clean_layers if current.half == "clean" else current.noisy_layers)[index] = hidden
-
-
-def _ready_layer(
-    noise_layer_class: type[BaseNoiseLayer] | None, noise_layer: BaseNoiseLayer | None, arguments: dict[str, Any]
-) -> BaseNoiseLayer:
-    """The layer given, or a new one of the class."""
-    if noise_layer_class is not None and not (
-        isinstance(noise_layer_class, type) and issubclass(noise_layer_class, BaseNoiseLayer)
-    ):
-        raise TypeError(f"noise_layer_class must be a class of BaseNoiseLayer; got {noise_layer_class!r}")
-    if noise_layer is None:
-        if noise_layer_class is None:
-            raise ValueError("give noise_layer_class, or a ready noise_layer")
-        return noise_layer_class(**arguments)
-    if not isinstance(noise_layer, noise_layer_class or BaseNoiseLayer):
-        wanted = (noise_layer_class or BaseNoiseLayer).__name__
-        raise TypeError(f"noise_layer must be a {wanted}; got {type(noise_layer).__name__}")
-    if arguments:
-        raise TypeError(f"a ready noise_layer takes no arguments; got {', '.join(arguments)}")
-    return noise_layer

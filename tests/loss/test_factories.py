@@ -6,71 +6,10 @@ import math
 import pytest
 import torch
 
-from sgfast.loss.distillation import (
-    cross_entropy_distillation_factory,
-    distillation_loss_factory,
-    mutual_information_cross_entropy_distillation_factory,
-    mutual_information_distillation_loss_factory,
-)
+from tests.loss.factory_cases import CASES, CATALYST, COMBINE, component_of, rewritten
 from tests.loss.rewrites import Rewrite, learning_parameters, relative_error
 
-CATALYST = {
-    "inverse_l2_power_law_catalyst_loss_weight": 0.2,
-    "inverse_l2_power_law_characteristic_length": 1.5,
-    "inverse_l2_power_law_exponent_of_decay": 2.0,
-}
-# Factory, and all its arguments but the model.
-CASES = {
-    "distillation": (
-        distillation_loss_factory,
-        {
-            "distillation_layer_index": 2,
-            "alpha": 0.4,
-            "std_log_ratio_loss_weight": 0.1,
-            "input_embedding_similarity_loss_weight": 0.5,
-            "distillation_layer_cosine_distance_loss_weight": 2.0,
-            "distillation_layer_l2_distance_loss_weight": 0.3,
-            **CATALYST,
-        },
-    ),
-    "mutual information": (
-        mutual_information_distillation_loss_factory,
-        {
-            "distillation_layer_index": 2,
-            "alpha": 0.4,
-            "distillation_layer_l2_distance_loss_weight": 2.0,
-            "mutual_information_loss_weight": 0.3,
-            "input_embedding_similarity_loss_weight": 0.5,
-            **CATALYST,
-        },
-    ),
-    "cross entropy": (
-        cross_entropy_distillation_factory,
-        {
-            "distillation_cross_entropy_loss_weight": 1.5,
-            "absolute_cosine_similarity_penalty_weight": 0.4,
-            "median_norm_penalty_weight": 0.1,
-        },
-    ),
-    "mutual information, cross entropy": (
-        mutual_information_cross_entropy_distillation_factory,
-        {
-            "mutual_information_loss_weight": 0.3,
-            "distillation_cross_entropy_loss_weight": 1.5,
-            "absolute_cosine_similarity_penalty_weight": 0.4,
-            "median_norm_penalty_weight": 0.1,
-        },
-    ),
-}
-UTILITY = ("distillation_layer_cosine_distance", "distillation_layer_l2_distance")
-COMBINE = "combine_noise_masks_for_mutual_information_sub_batches"
-
-
-def component_of(argument):
-    for ending in ("_loss_weight", "_weight"):
-        if argument.endswith(ending):
-            return argument.removesuffix(ending).replace("similarity_penalty", "similarity")
-    return None
+SINGLE = {name: case for name, case in CASES.items() if name != "jigsaw"}
 
 
 def run(name, noisy_model, batch, **changed):
@@ -84,31 +23,13 @@ def run(name, noisy_model, batch, **changed):
     return loss, get_losses(), gradients
 
 
-def expected(name, rewrite, arguments):
-    """Components and total of the rewrite."""
-    settings = {
-        "inverse_l2_power_law_catalyst": {"length": 1.5, "exponent": 2.0},
-        "mutual_information": {"combine": arguments.get(COMBINE, True)},
-    }
-    alpha = arguments.get("alpha")
-    components, total = {}, 0.0
-    for argument, weight in arguments.items():
-        component = component_of(argument)
-        if component is None:
-            continue
-        components[component] = rewrite.component(component, **settings.get(component, {}))
-        share = 1.0 if alpha is None else 1 - alpha if component in UTILITY else alpha
-        total = total + share * weight * components[component]
-    return components, total
-
-
 @pytest.mark.parametrize(
     ("name", "model_arguments", "changed"),
-    [(name, arguments, {}) for name in CASES for arguments in ({}, {"percent_to_mask": 0.25})]
+    [(name, arguments, {}) for name in SINGLE for arguments in ({}, {"percent_to_mask": 0.25})]
     + [(name, {}, {"distillation_layer_index": None}) for name in ("distillation", "mutual information")]
     + [
         (name, arguments, {COMBINE: False})
-        for name in CASES
+        for name in SINGLE
         if "mutual" in name
         for arguments in ({}, {"percent_to_mask": 0.25})
     ],
@@ -118,7 +39,7 @@ def test_against_a_float64_rewrite(name, model_arguments, changed, make_noisy_mo
     loss, losses, gradients = run(name, noisy_model, batch, **changed)
     arguments = CASES[name][1] | changed
     rewrite = Rewrite(noisy_model, batch, arguments.get("distillation_layer_index"))
-    components, total = expected(name, rewrite, arguments)
+    components, total = rewritten(rewrite, arguments)
     assert losses.keys() == components.keys() | {"total"}
     for component, value in components.items():
         # The cosine's formula costs as many ulps as the norms differ by: a factor of about 50 here.
@@ -129,7 +50,7 @@ def test_against_a_float64_rewrite(name, model_arguments, changed, make_noisy_mo
     assert relative_error(gradients, rewrite.gradients(total)) < 1e-5
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_components_of_weight_zero_are_absent_and_each_alone_keeps_its_value(name, make_noisy_model, batch):
     noisy_model = make_noisy_model()
     _, together, _ = run(name, noisy_model, batch)
@@ -142,13 +63,13 @@ def test_components_of_weight_zero_are_absent_and_each_alone_keeps_its_value(nam
         assert losses[component_of(argument)].item() == pytest.approx(together[component_of(argument)].item(), rel=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_hyperparameters_are_the_factorys_numbers(name, make_noisy_model):
     factory, arguments = CASES[name]
     assert factory(make_noisy_model(), **arguments)[2]() == arguments
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_empty_masks_give_zero_and_zero_gradients(name, make_noisy_model, batch):
     nothing = torch.zeros_like(batch["noise_mask"])
     loss, _, gradients = run(name, make_noisy_model(), batch | {"noise_mask": nothing, "loss_mask": nothing})
@@ -158,7 +79,7 @@ def test_empty_masks_give_zero_and_zero_gradients(name, make_noisy_model, batch)
     assert all((gradient == 0).all() for gradient in found)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_normalizers_make_the_parts_of_a_batch_add_up(name, make_noisy_model, batch):
     """Without a mutual-information term, whose pairs belong to the part; the noise is too weak to matter."""
     changed = {"mutual_information_loss_weight": 0.0} if "mutual" in name else {}
@@ -216,7 +137,7 @@ def test_an_odd_batch_is_halved_downwards(make_noisy_model, batch):
     assert losses["mutual_information"].item() == pytest.approx(value.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_bfloat16_and_autocast(name, make_noisy_model, batch):
     exact, _, _ = run(name, make_noisy_model(), batch)
     noisy_model = make_noisy_model()
@@ -232,7 +153,7 @@ def test_bfloat16_and_autocast(name, make_noisy_model, batch):
     assert {g.dtype for g in gradients.values() if g is not None} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_checkpointing_and_the_joint_pass_change_nothing(name, make_noisy_model, batch):
     plain = run(name, make_noisy_model(), batch)
     checkpointed = make_noisy_model()
@@ -243,13 +164,13 @@ def test_checkpointing_and_the_joint_pass_change_nothing(name, make_noisy_model,
 
 def test_factories_on_one_model_each_consume_the_forward(make_noisy_model, batch):
     noisy_model = make_noisy_model().train()
-    triples = {name: factory(noisy_model, **arguments) for name, (factory, arguments) in CASES.items()}
+    triples = {name: factory(noisy_model, **arguments) for name, (factory, arguments) in SINGLE.items()}
     noisy_model(**batch)
     total = sum(loss_function(batch["loss_mask"]) for loss_function, _, _ in triples.values())
     total.backward()
     together = {name: p.grad.clone() for name, p in learning_parameters(noisy_model) if p.grad is not None}
     summed = {name: torch.zeros_like(gradient) for name, gradient in together.items()}
-    for name in CASES:
+    for name in SINGLE:
         alone = make_noisy_model()
         _, losses, gradients = run(name, alone, batch)
         torch.testing.assert_close(triples[name][1](), losses, rtol=1e-5, atol=1e-7)
@@ -259,7 +180,7 @@ def test_factories_on_one_model_each_consume_the_forward(make_noisy_model, batch
     torch.testing.assert_close(together, summed, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_calls_out_of_order(name, make_noisy_model, batch):
     factory, arguments = CASES[name]
     noisy_model = make_noisy_model().train()
@@ -278,7 +199,7 @@ def test_calls_out_of_order(name, make_noisy_model, batch):
         get_hyperparameters()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SINGLE)
 def test_refused_arguments(name, make_noisy_model):
     factory, arguments = CASES[name]
     noisy_model = make_noisy_model()

@@ -9,33 +9,11 @@ import torch
 
 from sgfast.loss.distillation import distillation_loss_factory
 from sgfast.loss.jigsaw import jigsaw_loss_factory
+from tests.loss.factory_cases import CASES, MASK, component_of, rewritten
 from tests.loss.rewrites import Rewrite, learning_parameters, relative_error
 
-ARGUMENTS = {
-    "distillation_layer_index": 2,
-    "alpha": 0.4,
-    "std_log_ratio_loss_weight": 0.1,
-    "input_embedding_similarity_loss_weight": 0.5,
-    "distillation_layer_cosine_distance_loss_weight": 2.0,
-    "distillation_layer_l2_distance_loss_weight": 0.3,
-    "distillation_protection_l2_loss_weight": 0.7,
-    "clean_embedding_performance_on_student_model_loss_weight": 0.6,
-    "inverse_l2_power_law_catalyst_loss_weight": 0.2,
-    "inverse_l2_power_law_characteristic_length": 1.5,
-    "inverse_l2_power_law_exponent_of_decay": 2.0,
-}
-MASK = "apply_distillation_protection_loss_mask"
-WEIGHTS = {
-    argument: argument.removesuffix("_loss_weight").removesuffix("_on_student_model")
-    for argument in ARGUMENTS
-    if argument.endswith("_loss_weight")
-}
-UTILITY = {
-    "distillation_layer_cosine_distance",
-    "distillation_layer_l2_distance",
-    "distillation_protection_l2",
-    "clean_embedding_performance",
-}
+ARGUMENTS = CASES["jigsaw"][1]
+WEIGHTS = {argument: component_of(argument) for argument in ARGUMENTS if component_of(argument)}
 
 
 def only(*components):
@@ -71,18 +49,11 @@ def test_against_a_float64_rewrite(pair_arguments, changed, make_pair, batch):
     loss, losses, gradients = run((teacher, student), batch, **changed)
     arguments = ARGUMENTS | changed
     rewrite = Rewrite(teacher, batch, arguments["distillation_layer_index"], student)
-    settings = {
-        "inverse_l2_power_law_catalyst": {"length": 1.5, "exponent": 2.0},
-        "distillation_protection_l2": {"masked": arguments.get(MASK, True)},
-    }
-    assert losses.keys() == set(WEIGHTS.values()) | {"total"}
-    total = 0.0
-    for argument, component in WEIGHTS.items():
-        value = rewrite.component(component, **settings.get(component, {}))
+    components, total = rewritten(rewrite, arguments)
+    assert losses.keys() == components.keys() | {"total"}
+    for component, value in components.items():
         # The cosine's formula costs as many ulps as the norms differ by: a factor of about 50 here.
         assert losses[component].item() == pytest.approx(value.item(), rel=1e-5, abs=2e-6), component
-        share = 1 - arguments["alpha"] if component in UTILITY else arguments["alpha"]
-        total = total + share * arguments[argument] * value
     assert loss.item() == losses["total"].item() == pytest.approx(total.item(), rel=1e-5)
     assert relative_error(gradients, rewrite.gradients(total)) < 2e-5
 
