@@ -6,26 +6,27 @@ the tokenizer and the transform's configuration. Nothing in it is executed, and 
 fixed list.
 """
 
-import hashlib
-import json
+import math
 import os
 import secrets
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from sgfast.client_file import read_client_file, write_client_file
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.model.decoder import embedding_scale_of
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.transformer_cloak import KNOWN_BODIES, TransformerCloak
-from sgfast.utils.files import replacing
 
-FORMAT = "sgfast text transform"
-FORMAT_VERSION = 1
 _NOISE_LAYER_PREFIX, _PARAMETER_PREFIX = "noise_layer.", "base_model."
+# Far above any model's. Configurations make a list or a dictionary of this many entries.
+_LARGEST_COUNT = 10_000
+_COUNTS = ("num_hidden_layers", "n_layer", "num_labels")
+# A rebuilt layer's buffers, such as rotary frequencies, are not in the file.
+_LARGEST_BUFFERS = 2**26
 
 
 class StainedGlassTransformForText:
@@ -39,8 +40,8 @@ class StainedGlassTransformForText:
             them.
 
     Raises:
-        ValueError: a name the base model does not have, the embedding table is missing, or a noise layer that a file
-            cannot describe.
+        ValueError: a name the base model does not have, the embedding table is missing or has fewer rows than the
+            tokenizer has tokens, or a noise layer that a file cannot describe.
 
     Nothing else of the base model is included, and no seed: each call draws its noise from the operating system's
     randomness, unless it is given a seed.
@@ -69,6 +70,7 @@ class StainedGlassTransformForText:
         body = model.noise_layer.settings()["transformer_type"]
         if body not in KNOWN_BODIES:
             raise ValueError(f"a client file can hold the bodies {', '.join(KNOWN_BODIES)}; got {body}")
+        _check_table(parameters[embedding_name], model.noise_layer, tokenizer_wrapper)
         self.noise_layer = model.noise_layer
         self.tokenizer_wrapper = tokenizer_wrapper
         self.parameters: dict[str, Tensor] = parameters
@@ -144,28 +146,23 @@ class StainedGlassTransformForText:
         return self.parameters[self.embedding_name] * self.embedding_scale
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, replacing what is there only once it is whole."""
-        from safetensors.torch import save_file
+        """Write one safetensors file, replacing what is there only once the new one is whole and on the disk.
 
+        Raises:
+            FileNotFoundError: there is no folder to write to.
+        """
         # Of the layer's state only the parameters: how often it ran is nobody's business.
         tensors: dict[str, Tensor] = {
             _NOISE_LAYER_PREFIX + name: parameter for name, parameter in self.noise_layer.named_parameters()
         }
         tensors |= {_PARAMETER_PREFIX + name: tensor for name, tensor in self.parameters.items()}
-        # Tied parameters share memory, which the format refuses.
-        tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-        content = json.dumps(
-            {
-                "format_version": FORMAT_VERSION,
-                "noise_layer": self.noise_layer.settings(),
-                "tokenizer_wrapper": self.tokenizer_wrapper.to_json(),
-                "embedding_name": self.embedding_name,
-                "embedding_scale": self.embedding_scale,
-            }
-        )
-        metadata = {"format": FORMAT, "content": content, "sha256": _digest(content, tensors)}
-        with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        description = {
+            "noise_layer": self.noise_layer.settings(),
+            "tokenizer_wrapper": self.tokenizer_wrapper.to_json(),
+            "embedding_name": self.embedding_name,
+            "embedding_scale": self.embedding_scale,
+        }
+        write_client_file(path, tensors, description)
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> "StainedGlassTransformForText":
@@ -176,66 +173,95 @@ class StainedGlassTransformForText:
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, truncated, of another kind or a newer version; the message names the path.
+            ValueError: damaged, truncated, of another kind or a newer version, or parts that do not fit each other;
+                the message names the path.
         """
-        tensors, metadata = _read(Path(path))
-        content = metadata.get("content", "")
-        if metadata.get("format") != FORMAT:
-            raise ValueError(f"{path} is not a text transform of sgfast")
-        if metadata.get("sha256") != _digest(content, tensors):
-            raise ValueError(f"{path} is damaged: its checksum does not match")
+        tensors, description = read_client_file(path)
         try:
-            description = json.loads(content)
-            version = description["format_version"]
-            if version != FORMAT_VERSION:
-                raise ValueError(f"its format version is {version}, this sgfast reads {FORMAT_VERSION}")
-            transform = cls.__new__(cls)
-            transform.noise_layer = _rebuild(description["noise_layer"], _without_prefix(tensors, _NOISE_LAYER_PREFIX))
-            transform.tokenizer_wrapper = TokenizerWrapper.from_json(description["tokenizer_wrapper"])
-            transform.parameters = _without_prefix(tensors, _PARAMETER_PREFIX)
-            transform.embedding_name = description["embedding_name"]
-            transform.embedding_scale = float(description["embedding_scale"])
-            if transform.embedding_name not in transform.parameters:
-                raise ValueError("its embedding table is missing")
-        except Exception as error:  # whatever a file from elsewhere provokes in tokenizers and transformers
-            raise ValueError(f"{path} cannot be used: {error}") from error
+            return cls._from_parts(tensors, description)
+        except Exception as error:  # whatever a forged file provokes in tokenizers and transformers
+            raise ValueError(f"{path} cannot be used: {_first_line(error)}") from error
+
+    @classmethod
+    def _from_parts(
+        cls, tensors: Mapping[str, Tensor], description: Mapping[str, Any]
+    ) -> "StainedGlassTransformForText":
+        _check_description(description)
+        layer_tensors = _without_prefix(tensors, _NOISE_LAYER_PREFIX)
+        transform = cls.__new__(cls)
+        transform.parameters = _without_prefix(tensors, _PARAMETER_PREFIX)
+        if len(layer_tensors) + len(transform.parameters) != len(tensors):
+            raise ValueError("it holds tensors of neither the noise layer nor the base model")
+        transform.noise_layer = _rebuild(description["noise_layer"], layer_tensors)
+        transform.tokenizer_wrapper = TokenizerWrapper.from_json(description["tokenizer_wrapper"])
+        transform.embedding_name = description["embedding_name"]
+        transform.embedding_scale = description["embedding_scale"]
+        if transform.embedding_name not in transform.parameters:
+            raise ValueError("its embedding table is missing")
+        table = transform.parameters[transform.embedding_name]
+        _check_table(table, transform.noise_layer, transform.tokenizer_wrapper)
         return transform
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file {path}")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder, not a text transform")
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from error
+def _check_description(description: Mapping[str, Any]) -> None:
+    types = {"noise_layer": dict, "tokenizer_wrapper": str, "embedding_name": str, "embedding_scale": float}
+    if description.keys() != types.keys():
+        raise ValueError(f"its description must have {', '.join(types)} and nothing else")
+    for name, kind in types.items():
+        if type(description[name]) is not kind:
+            raise ValueError(f"{name} must be of type {kind.__name__}; got {type(description[name]).__name__}")
+    if not 0 < description["embedding_scale"] < math.inf:
+        raise ValueError(f"embedding_scale must be positive; got {description['embedding_scale']}")
 
 
-def _rebuild(settings: dict[str, Any], parameters: Mapping[str, Tensor]) -> TransformerCloak:
+def _check_table(table: Tensor, layer: TransformerCloak, wrapper: TokenizerWrapper) -> None:
+    """Check that every token has an embedding, of the noise layer's width."""
+    width = layer.mean_estimator.head.in_features
+    if table.ndim != 2 or table.shape[1] != width:
+        raise ValueError(f"the embedding table must be (V, {width}) as the noise layer is; got {tuple(table.shape)}")
+    largest = max(wrapper.tokenizer.get_vocab().values(), default=-1)
+    if table.shape[0] <= largest:
+        raise ValueError(f"the tokenizer has ids up to {largest}, the embedding table only {table.shape[0]} rows")
+
+
+def _rebuild(settings: dict[str, Any], parameters: dict[str, Tensor]) -> TransformerCloak:
     """The noise layer with its parameters, in their dtype (buffers too), ready to use."""
+    _check_counts(settings, len(parameters))
+    # Shapes first, without memory: what the settings ask for must be what the file holds.
+    with torch.device("meta"):
+        outline = TransformerCloak.from_settings({**settings, "directly_learn_stds": False})
+    _check_shapes(outline, parameters)
     layer = TransformerCloak.from_settings(settings)
     dtypes = {tensor.dtype for tensor in parameters.values()}
     if len(dtypes) == 1:
         layer.to(dtypes.pop())
-    missing, unexpected = layer.load_state_dict(parameters, strict=False)
-    if unexpected or set(missing) - {"forward_count"}:
-        raise ValueError("its tensors are not those of its noise layer")
+    layer.load_state_dict(parameters, strict=False, assign=True)
     return layer.eval().requires_grad_(False)
 
 
-def _digest(content: str, tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(content.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+def _check_counts(settings: Mapping[str, Any], tensors: int) -> None:
+    """Check the numbers by which layers and configurations grow before there are shapes to compare."""
+    config = settings["config"]
+    counts = [(name, config[name], _LARGEST_COUNT) for name in _COUNTS if config.get(name) is not None]
+    counts += [(name, settings[name], tensors) for name in ("mean_num_hidden_layers", "std_num_hidden_layers")]
+    for name, count, largest in counts:
+        if type(count) is not int or not 0 <= count <= largest:
+            raise ValueError(f"{name} must be an integer of at most {largest}; got {str(count)[:20]}")
+
+
+def _check_shapes(outline: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+    expected = {name: tuple(parameter.shape) for name, parameter in outline.named_parameters()}
+    different = [name for name in expected.keys() | parameters.keys() if name not in expected or name not in parameters]
+    different += [name for name in expected.keys() & parameters.keys() if expected[name] != parameters[name].shape]
+    if different:
+        raise ValueError(f"its tensors are not those of its noise layer: {', '.join(sorted(different)[:4])}")
+    if sum(buffer.nbytes for buffer in outline.buffers()) > _LARGEST_BUFFERS:
+        raise ValueError("its noise layer needs more memory than its tensors")
 
 
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]

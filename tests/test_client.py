@@ -154,6 +154,17 @@ def test_instruction_prompts_round_trip(noisy_model, tmp_path):
     assert StainedGlassTransformForText.from_pretrained(path)(example).shape[0] == 1
 
 
+def test_a_body_with_other_names_for_its_sizes(tmp_path):
+    base_model, body, target_layer = tiny_causal_lm("gpt2", vocab_size=300)
+    model = NoiseMaskedNoisyTransformerModel(
+        TransformerCloak, base_model, None, target_layer, config_path=base_model.config, transformer_type=body
+    )
+    wrapper = TokenizerWrapper(tiny_tokenizer(), "GPT2LMHeadModel")
+    client = StainedGlassTransformForText(model, wrapper, [f"{target_layer}.weight"])
+    client.save_pretrained(tmp_path / "t")
+    assert torch.equal(StainedGlassTransformForText.from_pretrained(tmp_path / "t")(CHAT, seed=1), client(CHAT, seed=1))
+
+
 def test_embeddings_scaled_inside_their_module(tmp_path):
     """Gemma 2 multiplies by √D in the embedding module of transformers 5; in 4 it does so later, for embeddings too."""
     base_model, body, target_layer = tiny_causal_lm("gemma2", vocab_size=300)
@@ -222,3 +233,66 @@ def test_errors(noisy_model):
         StainedGlassTransformForText(noisy_model, wrapper, ["lm_head.weight"])
     with pytest.raises(ValueError, match=r"no parameter 'model\.absent'"):
         StainedGlassTransformForText(noisy_model, wrapper, [EMBEDDING, "model.absent"])
+
+
+def quiet_client(dtype=torch.float32):
+    """A client whose noise is far below its mean shift, so that outputs show what the estimators saw."""
+    tokenizer = tiny_tokenizer()
+    base_model, body, target_layer = tiny_causal_lm("llama", vocab_size=len(tokenizer))
+    model = NoiseMaskedNoisyTransformerModel(
+        TransformerCloak,
+        base_model,
+        None,
+        target_layer,
+        config_path=base_model.config,
+        transformer_type=body,
+        scale=(1e-9, 1.0),
+        rhos_init=-30.0,
+    ).to(dtype)
+    torch.nn.init.normal_(model.noise_layer.mean_estimator.head.weight)
+    return StainedGlassTransformForText(model, TokenizerWrapper(tokenizer, "LlamaForCausalLM"), [EMBEDDING])
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_padding_and_neighbours_in_a_batch_change_nothing(dtype, tolerance):
+    client = quiet_client(dtype)
+    chats = [CHAT, CHAT[1:], [{"role": "user", "content": "é"}]]
+    batch = client.encode(chats)
+    for row, chat in enumerate(chats):
+        alone = client.encode([chat])["inputs_embeds"][0]
+        real = batch["attention_mask"][row].bool()
+        assert real.tolist() == [False] * (len(real) - len(alone)) + [True] * len(alone)
+        torch.testing.assert_close(batch["inputs_embeds"][row, real], alone, rtol=tolerance, atol=tolerance)
+
+
+def test_padding_is_on_the_left_whatever_the_tokenizers_side(client):
+    expected = client.encode([CHAT, CHAT[1:]], seed=3)
+    for side in ("left", "right"):
+        client.tokenizer_wrapper.tokenizer.padding_side = side
+        encoded = client.encode([CHAT, CHAT[1:]], seed=3)
+        assert torch.equal(encoded["inputs_embeds"], expected["inputs_embeds"])
+        assert torch.equal(encoded["attention_mask"], expected["attention_mask"])
+        assert client.tokenizer_wrapper.tokenizer.padding_side == side
+
+
+def test_seeds_come_from_the_operating_system_and_leave_torchs_generator_alone(client, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("secrets.randbits", lambda bits: drawn.append(bits) or 2**63 + 17)
+    state = torch.get_rng_state()
+    assert torch.equal(client(CHAT), client(CHAT, seed=2**63 + 17))
+    assert drawn == [64]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_of_a_batch_never_share_noise(client):
+    encoded = client.encode([CHAT, CHAT], seed=1)["inputs_embeds"]
+    noise = client.encode([CHAT], seed=1)["inputs_embeds"]
+    assert torch.equal(encoded[0], noise[0])
+    assert not torch.equal(encoded[0], encoded[1])
+
+
+def test_a_table_that_lacks_tokens_is_refused_on_construction(noisy_model):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["<one more>"])
+    with pytest.raises(ValueError, match="the tokenizer has ids up to 295, the embedding table only 295 rows"):
+        StainedGlassTransformForText(noisy_model, TokenizerWrapper(tokenizer, "LlamaForCausalLM"), [EMBEDDING])

@@ -2,6 +2,13 @@
 
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.distillation import distillation_compute_loss
-from sgfast.huggingface.tokenization_utils import PromptType, TokenizerWrapper
+from sgfast.huggingface.tokenization_utils import NoiseEncoding, NoiseTokenizer, PromptType, TokenizerWrapper
 
-__all__ = ["NoiseMaskCollator", "PromptType", "TokenizerWrapper", "distillation_compute_loss"]
+__all__ = [
+    "NoiseEncoding",
+    "NoiseMaskCollator",
+    "NoiseTokenizer",
+    "PromptType",
+    "TokenizerWrapper",
+    "distillation_compute_loss",
+]

@@ -79,18 +79,28 @@ class NoiseMaskCollator:
         """
         rows = _rows(examples)
         longest = max(len(row["input_ids"]) for row in rows)
-        multiple = self.pad_to_multiple_of or 1
-        width = -(-longest // multiple) * multiple
-        padding = padding_id(self.tokenizer) if any(len(row["input_ids"]) < width for row in rows) else 0
-        values = {"input_ids": padding, "labels": IGNORED_LABEL}
-        return {name: self._padded([row[name] for row in rows], values.get(name, 0), width) for name in rows[0]}
+        width = round_up(longest, self.pad_to_multiple_of)
+        return padded(rows, self.tokenizer, self.padding_side or self.tokenizer.padding_side, width)
 
-    def _padded(self, rows: list[Tensor], value: int, width: int) -> Tensor:
-        batch = rows[0].new_full((len(rows), width), value)
-        on_the_left = (self.padding_side or self.tokenizer.padding_side) == "left"
-        for target, row in zip(batch, rows, strict=True):
-            target[width - len(row) if on_the_left else 0 :][: len(row)] = row
-        return batch
+
+def round_up(length: int, multiple: int | None) -> int:
+    """The least multiple that is not below a length."""
+    return length if multiple is None else -(-length // multiple) * multiple
+
+
+def padded(
+    rows: Sequence[Mapping[str, Tensor]], tokenizer: "PreTrainedTokenizerBase", side: str, width: int
+) -> dict[str, Tensor]:
+    """Pad rows of the same names to one width: ids with the padding token, labels with −100, masks with 0."""
+    padding = padding_id(tokenizer) if any(len(row["input_ids"]) < width for row in rows) else 0
+    values = {"input_ids": padding, "labels": IGNORED_LABEL}
+    batch = {}
+    for name, first in rows[0].items():
+        batch[name] = first.new_full((len(rows), width), values.get(name, 0))
+        for target, row in zip(batch[name], rows, strict=True):
+            length = len(row[name])
+            target[width - length if side == "left" else 0 :][:length] = row[name]
+    return batch
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -77,8 +77,15 @@ def _changed_span(text: str, other: str) -> tuple[int, int]:
 
 
 def _common_prefix_length(a: str, b: str) -> int:
-    different = (index for index, (x, y) in enumerate(zip(a, b, strict=False)) if x != y)
-    return next(different, min(len(a), len(b)))
+    """By halving: comparing slices is much faster than comparing characters one by one."""
+    equal, limit = 0, min(len(a), len(b))
+    while equal < limit:
+        middle = (equal + limit + 1) // 2
+        if a[equal:middle] == b[equal:middle]:
+            equal = middle
+        else:
+            limit = middle - 1
+    return equal
 
 
 def overlapping_tokens(offsets: Tensor, start: int, end: int) -> Tensor:

@@ -19,6 +19,35 @@ class Message(NamedTuple):
     content: str
 
 
+def chat_conversations(examples: Any) -> list[list[Message]]:
+    """Check one chat or a list of chats, each a list of messages."""
+    if not is_list(examples):
+        raise TypeError(f"examples must be a list of messages; got {described(examples)}")
+    if not examples:
+        raise ValueError("examples must hold at least one example; got none")
+    chats = examples if is_list(examples[0]) else [examples]
+    return [_chat(chat, f"example {index}") for index, chat in enumerate(chats)]
+
+
+def instruction_conversations(examples: Any) -> list[list[Message]]:
+    """Check one instruction or a list of them, and write them as chats."""
+    if isinstance(examples, Mapping):
+        examples = [examples]
+    if not is_list(examples):
+        raise TypeError(f"examples must be a list of dictionaries, or one dictionary; got {described(examples)}")
+    if not examples:
+        raise ValueError("examples must hold at least one example; got none")
+    return [instruction_messages(example, f"example {index}") for index, example in enumerate(examples)]
+
+
+def _chat(chat: Any, where: str) -> list[Message]:
+    if not is_list(chat):
+        raise TypeError(f"{where} must be a list of messages; got {described(chat)}")
+    if not chat:
+        raise ValueError(f"{where} must hold at least one message; got none")
+    return [checked_message(message, f"{where}, message {index}") for index, message in enumerate(chat)]
+
+
 def checked_message(message: Any, where: str) -> Message:
     """Check one dictionary of role and content."""
     if not isinstance(message, Mapping):

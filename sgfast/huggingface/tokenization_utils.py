@@ -1,38 +1,29 @@
 """From chats to tensors: which tokens a transform must hide, and which count in the loss.
 
 The chat template turns messages into one text, in which ``content_spans`` finds what came from which message; the
-tokenizer turns that text into ids with offsets into it, which carry the spans over to tokens. A token that straddles
-the border of content and template counts as content: hiding a piece of the template costs a little utility, showing
-a piece of a message costs privacy. For the same reason a special token that a user typed is content.
+tokenizer turns that text into ids with offsets into it, by which ``chat_rows`` carries the spans over to tokens.
 """
 
 import enum
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from sgfast.huggingface.chat_rows import ChatTemplate, Row, chat_rows, checked_max_length, offset_tokenizer, truncated
 from sgfast.huggingface.collator import IGNORED_LABEL, NoiseMaskCollator
-from sgfast.huggingface.content_spans import Rendering, locate_contents, overlapping_tokens, skip_white_space
-from sgfast.huggingface.examples import (
-    RESPONSE_ROLE,
-    TRANSFORMED_ROLES,
-    Message,
-    checked_message,
-    described,
-    instruction_messages,
-    is_list,
-)
-from sgfast.huggingface.tokenizer_state import backend_copy, check_fields, tokenizer_from_state, tokenizer_state
+from sgfast.huggingface.examples import chat_conversations, described, instruction_conversations
+from sgfast.huggingface.noise_tokenizer import NoiseEncoding, NoiseTokenizer
+from sgfast.huggingface.tokenizer_state import check_fields, tokenizer_from_state, tokenizer_state
+from sgfast.utils import strict_json
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerFast
 
-# Above this, transformers' model_max_length means "not known".
-_UNKNOWN_MODEL_MAX_LENGTH = 10**12
+__all__ = ["NoiseEncoding", "NoiseTokenizer", "PromptType", "TokenizerWrapper"]
+
 _JSON_FORMAT = 1
 _STATE_TYPES = {
     "tokenizer": dict,
@@ -52,14 +43,6 @@ class PromptType(enum.Enum):
 
     CHAT = "chat"
     INSTRUCTION = "instruction"
-
-
-class _Row(NamedTuple):
-    """One example before padding: ids and masks of one length."""
-
-    ids: Tensor
-    noise: Tensor
-    loss: Tensor
 
 
 class TokenizerWrapper:
@@ -111,12 +94,7 @@ class TokenizerWrapper:
         ignore_prompt_loss: bool = False,
         prompt_type: PromptType = PromptType.CHAT,
     ) -> None:
-        if not getattr(tokenizer, "is_fast", False):
-            raise ValueError(
-                "tokenizer must be a fast tokenizer: the masks are found by character offsets, which "
-                f"{type(tokenizer).__name__} does not report. Load it with AutoTokenizer.from_pretrained(..., "
-                "use_fast=True)"
-            )
+        self._offset_tokenizer = offset_tokenizer(tokenizer)
         if not isinstance(model_type, type | str):
             raise TypeError(f"model_type must be a class or its name; got {type(model_type).__name__}")
         self.tokenizer = tokenizer
@@ -124,11 +102,6 @@ class TokenizerWrapper:
         self.include_labels = include_labels
         self.ignore_prompt_loss = ignore_prompt_loss
         self.prompt_type = PromptType(prompt_type)
-        # For rendered templates, which hold their special tokens already: a post-processor would add them, and a
-        # byte-level one may trim white space off the offsets, so that it would pass for template.
-        self._offset_tokenizer = backend_copy(tokenizer)
-        self._offset_tokenizer.post_processor = None
-        self._offset_tokenizer.encode_special_tokens = tokenizer.split_special_tokens
 
     def __call__(
         self,
@@ -159,14 +132,10 @@ class TokenizerWrapper:
             TypeError: an example, message or string is of another type.
         """
         kept = self._kept_length(truncation, max_length)
-        renderings, conversations = [], []
-        for index, example in enumerate(self._examples(examples)):
-            conversation = self._conversation(example, f"example {index}")
-            conversations.append(conversation)
-            renderings.append(self._render(conversation, add_generation_prompt, f"example {index}"))
-        encodings = self._offset_tokenizer.encode_batch([r.text for r in renderings], add_special_tokens=False)
-        end_of_turn = self._end_of_turn_id() if self.ignore_prompt_loss else None
-        rows = [self._row(*parts, end_of_turn) for parts in zip(conversations, renderings, encodings, strict=True)]
+        instructions = self.prompt_type is PromptType.INSTRUCTION
+        conversations = instruction_conversations(examples) if instructions else chat_conversations(examples)
+        template = ChatTemplate(self.tokenizer, add_generation_prompt=add_generation_prompt)
+        rows = chat_rows(conversations, template, self._offset_tokenizer, ignore_prompt_loss=self.ignore_prompt_loss)
         return self._collate(rows, kept)
 
     def encode_text(
@@ -200,7 +169,7 @@ class TokenizerWrapper:
         rows = []
         for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
             ids = torch.tensor(ids, dtype=torch.long)
-            rows.append(_Row(ids, torch.tensor(special, dtype=torch.long) == 0, torch.ones_like(ids, dtype=torch.bool)))
+            rows.append(Row(ids, torch.tensor(special, dtype=torch.long) == 0, torch.ones_like(ids, dtype=torch.bool)))
         return self._collate(rows, kept)
 
     def to_json(self) -> str:
@@ -231,8 +200,8 @@ class TokenizerWrapper:
             ValueError: ``text`` is not such a JSON text.
         """
         try:
-            loaded = json.loads(text)
-        except json.JSONDecodeError as error:
+            loaded = strict_json.loads(text)
+        except ValueError as error:
             raise ValueError(f"a saved TokenizerWrapper must be JSON: {error}") from error
         state = loaded if isinstance(loaded, dict) else {}
         if state.get("format") != _JSON_FORMAT:
@@ -248,99 +217,16 @@ class TokenizerWrapper:
             prompt_type=PromptType(state["prompt_type"]),
         )
 
-    def _examples(self, examples: Any) -> list[Any]:
-        """A list of examples, from one or several."""
-        if self.prompt_type is PromptType.INSTRUCTION and isinstance(examples, Mapping):
-            return [examples]
-        if not is_list(examples):
-            wanted = "messages" if self.prompt_type is PromptType.CHAT else "dictionaries, or one dictionary"
-            raise TypeError(f"examples must be a list of {wanted}; got {described(examples)}")
-        if not examples:
-            raise ValueError("examples must hold at least one example; got none")
-        if self.prompt_type is PromptType.CHAT and not is_list(examples[0]):
-            return [examples]
-        return list(examples)
-
-    def _conversation(self, example: Any, where: str) -> list[Message]:
-        if self.prompt_type is PromptType.INSTRUCTION:
-            return instruction_messages(example, where)
-        if not is_list(example):
-            raise TypeError(f"{where} must be a list of messages; got {described(example)}")
-        if not example:
-            raise ValueError(f"{where} must hold at least one message; got none")
-        return [checked_message(message, f"{where}, message {index}") for index, message in enumerate(example)]
-
-    def _render(self, conversation: list[Message], add_generation_prompt: bool, where: str) -> Rendering:
-        if not self.tokenizer.chat_template:
-            raise ValueError(
-                "the tokenizer has no chat template: set tokenizer.chat_template to the Jinja template of the base "
-                "model, or tokenize text without a template by encode_text"
-            )
-
-        def render(contents: Sequence[str]) -> str:
-            messages = [
-                {"role": message.role, "content": content}
-                for message, content in zip(conversation, contents, strict=True)
-            ]
-            rendered: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-            return rendered
-
-        try:
-            return locate_contents(render, [message.content for message in conversation])
-        except Exception as error:  # a template is a program of its own: it raises what it likes
-            raise ValueError(f"the chat template refused {where}: {error}") from error
-
-    def _row(
-        self, conversation: list[Message], rendering: Rendering, encoding: "Encoding", end_of_turn: int | None
-    ) -> _Row:
-        ids = torch.tensor(encoding.ids, dtype=torch.long)
-        offsets = torch.tensor(encoding.offsets, dtype=torch.long).view(-1, 2)
-        noise, response = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
-        for message, spans in zip(conversation, rendering.spans, strict=True):
-            for start, end in spans:
-                if message.role in TRANSFORMED_ROLES:
-                    noise |= overlapping_tokens(offsets, start, end)
-                    continue
-                response |= overlapping_tokens(offsets, start, end)
-                if end_of_turn is not None:
-                    after = skip_white_space(rendering.text, end)
-                    response |= overlapping_tokens(offsets, after, after + 1) & (ids == end_of_turn)
-        return _Row(ids, noise, response if self.ignore_prompt_loss else torch.ones_like(response))
-
-    def _end_of_turn_id(self) -> int | None:
-        """The added token that the template writes after an assistant's content, if it writes one."""
-        probe = [Message("user", "question"), Message(RESPONSE_ROLE, "answer")]
-        text, (_, answer_spans) = self._render(probe, False, "a user message followed by an assistant message")
-        if not answer_spans:
-            return None
-        after = skip_white_space(text, answer_spans[-1][1])
-        encoding = self._offset_tokenizer.encode(text, add_special_tokens=False)
-        added = self._offset_tokenizer.get_added_tokens_decoder()
-        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if start <= after < end:
-                return token if token in added else None
+    def _kept_length(self, truncation: bool, max_length: int | None) -> int | None:
+        if truncation:
+            return checked_max_length(self.tokenizer, max_length)
+        if max_length is not None:
+            raise ValueError(f"max_length={max_length} needs truncation=True")
         return None
 
-    def _kept_length(self, truncation: bool, max_length: int | None) -> int | None:
-        if not truncation:
-            if max_length is not None:
-                raise ValueError(f"max_length={max_length} needs truncation=True")
-            return None
-        kept = self.tokenizer.model_max_length if max_length is None else max_length
-        if not isinstance(kept, int) or isinstance(kept, bool):
-            raise TypeError(f"max_length must be an int; got {type(kept).__name__}")
-        if kept < 1:
-            raise ValueError(f"max_length must be at least 1; got {kept}")
-        if kept > _UNKNOWN_MODEL_MAX_LENGTH:
-            raise ValueError("truncation=True needs max_length: the tokenizer does not know the model's own maximum")
-        return kept
-
-    def _collate(self, rows: list[_Row], kept: int | None) -> dict[str, Tensor]:
+    def _collate(self, rows: list[Row], kept: int | None) -> dict[str, Tensor]:
         if kept is not None:
-            cut = slice(-kept, None) if self.tokenizer.truncation_side == "left" else slice(kept)
-            rows = [_Row(*(values[cut] for values in row)) for row in rows]
+            rows = truncated(rows, self.tokenizer, kept)
         examples = []
         for row in rows:
             example = {"input_ids": row.ids, "noise_mask": row.noise, "loss_mask": row.loss}

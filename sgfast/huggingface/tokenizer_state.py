@@ -7,6 +7,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+# A hundred times those of today's models.
+_LARGEST_ID = 2**24
 # Attributes that bear on ids, masks or decoding.
 _SETTINGS = {
     "padding_side": str,
@@ -60,13 +62,20 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
 
     check_fields(state, _TYPES, "the saved tokenizer")
     # These names become keyword arguments of the tokenizer, and some keyword arguments open files.
+    if not all(isinstance(token, str) for token in state["other_special_tokens"]):
+        raise ValueError("the saved tokenizer has special tokens that are no strings")
     for name, token in state["named_special_tokens"].items():
         if not name.endswith("_token") or not isinstance(token, str):
             raise ValueError(f"the saved tokenizer has an invalid special token {name!r}")
     try:
         backend = Tokenizer.from_str(state["backend"])
-    except Exception as error:  # tokenizers raises no narrower class
+    except BaseException as error:  # tokenizers raises no narrower class, and its panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise ValueError(f"the saved tokenizer cannot be read: {error}") from error
+    # Writing a vocabulary out again takes memory by its largest id, whatever their number.
+    if max(backend.get_vocab().values(), default=0) > _LARGEST_ID:
+        raise ValueError(f"the saved tokenizer has ids above {_LARGEST_ID}")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=state["chat_template"],

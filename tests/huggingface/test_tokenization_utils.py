@@ -385,7 +385,7 @@ def test_truncation_arguments(wrapper):
     chat = [message("user", "a")]
     with pytest.raises(ValueError, match="max_length=4 needs truncation=True"):
         wrapper(chat, max_length=4)
-    with pytest.raises(ValueError, match="truncation=True needs max_length"):
+    with pytest.raises(ValueError, match="max_length must be given"):
         wrapper(chat, truncation=True)
     with pytest.raises(ValueError, match="max_length must be at least 1; got 0"):
         wrapper(chat, truncation=True, max_length=0)

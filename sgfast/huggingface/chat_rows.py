@@ -1,0 +1,179 @@
+"""Chats to ids and masks of their own lengths: the template renders, offsets tell which token is whose.
+
+A token that straddles the border of content and template counts as content: hiding a piece of the template costs a
+little utility, showing a piece of a message costs privacy. For the same reason a special token that a user typed is
+content.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgfast.huggingface.content_spans import Rendering, locate_contents, overlapping_tokens, skip_white_space
+from sgfast.huggingface.examples import RESPONSE_ROLE, TRANSFORMED_ROLES, Message
+from sgfast.huggingface.tokenizer_state import backend_copy
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding, Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+# Above this, transformers' model_max_length means "not known".
+_UNKNOWN_MODEL_MAX_LENGTH = 10**12
+
+
+class Row(NamedTuple):
+    """One example before padding: ids (int64) and masks (bool) of one length."""
+
+    ids: Tensor
+    noise: Tensor
+    loss: Tensor
+
+
+def offset_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
+    """Copy a tokenizer for rendered templates.
+
+    Those hold their special tokens already: a post-processor would add them, and a byte-level one may trim white space
+    off the offsets, so that it would pass for template.
+
+    Raises:
+        ValueError: the tokenizer is not a fast one.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ValueError(
+            "tokenizer must be a fast tokenizer: the masks are found by character offsets, which "
+            f"{type(tokenizer).__name__} does not report. Load it with AutoTokenizer.from_pretrained(..., "
+            "use_fast=True)"
+        )
+    backend = backend_copy(tokenizer)
+    backend.post_processor = None
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
+
+
+class ChatTemplate:
+    """A tokenizer's chat template, or another one for the same tokenizer, and how it ends a message."""
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerFast",
+        chat_template: str | None = None,
+        *,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+    ) -> None:
+        if not (chat_template or tokenizer.chat_template):
+            raise ValueError(
+                "the tokenizer has no chat template: set tokenizer.chat_template to the Jinja template of the base "
+                "model, or tokenize text without a template by TokenizerWrapper.encode_text"
+            )
+        if add_generation_prompt and continue_final_message:
+            raise ValueError("add_generation_prompt starts a new message, continue_final_message does not: choose one")
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._add_generation_prompt = add_generation_prompt
+        self._continue_final_message = continue_final_message
+
+    def render(self, conversation: Sequence[Message], where: str) -> Rendering:
+        """Render a conversation, as asked for, and locate its contents."""
+        rendering = self._render(conversation, self._add_generation_prompt, where)
+        if not self._continue_final_message:
+            return rendering
+        if not rendering.spans[-1]:
+            raise ValueError(f"{where} cannot be continued: the chat template leaves out its final message")
+        end = max(end for _, end in rendering.spans[-1])
+        spans = [[span for span in spans if span[1] <= end] for spans in rendering.spans]
+        return Rendering(rendering.text[:end], spans)
+
+    def end_of_turn_id(self, backend: "Tokenizer") -> int | None:
+        """The added token that the template writes after an assistant's content, if it writes one."""
+        probe = [Message("user", "question"), Message(RESPONSE_ROLE, "answer")]
+        text, (_, answer_spans) = self._render(probe, False, "a user message followed by an assistant message")
+        if not answer_spans:
+            return None
+        after = skip_white_space(text, answer_spans[-1][1])
+        encoding = backend.encode(text, add_special_tokens=False)
+        added = backend.get_added_tokens_decoder()
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            if start <= after < end:
+                return token if token in added else None
+        return None
+
+    def _render(self, conversation: Sequence[Message], add_generation_prompt: bool, where: str) -> Rendering:
+        def render(contents: Sequence[str]) -> str:
+            messages = [
+                {"role": message.role, "content": content}
+                for message, content in zip(conversation, contents, strict=True)
+            ]
+            rendered: str = self._tokenizer.apply_chat_template(
+                messages,
+                chat_template=self._chat_template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+            return rendered
+
+        try:
+            return locate_contents(render, [message.content for message in conversation])
+        except Exception as error:  # a template is a program of its own: it raises what it likes
+            raise ValueError(f"the chat template refused {where}: {error}") from error
+
+
+def chat_rows(
+    conversations: Sequence[Sequence[Message]],
+    template: ChatTemplate,
+    backend: "Tokenizer",
+    *,
+    ignore_prompt_loss: bool = False,
+) -> list[Row]:
+    """Tokenize conversations.
+
+    Args:
+        conversations: checked messages.
+        template: renders them.
+        backend: what ``offset_tokenizer`` returned.
+        ignore_prompt_loss: count only assistant content in ``loss``, with the added token that ends it.
+    """
+    renderings = [template.render(conversation, f"example {index}") for index, conversation in enumerate(conversations)]
+    encodings = backend.encode_batch([rendering.text for rendering in renderings], add_special_tokens=False)
+    end_of_turn = template.end_of_turn_id(backend) if ignore_prompt_loss else None
+    rows = []
+    for conversation, rendering, encoding in zip(conversations, renderings, encodings, strict=True):
+        row = _row(conversation, rendering, encoding, end_of_turn)
+        rows.append(row if ignore_prompt_loss else row._replace(loss=torch.ones_like(row.loss)))
+    return rows
+
+
+def _row(conversation: Sequence[Message], rendering: Rendering, encoding: "Encoding", end_of_turn: int | None) -> Row:
+    ids = torch.tensor(encoding.ids, dtype=torch.long)
+    offsets = torch.tensor(encoding.offsets, dtype=torch.long).view(-1, 2)
+    noise, response = (torch.zeros_like(ids, dtype=torch.bool) for _ in range(2))
+    for message, spans in zip(conversation, rendering.spans, strict=True):
+        for start, end in spans:
+            if message.role in TRANSFORMED_ROLES:
+                noise |= overlapping_tokens(offsets, start, end)
+                continue
+            response |= overlapping_tokens(offsets, start, end)
+            if end_of_turn is not None:
+                after = skip_white_space(rendering.text, end)
+                response |= overlapping_tokens(offsets, after, after + 1) & (ids == end_of_turn)
+    return Row(ids, noise, response)
+
+
+def checked_max_length(tokenizer: "PreTrainedTokenizerFast", max_length: int | None) -> int:
+    """The tokens to keep or to pad to: ``max_length``, or the tokenizer's ``model_max_length``."""
+    kept = tokenizer.model_max_length if max_length is None else max_length
+    if not isinstance(kept, int) or isinstance(kept, bool):
+        raise TypeError(f"max_length must be an int; got {type(kept).__name__}")
+    if kept < 1:
+        raise ValueError(f"max_length must be at least 1; got {kept}")
+    if kept > _UNKNOWN_MODEL_MAX_LENGTH:
+        raise ValueError("max_length must be given: the tokenizer does not know the model's own maximum")
+    return kept
+
+
+def truncated(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerFast", kept: int) -> list[Row]:
+    """Cut ids and masks alike, on the tokenizer's ``truncation_side``."""
+    cut = slice(-kept, None) if tokenizer.truncation_side == "left" else slice(kept)
+    return [Row(*(values[cut] for values in row)) for row in rows]
