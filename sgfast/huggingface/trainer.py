@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import accelerate
 import torch
 import transformers
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
 
     * **Exact.** Means over tokens are means over the whole accumulation window and all processes: with the same noise,
       one batch of 8 takes the step of 4 batches of 2, also where their token counts differ. (A mutual information
-      compares the sequences of a micro-batch; it is averaged over micro-batches.)
+      compares the sequences of a micro-batch; it is averaged over micro-batches, weighted by transformed tokens.)
     * **Logs** each component of the loss, averaged likewise, and once the factory's hyperparameters.
     * **Evaluates** the loss, its components and the utility metrics (``eval_next_token_utility/…``, as
       `sgfast.metrics.get_utility_metrics_factory` defines them): averages over sequences, the loss's and its
@@ -61,8 +62,10 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         ...     return trainer.train()
     """
 
-    # The loss of a micro-batch is scaled so that the mean over micro-batches and processes is the wanted one.
+    # Trainer divides by the number of micro-batches, in version 4.57 as in 5.
     loss_is_scaled_for_ga = False
+
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -88,6 +91,12 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(model, args, **trainer_kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(f"SgtTrainer needs one process for each GPU (torchrun, accelerate); got {self.args.n_gpu}")
+        if self.args.process_index:
+            # Trainer has given all processes one seed; different texts must not share their noise.
+            torch.manual_seed(self.args.seed + self.args.process_index)
+        if self.args.data_seed is None:
+            # In place of what torch was last seeded with, which a resumed program need not repeat.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
         # Inferred from the model's **kwargs, it would change how the loss is scaled.
         self.model_accepts_loss_kwargs = False
         self.label_names = self.args.label_names or ["labels"]
@@ -98,7 +107,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         """Keep what the base model and the loss read, besides what stands in the noisy model's signature."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            own: list[str] = self._signature_columns
+            own: list[str] = self._signature_columns or []
             self._signature_columns = [*own, *sorted({"loss_mask", *self.model._base_arguments} - set(own))]
 
     def get_batch_samples(
@@ -110,11 +119,9 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             return batches, None
         self._windows += 1
         counts = torch.stack([_token_counts(batch, device) for batch in batches]).sum(0)
-        micro_batches = len(batches)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
-            micro_batches *= self.accelerator.num_processes
-        return batches, window_of(counts, micro_batches)
+        return batches, Window(counts, len(batches) * self.accelerator.num_processes)
 
     # Loss
 
@@ -137,29 +144,25 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             if self.teacher is not None:
                 with self.accelerator.autocast():
                     teacher_outputs = self.teacher(**keywords)
-            if window is None:
-                loss = self._loss(loss_mask)
-            else:
-                counts = {"loss_tokens": window.loss_tokens, "noise_tokens": window.noise_tokens}
-                loss = self._loss(loss_mask, normalizers=counts) * window.weight
+            loss = self._loss(loss_mask, normalizers=None if window is None else window.normalizers)
+            if window is not None:
+                loss = loss * window.micro_batches  # which Trainer and DistributedDataParallel divide by
             return (loss, outputs, teacher_outputs) if return_outputs else loss
 
         # Inside the forward that DistributedDataParallel and FSDP wrap: they look for the parameters of this step in
         # what it returns, which need not hold the hidden states that losses read. First of the hooks, for FSDP's.
+        if self.teacher is not None and self.teacher.training != self.model.training:
+            self.teacher.train(self.model.training)
+            self.model.train(self.model.training)  # again: its adapters may stand in the teacher's base
         handle = self.model.register_forward_hook(with_loss, prepend=True, with_kwargs=True)
         try:
             result = model(**inputs)
         finally:
             handle.remove()
         if window is not None:
-            self._add_components(window)
+            for name, value in cast(dict[str, Tensor], self._get_losses()).items():
+                self._component_sums[name] = self._component_sums.get(name, 0) + value
         return result if not return_outputs else (result[0], result[1:])
-
-    def _add_components(self, window: "Window") -> None:
-        """Take a micro-batch's components into the mean over its window, on its device."""
-        for name, value in cast(dict[str, Tensor], self._get_losses()).items():
-            share = value * window.weight / self.current_gradient_accumulation_steps
-            self._component_sums[name] = self._component_sums.get(name, 0) + share
 
     # Logging
 
@@ -176,7 +179,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         sums.pop("total")  # Trainer's own "loss"
         values = torch.stack([value.float() for value in sums.values()]) / windows
         if self.accelerator.num_processes > 1:
-            values = self.accelerator.reduce(values, "mean")
+            values = self.accelerator.reduce(values, "sum")
         return dict(zip(sums, values.tolist(), strict=True))
 
     def _log_hyperparameters(self) -> None:
@@ -308,14 +311,28 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         if self._staging is None:
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the noise layer, a student's adapters, the tokenizer and the training's arguments."""
-        folder = Path(output_dir if output_dir is not None else self.args.output_dir)
-        checkpoint.save_trained(self.model, folder)
-        tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(folder)
-        torch.save(self.args, folder / "training_args.bin")
+        trained = checkpoint.trained_state(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            checkpoint.save_trained(self.model, trained, folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write all of the model with it.
+        plugin = self.accelerator.state.fsdp_plugin
+        accelerate.utils.save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_trained(self.model if model is None else model, resume_from_checkpoint)
@@ -325,30 +342,15 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
 
 
 class Window(NamedTuple):
-    """The token counts of an optimizer step's micro-batches, over all processes, as one of them needs them.
+    """The micro-batches of an optimizer step, over all processes: what they add up to, and how many they are."""
 
-    A micro-batch's loss over ``loss_tokens`` and ``noise_tokens``, times ``weight``, averages over micro-batches to
-    the loss over all of the step's tokens, and other terms to their mean.
-    """
+    token_counts: Tensor  # (3,): l & a, n & a, a
+    micro_batches: int
 
-    loss_tokens: Tensor
-    noise_tokens: Tensor
-    weight: Tensor
-
-
-def window_of(counts: Tensor, micro_batches: int) -> Window:
-    """Share out the counts of tokens (l & a, n & a) of a step.
-
-    Counts per micro-batch, at weight 1, as long as none is below 1: a loss takes such a denominator for 1.
-
-    Example:
-        >>> import torch
-        >>> window_of(torch.tensor([40, 20]), micro_batches=4)
-        Window(loss_tokens=tensor(10.), noise_tokens=tensor(5.), weight=tensor(1.))
-    """
-    share = counts.clamp(min=1).amin().clamp(max=micro_batches)
-    loss_tokens, noise_tokens = counts / share
-    return Window(loss_tokens, noise_tokens, micro_batches / share)
+    @property
+    def normalizers(self) -> dict[str, Tensor | float]:
+        """The counts by the names that losses take."""
+        return dict(zip(("loss_tokens", "noise_tokens", "attended_tokens"), self.token_counts, strict=True))
 
 
 def _attended(batch: Batch) -> Tensor:
@@ -361,9 +363,9 @@ def _attended(batch: Batch) -> Tensor:
 
 
 def _token_counts(batch: Batch, device: torch.device) -> Tensor:
-    """Numbers of counted (l & a) and of transformed (n & a) tokens, on the device."""
+    """Numbers of counted (l & a), transformed (n & a) and attended tokens, on the device."""
     attended = _attended(batch)
-    masks = (batch.get(name) for name in ("loss_mask", "noise_mask"))
+    masks = (batch.get(name) for name in ("loss_mask", "noise_mask", "attention_mask"))
     counts = [(attended if mask is None else (mask != 0) & attended).sum() for mask in masks]
     return torch.stack(counts).to(device)
 

@@ -4,13 +4,15 @@ A checkpoint is written to a folder of another name and renamed when all of it i
 found is whole.
 """
 
+import copy
 import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sgfast.model.adapters import adapter_layers
 from sgfast.utils.files import replacing
@@ -21,43 +23,100 @@ _ADAPTER_FILE = "adapter_model.safetensors"
 _STATE_FILE = "trainer_state.json"
 
 
-def save_trained(model: Any, folder: Path) -> None:
+class Trained(NamedTuple):
+    """What training changes, by the names of the noise layer's state_dict and of PEFT's."""
+
+    noise_layer: dict[str, Tensor]
+    adapters: dict[str, Tensor]
+
+
+def trained_state(model: Any) -> Trained:
+    """What `save_trained` writes. Of a sharded model it is gathered: every process must call this.
+
+    Args:
+        model: a noisy language model.
+    """
+    noise_layer, adapters = (
+        {name: _whole(tensor) for name, tensor in state.items()}
+        for state in (_state_of(model.noise_layer), _adapters_of(model))
+    )
+    return Trained(noise_layer, adapters)
+
+
+def save_trained(model: Any, trained: Trained, folder: Path) -> None:
     """Write a noisy model's noise layer and the adapters that it runs, nothing of the base model.
 
     Args:
         model: a noisy language model.
+        trained: its `trained_state`.
         folder: made if it is not there.
     """
-    import safetensors.torch
-
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: tensor.contiguous() for name, tensor in model.noise_layer.state_dict().items()}
-    with replacing(folder / NOISE_LAYER_FILE) as temporary:
-        safetensors.torch.save_file(state, temporary, metadata={"format": "pt"})
+    _write(trained.noise_layer, folder / NOISE_LAYER_FILE)
     if runs_adapters(model):
-        # Embedding tables belong to the base; PEFT would ask the hub whether they were resized.
-        model.base_model.save_pretrained(
-            folder, selected_adapters=[model.base_model.active_adapter], save_embedding_layers=False
-        )
+        _write(trained.adapters, folder / _ADAPTER_FILE)
+        config = copy.copy(model.base_model.active_peft_config)
+        config.inference_mode = True  # as PEFT writes it
+        config.save_pretrained(folder)
 
 
 def load_trained(model: Any, folder: str | os.PathLike[str]) -> None:
     """Read what `save_trained` has written into a model of the same architecture.
 
     Raises:
-        ValueError: the folder does not hold it, or it is of another architecture.
+        ValueError: the folder does not hold it, it is damaged, or it is of another architecture.
     """
-    _load(model.noise_layer, read_tensors(Path(folder) / NOISE_LAYER_FILE), folder)
+    path = Path(folder) / NOISE_LAYER_FILE
+    model.noise_layer.load_state_dict(_placed(read_tensors(path), _state_of(model.noise_layer), path))
     if runs_adapters(model):
         import peft
 
-        name = model.base_model.active_adapter
-        path = Path(folder) / ("" if name == "default" else name) / _ADAPTER_FILE
-        state = read_tensors(path)
-        expected = peft.get_peft_model_state_dict(model.base_model, adapter_name=name, save_embedding_layers=False)
-        if state.keys() != expected.keys():
-            raise ValueError(f"{path} holds adapters of other layers than the model's")
-        peft.set_peft_model_state_dict(model.base_model, state, adapter_name=name)
+        path = Path(folder) / _ADAPTER_FILE
+        state = _placed(read_tensors(path), _adapters_of(model), path)
+        peft.set_peft_model_state_dict(model.base_model, state, adapter_name=model.base_model.active_adapter)
+
+
+def _state_of(noise_layer: nn.Module) -> dict[str, Tensor]:
+    state: dict[str, Tensor] = noise_layer.state_dict()
+    return state
+
+
+def _adapters_of(model: Any) -> dict[str, Tensor]:
+    """The active adapter's parameters by PEFT's names for them; none of a model without."""
+    if not runs_adapters(model):
+        return {}
+    import peft
+
+    # Embedding tables belong to the base; PEFT would ask the hub whether they were resized.
+    state: dict[str, Tensor] = peft.get_peft_model_state_dict(
+        model.base_model, adapter_name=model.base_model.active_adapter, save_embedding_layers=False
+    )
+    return state
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.contiguous()
+
+
+def _placed(values: dict[str, Tensor], present: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """Check that a file's values are those of what is there now, and shard them likewise."""
+    expected, found = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (present, values))
+    if found != expected:
+        different = sorted({name for name, _ in found.items() ^ expected.items()})
+        raise ValueError(f"{path} is of another architecture than the model: it differs in {', '.join(different[:5])}")
+    return {
+        name: distribute_tensor(values[name].to(now.device), now.device_mesh, now.placements)
+        if isinstance(now, DTensor)
+        else values[name]
+        for name, now in present.items()
+    }
+
+
+def _write(tensors: dict[str, Tensor], path: Path) -> None:
+    import safetensors.torch
+
+    with replacing(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def runs_adapters(model: Any) -> bool:
@@ -76,13 +135,6 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is damaged: {error}") from error
     return tensors
-
-
-def _load(noise_layer: nn.Module, state: dict[str, Tensor], folder: str | os.PathLike[str]) -> None:
-    try:
-        noise_layer.load_state_dict(state)
-    except RuntimeError as error:  # torch's message lists the differences
-        raise ValueError(f"the noise layer in {folder} is of another architecture: {error}") from error
 
 
 def publish(staged: Path, final: Path) -> None:
