@@ -85,7 +85,10 @@ def write_record(
         "data": dict(data),
         "versions": versions(),
         "finished": finished,
-        "history": [dict(step) for step in history],
+        # JSON has no NaN, which the mean sigma of no token is.
+        "history": [
+            {name: value if math.isfinite(value) else None for name, value in step.items()} for step in history
+        ],
     }
     with replacing(configuration.out / RECORD_FILE) as temporary:
         temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

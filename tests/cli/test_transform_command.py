@@ -1,7 +1,9 @@
 """``sgfast transform``: what it writes for a prompt or a file of records is what a server generates from."""
 
 import json
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,6 +87,22 @@ def test_a_server_generates_from_the_file(base_model, save_client, records, tran
         assert torch.equal(base_model.generate(**received, **options), clean)
         answers.append(clean)
     assert len({tuple(answer[0].tolist()) for answer in answers}) > 1  # the model does not say the same to everything
+
+
+def test_the_documentations_server(base_model, save_client, records, transform, tmp_path, monkeypatch, capsys):
+    """The code block of docs/training.md, run as it stands."""
+    assert transform(save_client(1e-7), "--data", records, out="prompts.safetensors") == 0
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    exec(block, {"model": base_model, "tokenizer": tiny_tokenizer()})
+    answers = capsys.readouterr().out
+    for key, chat in CHATS.items():
+        tokens = tokens_of(chat)
+        prompt = {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+        clean = base_model.generate(**prompt, max_new_tokens=64)[0, tokens["input_ids"].shape[1] :]
+        assert f"{key} {tiny_tokenizer().decode(clean, skip_special_tokens=True)}" in answers
 
 
 def test_content_is_transformed_and_nothing_else(base_model, save_client, records, transform, tmp_path):
