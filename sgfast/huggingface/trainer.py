@@ -25,7 +25,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
 
     * **Exact.** Means over tokens are means over the whole accumulation window and all processes: with the same noise,
       one batch of 8 takes the step of 4 batches of 2, also where their token counts differ. (A mutual information
-      compares the sequences of a micro-batch; it is averaged over micro-batches, weighted by transformed tokens.)
+      compares the sequences of a micro-batch; it is averaged over micro-batches, weighted by transformed tokens. It
+      needs at least two sequences, with cross entropy an even number: ``dataloader_drop_last=True`` leaves out an epoch's odd end.)
     * **Logs** each component of the loss, averaged likewise, and once the factory's hyperparameters.
     * **Evaluates** the loss, its components and the utility metrics (``eval_next_token_utility/…``, as
       `sgfast.metrics.get_utility_metrics_factory` defines them): averages over sequences, the loss's and its
@@ -44,7 +45,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             that is trained: its adapters and the noise layer that it shares with the teacher.
         args: of ``transformers.TrainingArguments``.
         loss: what a factory of `sgfast.loss` returned for ``model``.
-        teacher: for the jigsaw loss, the teacher. It runs on every batch after the student.
+        teacher: for the jigsaw loss, the teacher. It runs on every batch after the student; in evaluations its clean
+            logits are what utility is measured against.
         trainer_kwargs: what ``transformers.Trainer`` takes besides (``train_dataset``, ``eval_dataset``, …), except
             ``model_init`` and ``compute_loss_func``.
 
@@ -149,11 +151,9 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
                 loss = loss * window.micro_batches  # which Trainer and DistributedDataParallel divide by
             return (loss, outputs, teacher_outputs) if return_outputs else loss
 
+        self._prepare_teacher()
         # Inside the forward that DistributedDataParallel and FSDP wrap: they look for the parameters of this step in
         # what it returns, which need not hold the hidden states that losses read. First of the hooks, for FSDP's.
-        if self.teacher is not None and self.teacher.training != self.model.training:
-            self.teacher.train(self.model.training)
-            self.model.train(self.model.training)  # again: its adapters may stand in the teacher's base
         handle = self.model.register_forward_hook(with_loss, prepend=True, with_kwargs=True)
         try:
             result = model(**inputs)
@@ -163,6 +163,15 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             for name, value in cast(dict[str, Tensor], self._get_losses()).items():
                 self._component_sums[name] = self._component_sums.get(name, 0) + value
         return result if not return_outputs else (result[0], result[1:])
+
+    def _prepare_teacher(self) -> None:
+        """Put the teacher into the student's mode."""
+        if self.teacher is None:
+            return
+        self.teacher.is_gradient_checkpointing = self.model.is_gradient_checkpointing
+        if self.teacher.training != self.model.training:
+            self.teacher.train(self.model.training)
+            self.model.train(self.model.training)  # again: its adapters may stand in the teacher's base
 
     # Logging
 
@@ -176,11 +185,11 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     def _take_components(self) -> dict[str, float]:
         sums, self._component_sums = self._component_sums, {}
         windows, self._windows = self._windows, 0
-        sums.pop("total")  # Trainer's own "loss"
         values = torch.stack([value.float() for value in sums.values()]) / windows
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "sum")
-        return dict(zip(sums, values.tolist(), strict=True))
+        names = ("loss" if name == "total" else name for name in sums)  # Trainer 4.57 rounds its own
+        return dict(zip(names, values.tolist(), strict=True))
 
     def _log_hyperparameters(self) -> None:
         """Once a run, resumed or not."""

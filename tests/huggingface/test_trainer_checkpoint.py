@@ -16,6 +16,7 @@ from sgfast.loss.jigsaw import jigsaw_loss_factory
 from sgfast.model import PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
 from tests.huggingface.sgt_training import distillation, noisy_language_model, student_of, trainer, whole_batch
+from tests.loss.factory_cases import CASES
 
 
 def model(kind="teacher", **arguments):
