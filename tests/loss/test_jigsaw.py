@@ -11,6 +11,7 @@ from sgfast.loss.distillation import distillation_loss_factory
 from sgfast.loss.jigsaw import jigsaw_loss_factory
 from tests.loss.factory_cases import CASES, MASK, component_of, rewritten
 from tests.loss.rewrites import Rewrite, learning_parameters, relative_error
+from tests.tiny_models import FAMILIES
 
 ARGUMENTS = CASES["jigsaw"][1]
 WEIGHTS = {argument: component_of(argument) for argument in ARGUMENTS if component_of(argument)}
@@ -110,8 +111,9 @@ def test_only_the_halves_and_layers_that_weigh_are_run(
         assert passes == [(index, 8) for _ in range(models) for index in range(3)]
 
 
-def test_shared_and_separate_bases_joint_passes_checkpointing_and_order_change_nothing(make_pair, batch):
-    plain = run(make_pair(), batch)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_shared_and_separate_bases_joint_passes_checkpointing_and_order_change_nothing(family, make_pair, batch):
+    plain = run(make_pair(family), batch)
 
     def compare(pair, **options):
         loss, losses, gradients = run(pair, batch, **options)
@@ -120,10 +122,10 @@ def test_shared_and_separate_bases_joint_passes_checkpointing_and_order_change_n
             if gradient is not None:
                 torch.testing.assert_close(gradient, plain[2][name], rtol=1e-4, atol=1e-6)
 
-    compare(make_pair(two_bases=True))
-    compare(make_pair(clean_pass="joint"))
-    compare(make_pair(), order=(1, 0))
-    checkpointed = make_pair()
+    compare(make_pair(family, two_bases=True))
+    compare(make_pair(family, clean_pass="joint"))
+    compare(make_pair(family), order=(1, 0))
+    checkpointed = make_pair(family)
     for model in checkpointed:
         model.gradient_checkpointing_enable()
     compare(checkpointed)
