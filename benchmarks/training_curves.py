@@ -4,10 +4,10 @@ Trains a transform over SmolLM2-135M-Instruct by each loss, from one start on on
 of ``sgfast train``, with a strength weight raised and, where there is an alpha, with alpha lowered. Writes
 ``benchmarks/results/training-curves.json`` and ``.png``.
 
-    python -m benchmarks.training_curves [--steps 200] [--out benchmarks/results]
+    python -m benchmarks.training_curves [--steps 60] [--out benchmarks/results]
 
-The steps are few, the batches small, the base model in bfloat16: some minutes on one core. The curves show directions,
-not good transforms.
+The batches are small, the base model in bfloat16: some ten minutes on one idle core. The curves show directions, not
+good transforms.
 """
 
 import argparse
@@ -52,19 +52,19 @@ _SHALLOW = {"distillation_layer_index": 2}
 # A loss that reads logits runs all 30 layers: its batches are smaller, and there are fewer.
 SETUPS = {
     "distillation": Setup(
-        120, 4, 12, _SHALLOW, "distillation_layer_cosine_distance", {"std_log_ratio_loss_weight": 1.0}, {"alpha": 0.1}
+        300, 4, 12, _SHALLOW, "distillation_layer_cosine_distance", {"std_log_ratio_loss_weight": 1.0}, {"alpha": 0.1}
     ),
     "mutual_information_distillation": Setup(
-        120, 4, 12, _SHALLOW, "distillation_layer_l2_distance", {"mutual_information_loss_weight": 0.5}, {"alpha": 0.1}
+        300, 4, 12, _SHALLOW, "distillation_layer_l2_distance", {"mutual_information_loss_weight": 0.5}, {"alpha": 0.1}
     ),
     "jigsaw": Setup(
-        120, 4, 12, _SHALLOW, "distillation_layer_cosine_distance", {"std_log_ratio_loss_weight": 1.0}, {"alpha": 0.1}
+        300, 4, 12, _SHALLOW, "distillation_layer_cosine_distance", {"std_log_ratio_loss_weight": 1.0}, {"alpha": 0.1}
     ),
     "cross_entropy_distillation": Setup(
-        100, 2, 10, {}, "distillation_cross_entropy", {"absolute_cosine_similarity_penalty_weight": 10.0}, {}
+        200, 2, 10, {}, "distillation_cross_entropy", {"absolute_cosine_similarity_penalty_weight": 10.0}, {}
     ),
     "mutual_information_cross_entropy_distillation": Setup(
-        100, 2, 10, {}, "distillation_cross_entropy", {"mutual_information_loss_weight": 1.0}, {}
+        200, 2, 10, {}, "distillation_cross_entropy", {"mutual_information_loss_weight": 1.0}, {}
     ),
 }
 
