@@ -100,8 +100,10 @@ def _follow(
         task = progress.add_task("", total=configuration.steps)
 
         def on_step(step: int, values: dict[str, float]) -> None:
-            speed = progress.tasks[task].speed
-            rate = f" {speed:.2f} steps/s" if speed else ""
+            bar = progress.tasks[task]
+            if not bar.completed:  # the rate is that of this process, from its second step
+                progress.reset(task, completed=step)
+            rate = f" {bar.speed:.2f} steps/s" if bar.speed else ""
             progress.update(
                 task, completed=step, description=f"loss {values['loss']:.4g} sigma {values['mean_sigma']:.4g}{rate}"
             )

@@ -96,7 +96,8 @@ def write_record(
 
 def components_in(history: Sequence[Mapping[str, float]]) -> list[str]:
     """What to show of a history: the loss, its components, sigma."""
-    return [name for name in history[0] if name not in _BOOKKEEPING] if history else []
+    names = sorted(set(history[0]) - {*_BOOKKEEPING, "loss", "mean_sigma"}) if history else []
+    return ["loss", *names, "mean_sigma"] if history else []
 
 
 def ends(history: Sequence[Mapping[str, float]], name: str) -> tuple[float, float]:

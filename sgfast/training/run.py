@@ -12,7 +12,7 @@ import transformers
 
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.trainer import SgtTrainer
-from sgfast.huggingface.trainer_checkpoint import checkpoints
+from sgfast.huggingface.trainer_checkpoint import checkpoints, load_trained
 from sgfast.loss.factory import LossFunctions
 from sgfast.training.building import Models
 from sgfast.training.configuration import Configuration
@@ -39,7 +39,7 @@ def train(
         loss: built over the models.
         examples: the data.
         resume: go on from the newest whole checkpoint in the run's folder, if there is one.
-        on_step: called with the number of every step and its values, also those of steps taken before.
+        on_step: called with the number of every step that is taken now, and its values.
 
     Returns:
         The history, a dictionary of values for every step since the run began, and whether it is finished.
@@ -60,9 +60,14 @@ def train(
         callbacks=[watch],
     )
     trainer.remove_callback(transformers.PrinterCallback)
-    begun = checkpoints(folder) if resume else []
+    newest = next(reversed(checkpoints(folder)), None) if resume else None
+    if newest is not None:
+        state = transformers.TrainerState.load_from_json(str(newest / transformers.trainer.TRAINER_STATE_NAME))
+        if state.global_step >= configuration.steps:  # where transformers' loop would take one more
+            load_trained(trainer.model, newest)
+            return history_of(state.log_history), True
     with _stopping(watch):
-        trainer.train(resume_from_checkpoint=str(begun[-1]) if begun else None)
+        trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finished = trainer.state.global_step >= configuration.steps
     return history_of(trainer.state.log_history), finished
 
@@ -107,10 +112,6 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self.noise_layer = models.noisy_model.noise_layer
         self.on_step = on_step
         self.interrupted = False
-
-    def on_train_begin(self, _arguments: Any, state: Any, control: Any, **_: Any) -> None:
-        for values in history_of(state.log_history):
-            self.on_step(int(values["step"]), values)
 
     def on_step_end(self, _arguments: Any, _state: Any, control: Any, **_: Any) -> None:
         if self.interrupted:

@@ -156,6 +156,33 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(train, tmp_path, monke
         torch.testing.assert_close(other[name], tensor, rtol=1e-6, atol=1e-8)
 
 
+def test_a_killed_run_goes_on_from_its_last_checkpoint(train, tmp_path, monkeypatch, capsys):
+    saved_often = ("--set", "save_steps=2")
+    with monkeypatch.context() as patch:
+        read, taken = TokenizedRecords.__getitem__, []
+
+        def dying(self, index):
+            taken.append(index)
+            if len(taken) > 1 + 2 * 5:
+                raise SystemError("killed")
+            return read(self, index)
+
+        patch.setattr(TokenizedRecords, "__getitem__", dying)
+        with pytest.raises(SystemError):
+            train("out", *saved_often, steps=6)
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoints", "training.json"]
+    assert train("out", *saved_often, steps=6) == 2
+    assert "holds a run: continue it by --resume" in capsys.readouterr().err
+    for _ in range(2):  # the second time, all steps are taken already
+        assert train("out", *saved_often, "--resume", steps=6) == 0
+        record = record_of(tmp_path / "out")
+        assert record["finished"] is True
+        assert [step["step"] for step in record["history"]] == [1, 2, 3, 4, 5, 6]
+    assert train("straight", *saved_often, steps=6) == 0
+    last, expected = (record_of(tmp_path / out)["history"][-1] for out in ("out", "straight"))
+    assert last == pytest.approx(expected, rel=1e-6)
+
+
 def test_resume_needs_the_run_that_was_begun(train, tmp_path, text_file, capsys):
     assert train("out", "--resume", steps=2) == 0  # with nothing there it starts afresh
     other = tmp_path / "other.txt"
