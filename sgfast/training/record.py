@@ -36,15 +36,15 @@ def check_continues(configuration: Configuration, digest: str, resume: bool) -> 
     Raises:
         ConfigurationError: there is a run and ``resume`` is False, or it had other settings or other data.
     """
-    path = configuration.out / RECORD_FILE
-    if not path.exists():
+    path, saved = configuration.out / RECORD_FILE, checkpoints(configuration.out / CHECKPOINTS)
+    if not path.exists() and not saved:
         return
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         before, digest_before = record["settings"], record["data"]["sha256"]
-        has_steps = bool(record["history"] or checkpoints(configuration.out / CHECKPOINTS))
+        has_steps = bool(record["history"] or saved)
         compared = [name for name in before if name not in _FREE_TO_CHANGE]
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(f"{path} is not the record of a run: give another --out") from error
     if not has_steps:
         return

@@ -204,6 +204,9 @@ def test_resume_needs_the_run_that_was_begun(train, tmp_path, text_file, capsys)
     (tmp_path / "out" / "training.json").write_text("{}")
     assert train("out", "--resume") == 2
     assert "is not the record of a run" in capsys.readouterr().err
+    (tmp_path / "out" / "training.json").unlink()
+    assert train("out") == 2  # the checkpoints of a run that nothing is known of
+    assert "is not the record of a run" in capsys.readouterr().err
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
