@@ -8,7 +8,6 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -225,10 +224,9 @@ class TestPartsThatDoNotFit:
             edit(tensors, description)
             description["tokenizer_wrapper"] = json.dumps(description["tokenizer_wrapper"])
             write_client_file(path, tensors, description)
-            before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             refused(path, fault)
             assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**18
-            assert time.monotonic() - start < 60  # not the hours that an unchecked count would take
 
         return change
 

@@ -26,7 +26,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     * **Exact.** Means over tokens are means over the whole accumulation window and all processes: with the same noise,
       one batch of 8 takes the step of 4 batches of 2, also where their token counts differ. (A mutual information
       compares the sequences of a micro-batch; it is averaged over micro-batches, weighted by transformed tokens. It
-      needs at least two sequences, with cross entropy an even number: ``dataloader_drop_last=True`` leaves out an epoch's odd end.)
+      needs at least two sequences, with cross entropy an even number: ``dataloader_drop_last=True`` leaves out an
+      epoch's odd end.)
     * **Logs** each component of the loss, averaged likewise, and once the factory's hyperparameters.
     * **Evaluates** the loss, its components and the utility metrics (``eval_next_token_utility/…``, as
       `sgfast.metrics.get_utility_metrics_factory` defines them): averages over sequences, the loss's and its

@@ -271,7 +271,7 @@ def test_weight_decay_leaves_the_heads_alone(tmp_path):
         assert (id(parameter) in decayed) == (parameter.dim() > 1 and ".head." not in name), name
 
 
-def test_errors(tmp_path):
+def test_errors():
     noisy_model = noisy_language_model()
     loss = distillation(noisy_model)
     with pytest.raises(TypeError, match="model must be a NoiseMaskedNoisyTransformerModel; got LlamaForCausalLM"):
@@ -284,3 +284,5 @@ def test_errors(tmp_path):
         SgtTrainer(noisy_model, loss=loss, teacher=noisy_language_model())
     with pytest.raises(TypeError, match="SgtTrainer takes no compute_loss_func"):
         SgtTrainer(noisy_model, loss=loss, compute_loss_func=print)
+    with pytest.raises(ValueError, match="every decoder layer is checkpointed; got every_n_layers=2"):
+        noisy_model.activation_checkpointing_enable(every_n_layers=2)
