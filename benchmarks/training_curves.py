@@ -156,12 +156,14 @@ def plot(path: Path, results: dict[str, Any]) -> None:
                     label=f"{label}; held out: {unit} {held_out}",
                 )
             axes.set_title(f"{name.replace('_', ' ')}: {curve.replace('_', ' ')}", fontsize=9)
-            axes.legend(fontsize=7, frameon=False)
+            bottom, top = axes.get_ylim()
+            axes.set_ylim(bottom, top + 0.3 * (top - bottom))
+            axes.legend(fontsize=7, frameon=False, loc="upper left")
             axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("step")
     figure.tight_layout()
-    figure.savefig(path, format="png", dpi=110)
+    figure.savefig(path, format="png", dpi=90)
     pyplot.close(figure)
 
 
