@@ -37,10 +37,15 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
     try:
         with silence:
             tokenizer = AutoTokenizer.from_pretrained(source, **options)
-            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            # transformers warns of a GGUF file in another dtype than float32, which it may then keep packed.
+            loading = torch.float32 if model is None else dtype
+            loaded = AutoModelForCausalLM.from_pretrained(source, dtype=loading, **options)
     except Exception as error:  # a hub, a file and a tokenizer fail in many ways
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model {model or PACKAGED_MODEL!r} cannot be loaded: {first_line}") from error
+    if model is None:
+        for parameter in loaded.parameters():  # not the buffers: rotary frequencies stay in float32
+            parameter.data = parameter.data.to(dtype)
     if getattr(loaded, "hf_quantizer", None) is not None:
         # A GGUF file's weights are ordinary tensors by now; what says otherwise only keeps the model from being saved.
         loaded.hf_quantizer, loaded.is_quantized = None, False
