@@ -50,6 +50,12 @@ def row_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) -> Te
     return mask if mask.dtype == torch.bool else mask != 0
 
 
+def check_number(name: str, value: float) -> None:
+    """Check for an int or a float."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+
+
 def chunk_bytes(max_chunk_bytes: int | None) -> int:
     """Check the bound on temporaries and fill in the default."""
     if max_chunk_bytes is None:
