@@ -9,7 +9,7 @@ fixed list.
 import math
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class StainedGlassTransformForText:
     Raises:
         ValueError: a name the base model does not have, the embedding table is missing or has fewer rows than the
             tokenizer has tokens, or a noise layer that a file cannot describe.
+        TypeError: an argument of another type, such as one name in place of a list of names.
 
     Nothing else of the base model is included, and no seed: each call draws its noise from the operating system's
     randomness, unless it is given a seed.
@@ -51,8 +52,9 @@ class StainedGlassTransformForText:
         self,
         model: NoiseMaskedNoisyTransformerModel,
         tokenizer_wrapper: TokenizerWrapper,
-        parameter_names: Sequence[str],
+        parameter_names: Collection[str],
     ) -> None:
+        _check_parts(model, tokenizer_wrapper, parameter_names)
         embedding = model.causal_lm.get_submodule(model.target_layer)
         embedding_name = f"{model.target_layer}.weight"
         if embedding_name not in parameter_names:
@@ -201,6 +203,15 @@ class StainedGlassTransformForText:
         table = transform.parameters[transform.embedding_name]
         _check_table(table, transform.noise_layer, transform.tokenizer_wrapper)
         return transform
+
+
+def _check_parts(model: Any, tokenizer_wrapper: Any, parameter_names: Any) -> None:
+    if not isinstance(model, NoiseMaskedNoisyTransformerModel):
+        raise TypeError(f"model must be a NoiseMaskedNoisyTransformerModel; got {type(model).__name__}")
+    if not isinstance(tokenizer_wrapper, TokenizerWrapper):
+        raise TypeError(f"tokenizer_wrapper must be a TokenizerWrapper; got {type(tokenizer_wrapper).__name__}")
+    if isinstance(parameter_names, str) or not isinstance(parameter_names, Collection):
+        raise TypeError(f"parameter_names must be a list of names; got {type(parameter_names).__name__}")
 
 
 def _check_description(description: Mapping[str, Any]) -> None:

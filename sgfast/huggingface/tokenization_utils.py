@@ -17,6 +17,7 @@ from sgfast.huggingface.collator import IGNORED_LABEL, NoiseMaskCollator
 from sgfast.huggingface.examples import chat_conversations, described, instruction_conversations
 from sgfast.huggingface.noise_tokenizer import NoiseEncoding, NoiseTokenizer
 from sgfast.huggingface.tokenizer_state import check_fields, tokenizer_from_state, tokenizer_state
+from sgfast.noise_layer.arguments import check_bool
 from sgfast.utils import strict_json
 
 if TYPE_CHECKING:
@@ -69,7 +70,7 @@ class TokenizerWrapper:
 
     Raises:
         ValueError: the tokenizer is not a fast one (others report no offsets), or ``prompt_type`` is unknown.
-        TypeError: ``model_type`` is neither a class nor a string.
+        TypeError: ``model_type`` is neither a class nor a string, or an option no bool.
 
     Example:
         >>> from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -99,9 +100,13 @@ class TokenizerWrapper:
             raise TypeError(f"model_type must be a class or its name; got {type(model_type).__name__}")
         self.tokenizer = tokenizer
         self.model_type = model_type
-        self.include_labels = include_labels
-        self.ignore_prompt_loss = ignore_prompt_loss
-        self.prompt_type = PromptType(prompt_type)
+        self.include_labels = check_bool("include_labels", include_labels)
+        self.ignore_prompt_loss = check_bool("ignore_prompt_loss", ignore_prompt_loss)
+        try:
+            self.prompt_type = PromptType(prompt_type)
+        except ValueError as error:
+            allowed = ", ".join(map(str, PromptType))
+            raise ValueError(f"prompt_type must be one of {allowed}; got {prompt_type!r}") from error
 
     def __call__(
         self,

@@ -71,7 +71,7 @@ def information_bounds(
         to N² T D, elementwise; memory is bounded beyond some (N, N) matrices.
 
     Raises:
-        TypeError: an input is not a floating tensor.
+        TypeError: an input is not a floating tensor, ``mask`` no tensor, or ``alpha`` no number.
         ValueError: shapes or devices do not fit, or ``alpha`` lies outside [0, 1].
 
     Example:
@@ -85,8 +85,11 @@ def information_bounds(
     validation.check_pair("mean", mean, "std", std)
     if mean.dim() not in (2, 3) or mean.shape[0] == 0:
         raise ValueError(f"mean must have shape (N, T, D) or (N, D), N at least 1; got {tuple(mean.shape)}")
+    validation.check_number("alpha", alpha)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1]; got {alpha}")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a torch.Tensor or None; got {type(mask).__name__}")
     if mask is not None and mask.shape not in (mean.shape, mean.shape[:-1]):
         raise ValueError(
             f"mask must have the shape of mean, {tuple(mean.shape)}, or that without its last dimension; "
@@ -160,6 +163,7 @@ def fano_error_bound(mutual_information: _Real, num_classes: int) -> _Real:
         >>> round(fano_error_bound(1.0, 49152), 4)
         0.8433
     """
+    validation.check_number("num_classes", num_classes)
     if num_classes < 2:
         raise ValueError(f"num_classes must be at least 2; got {num_classes}")
 
@@ -192,6 +196,7 @@ def pac_privacy_success_bound(mutual_information: _Real, prior: float) -> _Real:
         >>> round(pac_privacy_success_bound(1.112, 1 / 128256), 4)  # 12.7 %
         0.1269
     """
+    validation.check_number("prior", prior)
     if not 0 < prior < 1:
         raise ValueError(f"prior must lie in (0, 1); got {prior}")
 

@@ -100,7 +100,7 @@ class LearnedInversionAttack:
             selected embeddings and the table are copied in float32 besides.
 
     Raises:
-        TypeError: the table is not a floating tensor.
+        TypeError: the table is not a floating tensor, or an option of another type.
         ValueError: it is no table, or an option out of range.
 
     Example:
@@ -134,8 +134,14 @@ class LearnedInversionAttack:
             ("epochs", epochs, 0),
             ("batch_size", batch_size, 1),
         ):
-            if value is not None and value < least:
+            if (value, name) == (None, "hidden_size"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+            if value < least:
                 raise ValueError(f"{name} must be at least {least}; got {value}")
+        validation.check_number("learning_rate", learning_rate)
+        validation.check_number("held_out_fraction", held_out_fraction)
         if not learning_rate > 0:
             raise ValueError(f"learning_rate must be positive; got {learning_rate}")
         if not 0 < held_out_fraction < 1:

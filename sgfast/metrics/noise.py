@@ -47,6 +47,7 @@ def get_noise_metrics_factory(noise_layer: "BaseNoiseLayer", dim: int = -1) -> C
         positions. Detached, float32 (float64 if the layer works in it).
 
     Raises:
+        TypeError: ``dim`` is not an int.
         ValueError: ``dim`` is not negative.
 
     Example:
@@ -63,6 +64,8 @@ def get_noise_metrics_factory(noise_layer: "BaseNoiseLayer", dim: int = -1) -> C
         >>> metrics["mean_norm"], metrics["noise_domination_ratio"], metrics["mean_cosine_similarity"]
         (tensor([10.]), tensor([2.]), tensor([1.]))
     """
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"dim must be an int; got {type(dim).__name__}")
     if dim >= 0:
         raise ValueError(f"dim must be negative; got {dim}")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sgfast.metrics.exact_sum import exact_sums, to_float64
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
+from sgfast.noise_layer.arguments import check_count
 from sgfast.ops import rows, validation
 from sgfast.ops.divergence import divergences
 from sgfast.ops.topk import check_k, top_k_support
@@ -60,6 +61,8 @@ def get_top_k_support_mask(noisy_logits: Tensor, clean_logits: Tensor, num_logit
         >>> get_top_k_support_mask(torch.tensor([0.0, 5.0, 1.0]), torch.tensor([3.0, 5.0, 2.0]), 1)
         tensor([False,  True, False])
     """
+    validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    check_k("num_logits", num_logits, noisy_logits.shape[-1])
     indices, _ = top_k_support(noisy_logits, clean_logits, num_logits)
     mask = torch.zeros(noisy_logits.shape, dtype=torch.bool, device=noisy_logits.device)
     return mask.scatter_(-1, indices, True)  # padding repeats a valid index
@@ -91,14 +94,17 @@ def get_utility_metrics_factory(
         ``…/squared_hellinger_distance``.
 
     Raises:
-        ValueError: a size below 1.
+        TypeError: an argument's type.
+        ValueError: a size below 1, or more logits than the vocabulary has.
         RuntimeError: (the function) no forward since its last call.
     """
+    if not isinstance(noisy_model, NoiseMaskedNoisyTransformerModel):
+        raise TypeError(f"noisy_model must be a NoiseMaskedNoisyTransformerModel; got {type(noisy_model).__name__}")
     if num_logits is not None:
         check_k("num_logits", num_logits, noisy_model.base_model.get_input_embeddings().weight.shape[0])
     for name, size in (("max_batch_size", max_batch_size), ("max_sequence_length", max_sequence_length)):
-        if size is not None and size < 1:
-            raise ValueError(f"{name} must be None or at least 1; got {size}")
+        if size is not None:
+            check_count(name, size)
     consumer = noisy_model.attach(logits=True)
 
     @torch.no_grad()

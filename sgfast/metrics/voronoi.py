@@ -35,7 +35,7 @@ def compute_percentile_voronoi_l2_distance(
         impl: see ``sgfast.ops.dispatch``.
 
     Raises:
-        TypeError: the weight is not a floating tensor.
+        TypeError: the weight is not a floating tensor, or the percentile no number.
         ValueError: the percentile lies outside [0, 100], or the weight does not fit.
 
     Example:
@@ -44,6 +44,7 @@ def compute_percentile_voronoi_l2_distance(
         >>> compute_percentile_voronoi_l2_distance(torch.tensor([[1.0], [2.0], [4.0], [8.0]]), 50)
         0.75
     """
+    validation.check_number("percentile", percentile)
     if not 0 <= percentile <= 100:
         raise ValueError(f"percentile must lie in [0, 100]; got {percentile}")
     distances = voronoi_l2_distances(weight, half, max_chunk_bytes=max_chunk_bytes, on_progress=on_progress, impl=impl)

@@ -47,7 +47,7 @@ def resolve_layer_index(base_model: nn.Module, index: int) -> int:
     """
     depth = len(decoder_layers(base_model))
     if isinstance(index, bool) or not isinstance(index, int):
-        raise TypeError(f"a decoder layer's index must be an int; got {type(index).__name__}")
+        raise TypeError(f"the decoder layer index must be an int; got {type(index).__name__}")
     if not -depth <= index < depth:
         raise ValueError(f"the decoder layer index must lie in [{-depth}, {depth - 1}] for this model; got {index}")
     return index % depth

@@ -39,6 +39,9 @@ def prepare_inputs(
     inputs_embeds = arguments.pop("inputs_embeds", None)
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
+    for name, tokens in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
+        if tokens is not None and not isinstance(tokens, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor; got {type(tokens).__name__}")
     shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
     device = inputs_embeds.device if input_ids is None else input_ids.device
     if len(shape) != 2:
