@@ -54,7 +54,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     Raises:
         TypeError: an argument of another type.
         ValueError: several GPUs in one process (launch one process for each), a ``teacher`` that does not share the
-            model's noise layer.
+            model's noise layer, ``args`` with a ``label_smoothing_factor`` or ``neftune_noise_alpha``.
 
     Example:
         >>> from transformers import TrainingArguments
@@ -79,7 +79,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         teacher: NoiseMaskedNoisyTransformerModel | None = None,
         **trainer_kwargs: Any,
     ) -> None:
-        _check_arguments(model, loss, teacher, trainer_kwargs)
+        _check_arguments(model, args, loss, teacher, trainer_kwargs)
         self._loss, self._get_losses, self._get_hyperparameters = loss
         self.teacher = teacher
         self._component_sums: dict[str, Tensor] = {}
@@ -94,6 +94,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         super().__init__(model, args, **trainer_kwargs)
         if self.args.n_gpu > 1:
             raise ValueError(f"SgtTrainer needs one process for each GPU (torchrun, accelerate); got {self.args.n_gpu}")
+        if teacher is not None and self.place_model_on_device and not hasattr(teacher.causal_lm, "hf_device_map"):
+            teacher.to(self.args.device)  # where Trainer has put the student: they need not share a base
         if self.args.process_index:
             # Trainer has given all processes one seed; different texts must not share their noise.
             torch.manual_seed(self.args.seed + self.args.process_index)
@@ -288,6 +290,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(found[-1])
         elif resume_from_checkpoint and not checkpoint.is_whole(Path(resume_from_checkpoint)):
             raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint")
+        # Of steps that an earlier call, ended or interrupted, did not come to log.
+        self._component_sums, self._windows = {}, 0
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:
@@ -380,7 +384,7 @@ def _token_counts(batch: Batch, device: torch.device) -> Tensor:
     return torch.stack(counts).to(device)
 
 
-def _check_arguments(model: Any, loss: Any, teacher: Any, trainer_kwargs: Mapping[str, Any]) -> None:
+def _check_arguments(model: Any, args: Any, loss: Any, teacher: Any, trainer_kwargs: Mapping[str, Any]) -> None:
     for name, value in (("model", model), ("teacher", teacher)):
         if not isinstance(value, NoiseMaskedNoisyTransformerModel) and (name, value) != ("teacher", None):
             raise TypeError(f"{name} must be a NoiseMaskedNoisyTransformerModel; got {type(value).__name__}")
@@ -389,5 +393,8 @@ def _check_arguments(model: Any, loss: Any, teacher: Any, trainer_kwargs: Mappin
     for name in ("model_init", "compute_loss_func"):
         if trainer_kwargs.get(name) is not None:
             raise TypeError(f"SgtTrainer takes no {name}: the loss belongs to the model that its factory was given")
+    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+        if getattr(args, name, None):
+            raise ValueError(f"SgtTrainer takes no {name}: losses compare the model with itself, under its own noise")
     if teacher is not None and teacher.noise_layer is not model.noise_layer:
         raise ValueError("teacher must share the model's noise layer: build the student with noise_layer=teacher's")

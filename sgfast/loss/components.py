@@ -32,7 +32,7 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = Non
     total = torch.where(mask, wide(values), 0).sum()
     if count is None:
         return total / mask.sum().clamp(min=1)
-    return total / max(count, 1) if isinstance(count, int | float) else total / count.clamp(min=1)
+    return total / (count.clamp(min=1).to(total.dtype) if isinstance(count, Tensor) else max(count, 1))
 
 
 def std_log_ratio(

@@ -1,6 +1,7 @@
 """What every loss factory shares: the three functions it returns, the types of their values, argument checks."""
 
 import math
+import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
@@ -218,6 +219,10 @@ def _check_loss_arguments(loss_mask: Tensor, attended: Tensor, normalizers: Norm
     if unknown:
         allowed = "loss_tokens, noise_tokens and attended_tokens"
         raise ValueError(f"normalizers may hold {allowed}; got {', '.join(sorted(unknown))}")
+    for name, count in (normalizers or {}).items():
+        if not isinstance(count, numbers.Real) and not (isinstance(count, Tensor) and count.dim() == 0):
+            got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
+            raise TypeError(f"normalizers[{name!r}] must be a number or a tensor without dimensions; got {got}")
 
 
 def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:

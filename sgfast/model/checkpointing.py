@@ -1,14 +1,15 @@
 """Activation checkpointing of a frozen base model's decoder layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sgfast.model.adapters import adapter_states, in_states
-from sgfast.model.decoder import decoder_layers
+from sgfast.model.decoder import causal_lm_of, decoder_layers, layer_index_of
 
 _SWITCHES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
 
@@ -38,12 +39,23 @@ def checkpointed_layers(base_model: nn.Module) -> Iterator[None]:
                 setattr(layer, name, value)
 
 
-def check_checkpointable(base_model: nn.Module) -> None:
-    """Check that transformers can checkpoint the decoder layers.
+def check_checkpointing(base_model: nn.Module, target_layer: str, asked: Mapping[str, Any] | None) -> None:
+    """Check that `checkpointed_layers` can do what is asked for.
+
+    Args:
+        base_model: whose decoder layers shall be checkpointed.
+        target_layer: path of the module whose output is transformed.
+        asked: transformers' ``gradient_checkpointing_kwargs``.
 
     Raises:
-        ValueError: they do not look at the switch that `checkpointed_layers` sets.
+        ValueError: an argument but ``use_reentrant=False``, decoder layers that do not look at the switch that
+            `checkpointed_layers` sets, or a target inside one: its transform would be drawn anew.
     """
+    given = {name: value for name, value in (asked or {}).items() if value is not None}
+    if given not in ({}, {"use_reentrant": False}):
+        raise ValueError(f"gradient_checkpointing_kwargs may only be {{'use_reentrant': False}}; got {given}")
     for layer in decoder_layers(base_model):
         if not hasattr(layer, "gradient_checkpointing"):
             raise ValueError(f"{type(layer).__name__} does not support activation checkpointing")
+    if layer_index_of(base_model, causal_lm_of(base_model).get_submodule(target_layer)) is not None:
+        raise ValueError(f"the decoder layer with target_layer {target_layer!r} cannot be checkpointed")

@@ -69,6 +69,8 @@ def shallow_trunk(base_model: nn.Module, depth: int) -> nn.Module:
     backbone = backbone_of(base_model)
     name, layers = _layer_list(backbone)
     trunk = copy.copy(backbone)
+    # An instance's own forward (accelerate puts one there) is bound to the backbone, which would run whole.
+    trunk.__dict__.pop("forward", None)
     modules: dict[str, nn.Module | None] = dict(backbone._modules)
     modules[name] = nn.ModuleList(list(layers)[:depth])
     for norm in _FINAL_NORMS:

@@ -1,14 +1,15 @@
-"""What callers give a noisy language model, checked and completed; and the state of one forward."""
+"""What callers give a noisy language model, checked and completed; what they build it with, checked."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sgfast.model.capture import Transform
 from sgfast.noise_layer.base import BaseNoiseLayer
 from sgfast.utils.positions import position_ids_of
+
+CleanPass = Literal["separate", "joint"]
 
 
 class Inputs(NamedTuple):
@@ -68,22 +69,32 @@ def prepare_inputs(
     return Inputs(arguments, attended, selected)
 
 
-class Pass:
-    """The state that hooks need while the base model runs."""
+def doubled(arguments: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The arguments of one pass over the batch and, below it, the same batch again."""
+    return {
+        name: torch.cat([value, value]) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
+        for name, value in arguments.items()
+    }
 
-    def __init__(
-        self, attended: Tensor, selected: Tensor, layers: frozenset[int], batch: tuple[Tensor | None, ...]
-    ) -> None:
-        self.attended = attended
-        self.selected = selected
-        self.layers = layers
-        self.batch = batch
-        self.clean_graph = False
-        self.seed: int | Tensor | None = None  # of a draw that is shared
-        self.half = "clean"
-        self.transform: Transform | None = None
-        self.clean_layers: dict[int, Tensor] = {}
-        self.noisy_layers: dict[int, Tensor] = {}
+
+def check_settings(base_model: Any, target_layer: Any, clean_pass: Any) -> None:
+    """Check what a noisy language model is built with, before anything is looked up by it."""
+    if not isinstance(base_model, nn.Module):
+        raise TypeError(f"base_model must be a torch.nn.Module; got {type(base_model).__name__}")
+    if not isinstance(target_layer, str):
+        raise TypeError(f"target_layer must be a string; got {type(target_layer).__name__}")
+    if clean_pass not in get_args(CleanPass):
+        raise ValueError(f"clean_pass must be 'separate' or 'joint'; got {clean_pass!r}")
+
+
+def check_target(causal_lm: nn.Module, target_layer: str, input_shape: tuple[int, ...] | None, width: int) -> None:
+    """Check that the target layer is there, and that the caller's idea of the embeddings' width is right."""
+    try:
+        causal_lm.get_submodule(target_layer)
+    except AttributeError as error:
+        raise ValueError(f"base_model has no module {target_layer!r} (target_layer)") from error
+    if input_shape is not None and input_shape[-1] != width:
+        raise ValueError(f"input_shape must end in the embedding width {width}; got {input_shape}")
 
 
 def ready_noise_layer(

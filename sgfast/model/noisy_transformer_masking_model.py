@@ -4,30 +4,28 @@ import inspect
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from sgfast.model.adapters import adapter_parameters, with_adapters
-from sgfast.model.capture import Capture, Consumer, Half, Outputs, Transform
-from sgfast.model.checkpointing import check_checkpointable, checkpointed_layers
+from sgfast.model.capture import Consumer, Half, Transform
+from sgfast.model.checkpointing import check_checkpointing, checkpointed_layers
 from sgfast.model.decoder import (
     causal_lm_of,
     decoder_layers,
-    hidden_states_of,
     layer_index_of,
     resolve_layer_index,
     shallow_trunk,
 )
 from sgfast.model.hooks import hook_forward
-from sgfast.model.inputs import Pass, prepare_inputs, ready_noise_layer
-from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
+from sgfast.model.inputs import CleanPass, check_settings, check_target, doubled, prepare_inputs, ready_noise_layer
+from sgfast.model.output import NoisyModelOutput, super_batch_output
+from sgfast.model.passes import Pass
 from sgfast.model.sharing import Draw, share_draws, shared_draw
 from sgfast.noise_layer.arguments import check_input_shape
 from sgfast.noise_layer.base import BaseNoiseLayer
-
-CleanPass = Literal["separate", "joint"]
 
 
 class NoiseMaskedNoisyTransformerModel(nn.Module):
@@ -96,23 +94,11 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         **noise_layer_kwargs: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(base_model, nn.Module):
-            raise TypeError(f"base_model must be a torch.nn.Module; got {type(base_model).__name__}")
-        if not isinstance(target_layer, str):
-            raise TypeError(f"target_layer must be a string; got {type(target_layer).__name__}")
-        shape = check_input_shape(input_shape)
-        if clean_pass not in ("separate", "joint"):
-            raise ValueError(f"clean_pass must be 'separate' or 'joint'; got {clean_pass!r}")
+        check_settings(base_model, target_layer, clean_pass)
         self._check_base(base_model)
-        try:
-            causal_lm_of(base_model).get_submodule(target_layer)
-        except AttributeError as error:
-            raise ValueError(f"base_model has no module {target_layer!r} (target_layer)") from error
+        embedding_weight = base_model.get_input_embeddings().weight
+        check_target(causal_lm_of(base_model), target_layer, check_input_shape(input_shape), embedding_weight.shape[-1])
         self.base_model = base_model
-        embedding_weight = self.base_model.get_input_embeddings().weight
-        width = embedding_weight.shape[-1]
-        if shape is not None and shape[-1] != width:
-            raise ValueError(f"input_shape must end in the embedding width {width}; got {shape}")
         self._shares_noise_layer = noise_layer is not None
         noise_layer = ready_noise_layer(noise_layer_class, noise_layer, noise_layer_kwargs)
         self.noise_layer = noise_layer.to(device=embedding_weight.device)
@@ -153,7 +139,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
 
     def _register(self) -> None:
         """Hook the target layer and all decoder layers, and share the noise layer, for as long as this model lives."""
-        hook_forward(self, self.causal_lm.get_submodule(self.target_layer), "_transform_hook")
+        hook_forward(self, self._target, "_transform_hook")
         for index, layer in enumerate(decoder_layers(self.base_model)):
             hook_forward(self, layer, "_keep_layer", index)
         if self._shares_noise_layer:
@@ -185,12 +171,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             ValueError: another argument, decoder layers that transformers cannot checkpoint, or a target layer inside
                 one: its transform would be drawn anew.
         """
-        asked = {name: value for name, value in (gradient_checkpointing_kwargs or {}).items() if value is not None}
-        if asked not in ({}, {"use_reentrant": False}):
-            raise ValueError(f"gradient_checkpointing_kwargs may only be {{'use_reentrant': False}}; got {asked}")
-        check_checkpointable(self.base_model)
-        if layer_index_of(self.base_model, self._target) is not None:
-            raise ValueError(f"the decoder layer with target_layer {self.target_layer!r} cannot be checkpointed")
+        check_checkpointing(self.base_model, self.target_layer, gradient_checkpointing_kwargs)
         self.is_gradient_checkpointing = True
 
     def activation_checkpointing_enable(
@@ -259,36 +240,21 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         layers = frozenset().union(*(consumer.layers for consumer in self._consumers))
         run = self._run_joint if self.clean_pass == "joint" else self._run_separate
         batch = (arguments.get("input_ids", arguments.get("inputs_embeds")), attention_mask, noise_mask)
-        current = Pass(attended, selected, layers, batch)
-        current.clean_graph = any(consumer.clean_graph for consumer in self._consumers)
+        clean_graph = any(consumer.clean_graph for consumer in self._consumers)
+        current = Pass(attended, selected, layers, batch, clean_graph)
         draw = shared_draw(self.noise_layer) if self.noise_layer.enabled else None
         if draw is not None and (drawn := draw.find(self, batch, self.noise_layer, self._target)) is not None:
             current.seed, current.transform = drawn
         with with_adapters(self.base_model, self._runs_adapters):
             clean_logits, noisy_logits = run(current, arguments)
-        transform = current.transform
-        if transform is None and self.noise_layer.enabled:
+        if current.transform is None and self.noise_layer.enabled:
             raise RuntimeError(
                 f"target_layer {self.target_layer!r} did not run: it lies deeper than what the attached losses read"
             )
-        capture = Capture(
-            attention_mask=attended,
-            noise_mask=selected,
-            enabled_transform=transform,
-            clean=Outputs(current.clean_layers, clean_logits),
-            noisy=Outputs(current.noisy_layers, noisy_logits),
-        )
+        capture = current.capture(clean_logits, noisy_logits)
         for consumer in self._consumers:
             consumer.offer(capture)
-        return NoisyModelOutput(
-            base_model_output=SuperBatchOutput(clean_logits, noisy_logits),
-            input=transform.input if transform else None,
-            transformed=transform.output if transform else None,
-            mean=transform.mean if transform else None,
-            std=transform.std if transform else None,
-            mask=transform.mask if transform else None,
-            noise_mask=selected,
-        )
+        return super_batch_output(capture)
 
     @torch.no_grad()
     def generate(
@@ -363,7 +329,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         layers = frozenset().union(*(consumer.layers for consumer in readers))
         return max(layers) if layers else self.target_depth
 
-    def _run_separate(self, current: "Pass", arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def _run_separate(self, current: Pass, arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         clean_logits = None
         if self._runs_whole() or any(consumer.reads("clean") for consumer in self._consumers):
             graph = torch.is_grad_enabled() and current.clean_graph
@@ -372,17 +338,12 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         with self._during(current, "noisy"):
             return clean_logits, self._call_base(arguments, self._last_layer("noisy"))
 
-    def _run_joint(self, current: "Pass", arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def _run_joint(self, current: Pass, arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
         halves: tuple[Half, Half] = ("clean", "noisy")
         last_layers = [self._last_layer(half) for half in halves]
         last_layer = None if None in last_layers else max(cast(list[int], last_layers))
-        rows = len(current.attended)
-        doubled = {
-            name: torch.cat([value, value]) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
-            for name, value in arguments.items()
-        }
         with self._during(current, "joint"):
-            logits = self._call_base(doubled, last_layer)
+            logits = self._call_base(doubled(arguments, len(current.attended)), last_layer)
         if logits is None:
             return None, None
         clean_logits, noisy_logits = logits.chunk(2)
@@ -401,8 +362,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             return None
 
     def _targets_embeddings(self) -> bool:
-        embedding = self.base_model.get_input_embeddings()
-        return self.causal_lm.get_submodule(self.target_layer) is embedding
+        return self._target is self.base_model.get_input_embeddings()
 
     def _trunk(self, last_layer: int) -> nn.Module:
         if last_layer not in self._trunks:
@@ -410,7 +370,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         return self._trunks[last_layer][0]
 
     @contextmanager
-    def _during(self, current: "Pass", half: str) -> Iterator[None]:
+    def _during(self, current: Pass, half: str) -> Iterator[None]:
         current.half = half
         self._running = current
         try:
@@ -443,13 +403,5 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         return torch.cat([clean, transformed]) if current.half == "joint" else transformed
 
     def _keep_layer(self, index: int, _module: nn.Module, _inputs: Any, output: Any) -> None:
-        current = self._running
-        if current is None or index not in current.layers:
-            return
-        hidden = hidden_states_of(output)
-        if current.half == "joint":
-            clean, noisy = hidden.chunk(2)
-            current.clean_layers[index] = clean if current.clean_graph else clean.detach()
-            current.noisy_layers[index] = noisy
-        else:
-            (current.clean_layers if current.half == "clean" else current.noisy_layers)[index] = hidden
+        if self._running is not None:
+            self._running.keep_layer(index, output)

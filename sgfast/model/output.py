@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sgfast.model.capture import Capture
+
 
 @dataclass
 class NoisyModelOutput:
@@ -41,3 +43,17 @@ class SuperBatchOutput:
         if self.clean_logits is None or self.noisy_logits is None:
             return None
         return torch.cat([self.clean_logits, self.noisy_logits])
+
+
+def super_batch_output(capture: Capture) -> NoisyModelOutput:
+    """What a noisy language model returns of a forward."""
+    transform = capture.enabled_transform
+    return NoisyModelOutput(
+        base_model_output=SuperBatchOutput(capture.clean.logits, capture.noisy.logits),
+        input=transform.input if transform else None,
+        transformed=transform.output if transform else None,
+        mean=transform.mean if transform else None,
+        std=transform.std if transform else None,
+        mask=transform.mask if transform else None,
+        noise_mask=capture.noise_mask,
+    )

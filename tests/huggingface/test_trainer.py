@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from sgfast.huggingface.trainer import SgtTrainer
+from sgfast.loss.jigsaw import jigsaw_loss_factory
 from sgfast.metrics import get_utility_metrics_factory
 from sgfast.noise_layer import TransformerCloak
 from tests.huggingface.sgt_training import (
@@ -20,6 +21,7 @@ from tests.huggingface.sgt_training import (
     whole_batch,
 )
 from tests.loss.factory_cases import CASES, MASK
+from tests.tiny_models import tiny_pair
 from tests.tiny_tokenizer import tiny_tokenizer
 
 
@@ -119,6 +121,29 @@ def test_components_are_means_over_the_steps_since_the_last_log(tmp_path):
     assert record["loss"] == pytest.approx((windows[0]["total"] + windows[1]["total"]) / 2, rel=1e-6)
 
 
+def test_a_second_training_logs_its_own_steps_only(tmp_path):
+    """The first one stops in the middle of a step, with components that were not logged."""
+    noisy_model = noisy_language_model()
+    loss = distillation(noisy_model)
+    training = trainer(
+        noisy_model, loss, tmp_path, rate=0.0, per_device_train_batch_size=4, gradient_accumulation_steps=2
+    )
+
+    class Interrupt(transformers.TrainerCallback):
+        def on_substep_end(self, *_, **__):
+            raise KeyboardInterrupt
+
+    training.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        training.train()
+    training.remove_callback(Interrupt)
+    training.train()
+    components, _ = gradients_of_one_batch(noisy_model, loss)
+    record = next(record for record in training.state.log_history if "loss" in record)
+    for name in components.keys() - {"total"}:
+        assert record[name] == pytest.approx(components[name], rel=1e-6), name
+
+
 @pytest.mark.parametrize("batch_size", [5, 1])
 def test_evaluation_measures_utility_and_loss(batch_size, tmp_path):
     noisy_model = noisy_language_model()
@@ -160,6 +185,17 @@ def test_a_student_is_measured_beside_its_teacher(tmp_path):
     expected = (distances.sum(-1) / attended.sum(-1)).mean().item()
     assert metrics["eval_next_token_utility/total_variation"] == pytest.approx(expected, rel=1e-6)
     assert metrics["eval_loss"] == pytest.approx(loss_of_batch, rel=1e-6)
+
+
+def test_a_teacher_with_a_base_of_its_own_is_put_where_the_student_is(tmp_path, monkeypatch):
+    teacher, student = tiny_pair(two_bases=True)
+    loss = jigsaw_loss_factory(teacher, student, **CASES["jigsaw"][1])
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[])
+    assert arguments.device.type == "cpu"  # sets up what Trainer reads besides
+    monkeypatch.setattr(transformers.TrainingArguments, "device", torch.device("meta"))
+    SgtTrainer(student, arguments, loss=loss, teacher=teacher)
+    for model in (student, teacher):
+        assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("seed", [None, 7])
@@ -284,5 +320,8 @@ def test_errors():
         SgtTrainer(noisy_model, loss=loss, teacher=noisy_language_model())
     with pytest.raises(TypeError, match="SgtTrainer takes no compute_loss_func"):
         SgtTrainer(noisy_model, loss=loss, compute_loss_func=print)
+    for name in ("label_smoothing_factor", "neftune_noise_alpha"):
+        with pytest.raises(ValueError, match=f"SgtTrainer takes no {name}"):
+            SgtTrainer(noisy_model, transformers.TrainingArguments(use_cpu=True, **{name: 0.1}), loss=loss)
     with pytest.raises(ValueError, match="every decoder layer is checkpointed; got every_n_layers=2"):
         noisy_model.activation_checkpointing_enable(every_n_layers=2)

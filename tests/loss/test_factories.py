@@ -3,6 +3,7 @@
 import inspect
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,6 +96,22 @@ def test_normalizers_make_the_parts_of_a_batch_add_up(name, make_noisy_model, ba
         noisy_model(**part)
         total += loss_function(part["loss_mask"], normalizers=counts).item()
     assert total == pytest.approx(whole.item(), rel=1e-5)
+
+
+def test_normalizers_may_be_numbers_of_any_kind(make_noisy_model, batch):
+    noisy_model = make_noisy_model().train()
+    factory, arguments = CASES["distillation"]
+    loss_function, _, _ = factory(noisy_model, **arguments)
+    losses = []
+    for count in (7, 7.0, np.int64(7), np.float64(7), torch.tensor(7), torch.tensor(7.0, dtype=torch.float64)):
+        noisy_model.noise_layer.forward_count.zero_()
+        noisy_model(**batch)
+        losses.append(loss_function(batch["loss_mask"], normalizers={"loss_tokens": count, "noise_tokens": count}))
+    assert {(loss.item(), loss.dtype) for loss in losses} == {(losses[0].item(), torch.float32)}
+    noisy_model(**batch)
+    for wrong, got in (("7", "str"), (torch.ones(1), r"shape \(1,\)")):
+        with pytest.raises(TypeError, match=f"must be a number or a tensor without dimensions; got {got}"):
+            loss_function(batch["loss_mask"], normalizers={"loss_tokens": wrong})
 
 
 def test_mutual_information_of_parts_adds_up_to_their_mean_weighted_by_tokens(make_noisy_model, batch):

@@ -250,6 +250,19 @@ def test_a_base_model_outlives_its_noisy_models(make_noisy_model, tokens):
     assert not any(module._forward_hooks for module in base_model.modules())
 
 
+def test_layers_that_nothing_reads_do_not_run_behind_a_forward_of_the_backbones_own(make_noisy_model, tokens):
+    """As accelerate's hooks give it one."""
+    noisy_model = make_noisy_model().train()
+    backbone, ran = noisy_model.base_model.model, []
+    backbone.forward = backbone.forward
+    for index, layer in enumerate(backbone.layers):
+        layer.register_forward_hook(lambda *_, index=index: ran.append(index))
+    consumer = noisy_model.attach(layers=frozenset({1}))
+    noisy_model(**tokens)
+    assert ran == [0, 1, 0, 1]
+    assert consumer.has_forward
+
+
 def test_a_target_deeper_than_the_loss_reads_is_refused(make_noisy_model, tokens):
     base = make_noisy_model()
     noisy_model = NoiseMaskedNoisyTransformerModel(

@@ -1,0 +1,60 @@
+"""What the hooks of a noisy language model know and gather while its base model runs."""
+
+from typing import Any
+
+from torch import Tensor
+
+from sgfast.model.capture import Capture, Outputs, Transform
+from sgfast.model.decoder import hidden_states_of
+
+
+class Pass:
+    """The state of one forward, over both halves.
+
+    Args:
+        attended: (B, T) bool.
+        selected: (B, T) bool, to be transformed.
+        layers: indices of the decoder layers whose outputs are kept.
+        batch: the caller's own tensors, by which a shared draw knows the batch again.
+        clean_graph: whether the clean half keeps its graph.
+    """
+
+    def __init__(
+        self,
+        attended: Tensor,
+        selected: Tensor,
+        layers: frozenset[int],
+        batch: tuple[Tensor | None, ...],
+        clean_graph: bool,
+    ) -> None:
+        self.attended = attended
+        self.selected = selected
+        self.layers = layers
+        self.batch = batch
+        self.clean_graph = clean_graph
+        self.seed: int | Tensor | None = None  # of a draw that is shared
+        self.half = "clean"
+        self.transform: Transform | None = None
+        self.clean_layers: dict[int, Tensor] = {}
+        self.noisy_layers: dict[int, Tensor] = {}
+
+    def keep_layer(self, index: int, layer_output: Any) -> None:
+        """Keep what a decoder layer gave, if anything reads it."""
+        if index not in self.layers:
+            return
+        hidden = hidden_states_of(layer_output)
+        if self.half == "joint":
+            clean, self.noisy_layers[index] = hidden.chunk(2)
+            self.clean_layers[index] = clean if self.clean_graph else clean.detach()
+        else:
+            (self.clean_layers if self.half == "clean" else self.noisy_layers)[index] = hidden
+
+    def capture(self, clean_logits: Tensor | None, noisy_logits: Tensor | None) -> Capture:
+        """All that both halves have left, for losses and metrics."""
+        return Capture(
+            attention_mask=self.attended,
+            noise_mask=self.selected,
+            enabled_transform=self.transform,
+            clean=Outputs(self.clean_layers, clean_logits),
+            noisy=Outputs(self.noisy_layers, noisy_logits),
+        )
