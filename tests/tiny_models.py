@@ -28,7 +28,7 @@ def tiny_causal_lm(family: str, **overrides: Any) -> tuple[Any, type, str]:
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}.get(
         family, "Phi3"
     )
-    settings |= {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+    settings = {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, **settings}
     if family in ("qwen3", "gemma2"):
         settings["head_dim"] = 8
     config = getattr(transformers, f"{name}Config")(**settings)
