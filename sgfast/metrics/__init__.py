@@ -1,28 +1,43 @@
 """Metrics of what a transform costs and what it hides."""
 
 from sgfast.metrics import privacy
+from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
 from sgfast.metrics.information import (
     InformationBounds,
     fano_error_bound,
     information_bounds,
     pac_privacy_success_bound,
 )
+from sgfast.metrics.inversion import LearnedInversionAttack
 from sgfast.metrics.noise import get_noise_metrics_factory
-from sgfast.metrics.privacy import nearest_neighbor_failure_rate
+from sgfast.metrics.privacy import (
+    max_rank_failure_rate,
+    mean_reconstruction_rank,
+    nearest_neighbor_failure_rate,
+    repeated_query_attack,
+    token_transformation_rate,
+)
 from sgfast.metrics.reconstruction import percentage_changed_ids
 from sgfast.metrics.utility import get_top_k_support_mask, get_utility_metrics_factory
 from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 
 __all__ = [
     "InformationBounds",
+    "LearnedInversionAttack",
+    "PrivacyMetrics",
+    "UtilityMetrics",
     "compute_percentile_voronoi_l2_distance",
     "fano_error_bound",
     "get_noise_metrics_factory",
     "get_top_k_support_mask",
     "get_utility_metrics_factory",
     "information_bounds",
+    "max_rank_failure_rate",
+    "mean_reconstruction_rank",
     "nearest_neighbor_failure_rate",
     "pac_privacy_success_bound",
     "percentage_changed_ids",
     "privacy",
+    "repeated_query_attack",
+    "token_transformation_rate",
 ]

@@ -6,7 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgfast.metrics import get_top_k_support_mask, get_utility_metrics_factory
-from sgfast.metrics.utility import mean_over_sequences, token_divergences
+from sgfast.metrics.head import language_model_head
+from sgfast.metrics.utility import (
+    mean_over_sequences,
+    sequence_utility,
+    sequence_utility_from_hidden,
+    token_divergences,
+)
+from sgfast.model.decoder import backbone_of
+from tests.gates.live_bytes import LiveBytes
+from tests.tiny_models import tiny_causal_lm
 
 
 def naive(output, attention_mask, num_logits=None):
@@ -86,6 +95,55 @@ def test_sequences_without_attended_tokens_drop_out():
     mask = torch.tensor([[True, True], [False, False], [True, False]])
     assert mean_over_sequences(values, mask).item() == 3.5
     assert mean_over_sequences(values, torch.zeros_like(mask)).isnan()
+
+
+@pytest.mark.parametrize("max_chunk_bytes", [None, 1, 100_000])
+@pytest.mark.parametrize("top_k", [None, 5])
+@torch.no_grad()
+def test_from_hidden_states_as_from_logits(tokens, top_k, max_chunk_bytes):
+    model, *_ = tiny_causal_lm("gemma2", final_logit_softcapping=0.1)
+    clean_embeddings = model.get_input_embeddings()(tokens["input_ids"])
+    noisy_embeddings = clean_embeddings + torch.randn(
+        clean_embeddings.shape, generator=torch.Generator().manual_seed(0)
+    )
+    mask = tokens["attention_mask"].clone()
+    mask[2] = 0
+    sides = [
+        {"inputs_embeds": embeddings, "attention_mask": tokens["attention_mask"]}
+        for embeddings in (noisy_embeddings, clean_embeddings)
+    ]
+    arguments = {"input_ids": tokens["input_ids"], "top_k": top_k}
+    expected = sequence_utility(*(model(**side).logits for side in sides), mask, **arguments)
+    assert (expected["next_token_utility/total_variation"][:2] > 1e-3).all()
+    hidden = [backbone_of(model)(**side).last_hidden_state for side in sides]
+    head = language_model_head(model)
+    values = sequence_utility_from_hidden(*hidden, head, mask, max_chunk_bytes=max_chunk_bytes, **arguments)
+    assert values.keys() == expected.keys()
+    for name, value in values.items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-9, equal_nan=True)
+    nothing = sequence_utility_from_hidden(*hidden, head, torch.zeros_like(mask), **arguments)
+    assert nothing.keys() == values.keys()
+    assert nothing["noisy_cross_entropy"].isnan().all()
+
+
+@pytest.mark.parametrize("megabytes", [2, 8])
+@torch.no_grad()
+def test_logits_of_hidden_states_stay_within_the_budget(megabytes):
+    width, size, length = 8, 4000, 700
+    generator = torch.Generator().manual_seed(0)
+    noisy, clean = (torch.randn(1, length, width, generator=generator) for _ in range(2))
+    weight = torch.randn(size, width, generator=generator)
+    mask = torch.ones(1, length, dtype=torch.bool)
+
+    def head(hidden):
+        return torch.tanh(hidden @ weight.T / 30) * 30
+
+    with LiveBytes() as memory:
+        values = sequence_utility_from_hidden(noisy, clean, head, mask, max_chunk_bytes=megabytes * 2**20)
+    # The logits take 21 MiB. Of the budget a third is for the logits, a third for the divergences, which keep to it.
+    assert 0.1 * megabytes * 2**20 < memory.peak < 2 * megabytes * 2**20 / 3
+    expected = sequence_utility(head(noisy), head(clean), mask)
+    torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-9)
 
 
 def test_top_k_support_mask():

@@ -1,0 +1,317 @@
+"""Utility and privacy over any number of batches, files and processes, in constant memory.
+
+What is kept are integers: exact sums (`sgfast.metrics.exact_sum`) of per-sequence values, and counts of tokens by
+rank. Addition of integers knows no order, so a result is the same to the last bit however the same sequences are cut
+into updates, processes and accumulators that are merged; it is rounded once, in ``compute``.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.metrics.exact_sum import WIDTH, carried, exact_sums, quotient
+from sgfast.metrics.privacy import check_rank, token_ranks
+from sgfast.metrics.utility import ATTENDED_MEANS, PREDICTED_MEANS, sequence_utility
+from sgfast.ops import validation
+from sgfast.ops.nearest import METRICS, Metric
+
+_TRANSFORMATION_RANKS = (10, 100, 1000)
+
+
+class _Accumulator:
+    """Integers that updates add to, and the options that two accumulators must share to be added."""
+
+    def __init__(self, counts: Tensor, options: dict[str, Any]) -> None:
+        self._counts = counts
+        self._options = options
+
+    def reset(self) -> None:
+        """Forget all updates."""
+        self._counts = torch.zeros_like(self._counts)
+
+    def merge(self, other: "_Accumulator") -> None:
+        """Add what another accumulator of the same options has seen, in place.
+
+        Raises:
+            TypeError: ``other`` is of another class.
+            ValueError: its options differ.
+        """
+        if type(other) is not type(self):
+            raise TypeError(f"other must be a {type(self).__name__}; got {type(other).__name__}")
+        self._check_options("other", other._options)
+        self._add(other._counts.to(self._counts.device))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return a copy of the state: ``counts``, an int64 tensor, and ``options``, plain numbers and strings."""
+        return {"counts": self._counts.clone(), "options": dict(self._options)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the place of the accumulator that ``state_dict`` is of.
+
+        Raises:
+            ValueError: it is of other options, or no such state.
+        """
+        if set(state_dict) != {"counts", "options"}:
+            raise ValueError(f"state_dict must have the keys counts and options; got {sorted(state_dict)}")
+        self._check_options("state_dict", state_dict["options"])
+        counts = state_dict["counts"]
+        if not isinstance(counts, Tensor) or counts.shape != self._counts.shape or counts.dtype != torch.int64:
+            raise ValueError(f"state_dict's counts must be an int64 tensor of shape {tuple(self._counts.shape)}")
+        self._counts = counts.to(self._counts.device, copy=True)
+
+    def _check_options(self, name: str, options: dict[str, Any]) -> None:
+        if options != self._options:
+            raise ValueError(f"{name} must have been made with the options {self._options}; it has {options}")
+
+    def _add(self, counts: Tensor) -> None:
+        # The first update decides the device.
+        self._counts = self._counts.to(counts.device) + counts
+
+    def _total(self, all_processes: bool) -> Tensor:
+        """The counts of this process, or of all."""
+        distributed = torch.distributed
+        if not (all_processes and distributed.is_available() and distributed.is_initialized()):
+            return self._counts
+        # A process without updates does not know where the others' counts lie: the backend does.
+        device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else "cpu"
+        total = self._counts.to(device, copy=True)
+        distributed.all_reduce(total)
+        return total
+
+
+class UtilityMetrics(_Accumulator):
+    """Next-token utility over a stream of sequences.
+
+    Every row of an update is a whole sequence. For any batches, order, padding, processes and merges the result is the
+    correctly rounded mean of the same per-sequence values; those change only as the float32 divergence of a token does
+    when it is computed in another chunk.
+
+    Args:
+        top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
+        max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
+
+    Raises:
+        TypeError: an option is not an int.
+        ValueError: an option below 1.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.metrics import UtilityMetrics
+        >>> metrics = UtilityMetrics()
+        >>> clean = torch.tensor([[[0.0, 0.0], [0.0, 0.0]]])
+        >>> noisy = torch.tensor([[[0.0, 0.0], [0.0, 3.0]]]).log1p()
+        >>> per_sequence = metrics.update(noisy, clean, torch.ones(1, 2))
+        >>> round(metrics.compute()["next_token_utility/total_variation"], 4)
+        0.15
+    """
+
+    def __init__(self, top_k: int | None = None, *, max_chunk_bytes: int | None = None) -> None:
+        if top_k is not None:
+            check_rank("top_k", top_k, None)
+        self._max_chunk_bytes = validation.chunk_bytes(max_chunk_bytes)
+        self._top_k = top_k
+        # A sum for each mean, then how many sequences, tokens and predicted tokens there were.
+        means = len(ATTENDED_MEANS) + len(PREDICTED_MEANS)
+        super().__init__(torch.zeros(means * WIDTH + 3, dtype=torch.int64), {"top_k": top_k})
+
+    def update(
+        self, noisy_logits: Tensor, clean_logits: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Add a batch of sequences.
+
+        Args:
+            noisy_logits: (..., T, V).
+            clean_logits: of the same shape.
+            attention_mask: (..., T), nonzero = real token.
+            input_ids: (..., T), the tokens, for perplexities; None for none.
+
+        Returns:
+            The values of each sequence, as ``sgfast.metrics.utility.sequence_utility`` gives them.
+
+        Raises:
+            TypeError, ValueError: see ``sequence_utility``.
+        """
+        per_sequence = sequence_utility(
+            noisy_logits,
+            clean_logits,
+            attention_mask,
+            input_ids=input_ids,
+            top_k=self._top_k,
+            max_chunk_bytes=self._max_chunk_bytes,
+        )
+        self.add(per_sequence)
+        return per_sequence
+
+    def add(self, per_sequence: dict[str, Tensor]) -> None:
+        """Add sequences by their values: what ``sequence_utility`` or ``sequence_utility_from_hidden`` returned."""
+        attended, predicted = (per_sequence[name].flatten() for name in ("attended_tokens", "predicted_tokens"))
+        nothing = torch.zeros_like(per_sequence[ATTENDED_MEANS[0]]).flatten()
+        columns = [torch.where(attended > 0, per_sequence[name].flatten(), 0) for name in ATTENDED_MEANS]
+        for name in PREDICTED_MEANS:  # a mean over all tokens, as perplexity is defined
+            values = per_sequence[name].flatten() if name in per_sequence else nothing
+            columns.append(torch.where(predicted > 0, values * predicted, 0))
+        counts = torch.stack([(attended > 0).sum(), attended.sum(), predicted.sum()])
+        self._add(torch.cat([exact_sums(torch.stack(columns)).flatten(), counts]))
+
+    def _add(self, counts: Tensor) -> None:
+        super()._add(counts)
+        self._counts[:-3] = carried(self._counts[:-3].view(-1, WIDTH)).flatten()
+
+    def compute(self, *, all_processes: bool = True) -> dict[str, float]:
+        """Return the metrics of all updates, with one transfer from the device.
+
+        Args:
+            all_processes: under torch.distributed, of the updates of every process: each must call this, also one
+                without updates. False for this process's own.
+
+        Returns:
+            Means over sequences with an attended token: the keys of `UTILITY_DIVERGENCES` and
+            ``next_token_agreement``. Over all tokens whose next one is attended, exp of the mean cross-entropy:
+            ``clean_perplexity`` and ``noisy_perplexity``. NaN where there is nothing to take a mean of. Counts:
+            ``sequences``, ``attended_tokens``, ``predicted_tokens``.
+        """
+        total = self._total(all_processes).tolist()
+        sequences, attended, predicted = total[-3:]
+        names = (*ATTENDED_MEANS, *PREDICTED_MEANS)
+        sums = {name: total[i * WIDTH : (i + 1) * WIDTH] for i, name in enumerate(names)}
+        result = {name: quotient(sums[name], sequences) for name in ATTENDED_MEANS}
+        for side in ("clean", "noisy"):
+            mean = torch.tensor(quotient(sums[f"{side}_cross_entropy"], predicted), dtype=torch.float64)
+            result[f"{side}_perplexity"] = mean.exp().item()
+        return result | {"sequences": sequences, "attended_tokens": attended, "predicted_tokens": predicted}
+
+
+class PrivacyMetrics(_Accumulator):
+    """How many transformed tokens a nearest-neighbour attack finds, and how far down its list the others are.
+
+    It keeps how many tokens had each rank, V integers, from which all of these follow exactly. What the numbers prove
+    and what they do not is said by the functions of the same names in `sgfast.metrics.privacy`.
+
+    Args:
+        table: (V, D), the embedding table. It is not copied.
+        metric: ``"l2"`` or ``"cosine"``.
+        beta: the nearest-neighbour attack succeeds if the rank is below this.
+        r: the max-rank attack takes the r-th farthest token.
+        k: the ranks from which a token counts as transformed; None for those of 10, 100 and 1000 that are ≤ V.
+        max_chunk_bytes: bound on the search's temporaries; default 64 MiB.
+
+    Raises:
+        TypeError: the table is not a floating tensor, or a rank not an int.
+        ValueError: it is no table, a rank outside [1, V], or an unknown metric.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.metrics import PrivacyMetrics
+        >>> metrics = PrivacyMetrics(torch.eye(3), k=(1,))
+        >>> ranks = metrics.update(torch.eye(3)[[0, 1, 1]], torch.tensor([0, 1, 2]))
+        >>> metrics.compute()["mean_reconstruction_rank"]
+        0.6666666666666666
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        *,
+        metric: Metric = "l2",
+        beta: int = 1,
+        r: int = 1,
+        k: Sequence[int] | None = None,
+        max_chunk_bytes: int | None = None,
+    ) -> None:
+        validation.check_floating("table", table)
+        if table.dim() != 2 or 0 in table.shape:
+            raise ValueError(f"table must have shape (V, D), both at least 1; got {tuple(table.shape)}")
+        if metric not in METRICS:
+            raise ValueError(f"metric must be one of {METRICS}; got {metric!r}")
+        size = table.shape[0]
+        ranks = tuple(rank for rank in _TRANSFORMATION_RANKS if rank <= size) if k is None else tuple(k)
+        for name, rank in (("beta", beta), ("r", r), *(("k", rank) for rank in ranks)):
+            check_rank(name, rank, size)
+        if max_chunk_bytes is not None:
+            validation.chunk_bytes(max_chunk_bytes)
+        self._table, self._metric, self._max_chunk_bytes = table.detach(), metric, max_chunk_bytes
+        self._beta, self._r, self._k = beta, r, ranks
+        options = {"table_size": size, "metric": metric}
+        super().__init__(torch.zeros(size, dtype=torch.int64, device=table.device), options)
+
+    def update(self, transformed: Tensor, input_ids: Tensor, noise_mask: Tensor | None = None) -> Tensor:
+        """Add tokens.
+
+        Args:
+            transformed: (..., D) transformed embeddings.
+            input_ids: (...), the true tokens.
+            noise_mask: (...), nonzero = count this token; None for all.
+
+        Returns:
+            (...) int64, each counted token's rank, and −1 for the others: see `sgfast.metrics.privacy.token_ranks`.
+
+        Raises:
+            TypeError, ValueError: see ``token_ranks``.
+        """
+        ranks = token_ranks(
+            transformed,
+            self._table,
+            input_ids,
+            noise_mask,
+            metric=self._metric,
+            max_chunk_bytes=self._max_chunk_bytes,
+        )
+        self.add(ranks)
+        return ranks
+
+    def add(self, ranks: Tensor) -> None:
+        """Add tokens by their ranks: what ``token_ranks`` returned."""
+        ranks = ranks.flatten()
+        # In place of an index of −1, which there is none of, the first with a weight of 0.
+        self._add(torch.zeros_like(self._counts).scatter_add_(0, ranks.clamp(min=0), (ranks >= 0).to(torch.int64)))
+
+    def per_sequence(self, ranks: Tensor) -> dict[str, Tensor]:
+        """Return what ``compute`` does for each sequence alone, from ranks (..., T): means (...) in float64.
+
+        NaN where no token is counted; ``transformed_tokens`` in int64. Nothing is added.
+        """
+        counted, ranks = ranks >= 0, ranks.clamp(min=0)
+        tokens = counted.sum(-1)
+        means = {
+            name: torch.where(counted, values[ranks], 0).sum(-1).to(torch.float64) / tokens
+            for name, values in self._values_by_rank(ranks.device).items()
+        }
+        return means | {"transformed_tokens": tokens}
+
+    def _values_by_rank(self, device: torch.device) -> dict[str, Tensor]:
+        """What a token of each rank counts in each mean, (V,) int64."""
+        size = self._counts.shape[0]
+        rank = torch.arange(size, device=device)
+        values = {
+            "nearest_neighbor_failure_rate": rank >= self._beta,
+            "max_rank_failure_rate": rank != size - self._r,
+            "mean_reconstruction_rank": rank,
+        }
+        for k in self._k:
+            values[f"token_transformation_rate_{k}"] = rank >= k
+            values[f"symmetric_token_transformation_rate_{k}"] = (rank >= k) & (rank < size - k)
+        return {name: value.to(torch.int64) for name, value in values.items()}
+
+    def rank_counts(self, *, all_processes: bool = True) -> Tensor:
+        """Return how many tokens had each rank, (V,) int64; see ``compute`` for ``all_processes``."""
+        return self._total(all_processes).clone()
+
+    def compute(self, *, all_processes: bool = True) -> dict[str, float]:
+        """Return the metrics of all updates, with one transfer from the device.
+
+        Args:
+            all_processes: under torch.distributed, of the updates of every process: each must call this, also one
+                without updates. False for this process's own.
+
+        Returns:
+            Over all counted tokens ``nearest_neighbor_failure_rate``, ``max_rank_failure_rate``,
+            ``mean_reconstruction_rank`` and, for every k, ``token_transformation_rate_{k}`` and
+            ``symmetric_token_transformation_rate_{k}``; NaN without a token. The count: ``transformed_tokens``.
+        """
+        counts = self._total(all_processes)
+        sums = {name: (counts * values).sum() for name, values in self._values_by_rank(counts.device).items()}
+        *totals, tokens = torch.stack([*sums.values(), counts.sum()]).tolist()
+        means = {name: total / tokens if tokens else torch.nan for name, total in zip(sums, totals, strict=True)}
+        return means | {"transformed_tokens": tokens}

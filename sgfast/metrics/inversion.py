@@ -1,0 +1,357 @@
+r"""An attack that is trained: from pairs of a token and its transformed embedding, read tokens off unseen texts.
+
+Anyone who can run a transform can make such pairs. The decoder scores every token v of the table E by
+
+    score(v | x̃) = −‖g(x̃) − e_v‖² / (2 s²) + prior_v,   g(x̃) = A x̃ + c + MLP(x̃)
+
+It starts where a Gaussian model of the transform is right: prior_v is the log of v's smoothed frequency in the training
+text, c the mean of x − x̃, s² what remains, and A either the identity or the ridge regression of x on x̃, whichever
+reads more of a validation part of the training text. From there all of it is trained by cross-entropy, and the epoch
+that reads most of the validation part is kept.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sgfast.metrics.utility import check_token_ids
+from sgfast.ops import validation
+from sgfast.ops.nearest import nearest_embeddings
+from sgfast.ops.precision import full_precision_products
+
+_CHUNK_BYTES = 64 * 2**20
+# Scores, their softmax and gradients, in float32.
+_BYTES_PER_SCORE = 16
+_VALIDATION_FRACTION = 0.1
+_SMALLEST_VARIANCE = 1e-6
+# Epochs without progress after which training ends.
+_PATIENCE = 3
+
+
+class InversionResult(NamedTuple):
+    """Failure rates on held-out text, fractions of its selected tokens, and what they rest on."""
+
+    failure_rate: float  # of the trained attack
+    nearest_neighbor_failure_rate: float  # of the untrained one, on the same tokens
+    unigram_failure_rate: float  # of always guessing the training text's most frequent token
+    shuffled_failure_rate: float  # of the same attack on embeddings dealt out to the wrong tokens
+    training_tokens: int
+    held_out_tokens: int
+    held_out_sequences: int
+
+
+class _Decoder(nn.Module):
+    """``score``, over a table (V, D) that it does not own."""
+
+    def __init__(self, table: Tensor, hidden_size: int, generator: torch.Generator) -> None:
+        super().__init__()
+        width, device = table.shape[1], table.device
+        self.linear = nn.Linear(width, width, device=device)
+        self.hidden = nn.Linear(width, hidden_size, device=device)
+        self.output = nn.Linear(hidden_size, width, device=device)
+        # Drawn on the CPU: the same numbers on every device.
+        initial = torch.randn(self.hidden.weight.shape, generator=generator) / width**0.5
+        with torch.no_grad():
+            self.hidden.weight.copy_(initial)
+            for parameter in (self.hidden.bias, self.output.weight, self.output.bias, self.linear.bias):
+                parameter.zero_()
+            self.linear.weight.copy_(torch.eye(width))
+        self.log_precision = nn.Parameter(torch.zeros((), device=device))
+        self.prior = nn.Parameter(torch.zeros(table.shape[0], device=device))
+
+    def forward(self, transformed: Tensor, table: Tensor, half_squares: Tensor) -> Tensor:
+        guess = self.linear(transformed) + self.output(nn.functional.gelu(self.hidden(transformed)))
+        # Without ‖g‖², which is the same for all tokens.
+        scores: Tensor = self.log_precision.exp() * (guess @ table.T - half_squares) + self.prior
+        return scores
+
+
+class LearnedInversionAttack:
+    """Train a decoder from transformed embeddings to tokens, and measure it on text it was not trained on.
+
+    A low failure rate proves that the text can be read by someone who can run the transform. A high one proves only
+    that this decoder, trained on this many tokens, fails: more pairs, several draws of the same text, or a decoder that
+    reads neighbouring tokens and knows the language may do better. It is no bound.
+
+    ``evaluate`` guards against the ways in which such an attack looks better than it is:
+
+    * Sequences, never single tokens, are held out, and equal ones stay on one side. Texts that overlap without being
+      equal (pieces of a document, boilerplate) are told apart only by ``groups``.
+    * The epoch is chosen on a part of the training text, the held-out text is used once.
+    * ``unigram_failure_rate`` is what the token frequencies alone give. What the attack learns from the embeddings is
+      the difference to it, not to 1.
+    * ``shuffled_failure_rate`` is that of an attack trained and measured on embeddings that were dealt out at random to
+      other tokens of the same part. It must not lie clearly below the unigram one: if it does, something other than
+      the embedding gives the tokens away.
+
+    Args:
+        table: (V, D), the embedding table, which the attacker knows.
+        hidden_size: of the MLP; None for 2 D.
+        epochs: most passes over the training text, each of some 4 V D multiplications a token; it ends before where
+            three of them read no more of the validation part. 0 for the closed-form start alone.
+        batch_size: tokens a step.
+        learning_rate: Adam's, for embeddings scaled to a mean square of 1.
+        held_out_fraction: of the tokens, in (0, 1).
+        seed: of the split, the order of batches and the MLP. The same seed gives the same numbers on one machine.
+        max_chunk_bytes: bound on the scores at once, with their gradients; at least one token's. Default 64 MiB. The
+            selected embeddings and the table are copied in float32 besides.
+
+    Raises:
+        TypeError: the table is not a floating tensor.
+        ValueError: it is no table, or an option out of range.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.metrics.privacy import LearnedInversionAttack
+        >>> generator = torch.Generator().manual_seed(0)
+        >>> table = torch.randn(20, 8, generator=generator)
+        >>> input_ids = torch.randint(0, 20, (50, 10), generator=generator)
+        >>> result = LearnedInversionAttack(table).evaluate(-table[input_ids], input_ids)  # all turned around
+        >>> result.nearest_neighbor_failure_rate, result.failure_rate
+        (1.0, 0.0)
+    """
+
+    def __init__(
+        self,
+        table: Tensor,
+        *,
+        hidden_size: int | None = None,
+        epochs: int = 10,
+        batch_size: int = 256,
+        learning_rate: float = 1e-3,
+        held_out_fraction: float = 0.2,
+        seed: int = 0,
+        max_chunk_bytes: int | None = None,
+    ) -> None:
+        validation.check_floating("table", table)
+        if table.dim() != 2 or 0 in table.shape:
+            raise ValueError(f"table must have shape (V, D), both at least 1; got {tuple(table.shape)}")
+        for name, value, least in (
+            ("hidden_size", hidden_size, 1),
+            ("epochs", epochs, 0),
+            ("batch_size", batch_size, 1),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}; got {value}")
+        if not learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive; got {learning_rate}")
+        if not 0 < held_out_fraction < 1:
+            raise ValueError(f"held_out_fraction must lie between 0 and 1; got {held_out_fraction}")
+        self._max_bytes = _CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
+        self._hidden_size = hidden_size or 2 * table.shape[1]
+        self._epochs, self._batch_size, self._learning_rate = epochs, batch_size, learning_rate
+        self._held_out_fraction, self._seed = held_out_fraction, seed
+        with torch.inference_mode(False), torch.no_grad():
+            self._scale = float(table.to(torch.float32).square().mean().sqrt()) or 1.0
+            self._table = table.to(torch.float32) / self._scale
+            self._half_squares = self._table.square().sum(-1) / 2
+        self._decoder: _Decoder | None = None
+
+    def evaluate(
+        self, transformed: Tensor, input_ids: Tensor, noise_mask: Tensor | None = None, groups: Tensor | None = None
+    ) -> InversionResult:
+        """Train on a part of the sequences, and on the others count the tokens that the attack fails to read.
+
+        Args:
+            transformed: (B, T, D) transformed embeddings of B sequences.
+            input_ids: (B, T), the true tokens.
+            noise_mask: (B, T), nonzero = a transformed token; None for all.
+            groups: (B,) integers: sequences of one group, of one document for instance, are never on both sides; None
+                for groups of equal sequences.
+
+        Returns:
+            An `InversionResult`. The attack trained for ``failure_rate`` is the one that ``predict`` then uses.
+
+        Raises:
+            TypeError: an argument's type.
+            ValueError: shapes do not fit, a token outside [0, V), or fewer than three groups with a selected token.
+        """
+        embeddings, tokens, sequence, group = self._selected(transformed, input_ids, noise_mask, groups)
+        generator = torch.Generator().manual_seed(self._seed)
+        held_out = _held_out(group, self._held_out_fraction, generator, least=3)
+        self._fit(embeddings[~held_out], tokens[~held_out], group[~held_out])
+        targets = tokens[held_out]
+
+        def failures(guesses: Tensor) -> float:
+            return (guesses != targets).double().mean().item()
+
+        failure_rate = failures(self._predict(embeddings[held_out]))
+        nearest = nearest_embeddings(embeddings[held_out], self._table, max_chunk_bytes=self._max_bytes)[1]
+        most_frequent = torch.bincount(tokens[~held_out], minlength=self._table.shape[0]).argmax()
+
+        shuffled = embeddings.clone()
+        for part in (held_out, ~held_out):
+            rows = part.nonzero().squeeze(-1)
+            shuffled[rows] = embeddings[rows[torch.randperm(len(rows), generator=generator).to(rows.device)]]
+        attack, self._decoder = self._decoder, None
+        self._fit(shuffled[~held_out], tokens[~held_out], group[~held_out])
+        shuffled_failure_rate = failures(self._predict(shuffled[held_out]))
+        self._decoder = attack
+        return InversionResult(
+            failure_rate=failure_rate,
+            nearest_neighbor_failure_rate=failures(nearest.squeeze(-1)),
+            unigram_failure_rate=failures(most_frequent),
+            shuffled_failure_rate=shuffled_failure_rate,
+            training_tokens=int((~held_out).sum()),
+            held_out_tokens=int(held_out.sum()),
+            held_out_sequences=len(torch.unique(sequence[held_out])),
+        )
+
+    def fit(
+        self, transformed: Tensor, input_ids: Tensor, noise_mask: Tensor | None = None, groups: Tensor | None = None
+    ) -> None:
+        """Train on all of the sequences; see ``evaluate`` for the arguments and errors. Two groups are enough."""
+        embeddings, tokens, _, group = self._selected(transformed, input_ids, noise_mask, groups)
+        self._fit(embeddings, tokens, group)
+
+    def predict(self, transformed: Tensor) -> Tensor:
+        """Read tokens (...), int64, off transformed embeddings (..., D).
+
+        Raises:
+            RuntimeError: the attack was not trained.
+            TypeError, ValueError: not a floating tensor of the table's width.
+        """
+        self._check_width(transformed)
+        if self._decoder is None:
+            raise RuntimeError("the attack must be trained, by fit or evaluate, before it predicts")
+        flat = transformed.detach().reshape(-1, transformed.shape[-1]).to(torch.float32) / self._scale
+        return self._predict(flat).view(transformed.shape[:-1])
+
+    def _check_width(self, transformed: Tensor) -> None:
+        validation.check_floating("transformed", transformed)
+        validation.check_device("transformed", transformed, "table", self._table)
+        if transformed.dim() == 0 or transformed.shape[-1] != self._table.shape[1]:
+            raise ValueError(
+                f"transformed must have shape (..., {self._table.shape[1]}), the width of table; "
+                f"got {tuple(transformed.shape)}"
+            )
+
+    def _selected(
+        self, transformed: Tensor, input_ids: Tensor, noise_mask: Tensor | None, groups: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Selected tokens' scaled embeddings (n, D), ids, sequences and groups (n,) each."""
+        self._check_width(transformed)
+        if transformed.dim() != 3:
+            raise ValueError(f"transformed must have shape (B, T, D); got {tuple(transformed.shape)}")
+        check_token_ids(input_ids, transformed.shape[:-1])
+        mask = validation.row_mask(noise_mask, "noise_mask", "transformed", transformed)
+        selected = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
+        if groups is None:
+            groups = _groups_of_equal_sequences(input_ids, selected)
+        elif groups.shape != input_ids.shape[:1]:
+            raise ValueError(f"groups must have shape {tuple(input_ids.shape[:1])}; got {tuple(groups.shape)}")
+        tokens = input_ids[selected].to(torch.int64)
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._table.shape[0]:
+            raise ValueError(f"selected input_ids must lie in [0, {self._table.shape[0]}), the rows of table")
+        sequence = selected.nonzero()[:, 0]
+        with torch.inference_mode(False):
+            embeddings = transformed.detach()[selected].to(torch.float32) / self._scale
+            return embeddings, tokens.clone(), sequence, groups.to(sequence.device)[sequence]
+
+    def _fit(self, embeddings: Tensor, tokens: Tensor, group: Tensor) -> None:
+        generator = torch.Generator().manual_seed(self._seed)
+        validating = _held_out(group, _VALIDATION_FRACTION, generator, least=2)
+        training_set, validation_set = (
+            (embeddings[part].clone(), tokens[part].clone()) for part in (~validating, validating)
+        )
+        device = self._table.device
+        with torch.inference_mode(False), torch.enable_grad(), full_precision_products(device):
+            decoder = self._decoder = _Decoder(self._table, self._hidden_size, generator)
+            best = self._start(decoder, *training_set, *validation_set)
+            state = _copy_of(decoder)
+            optimizer = torch.optim.Adam(decoder.parameters(), self._learning_rate)
+            best_epoch = -1
+            for epoch in range(self._epochs):
+                order = torch.randperm(len(training_set[1]), generator=generator).to(device)
+                for batch in torch.split(order, self._batch_size):
+                    self._step(decoder, optimizer, training_set[0][batch], training_set[1][batch])
+                if (read := self._count_read(*validation_set)) > best:
+                    best, best_epoch, state = read, epoch, _copy_of(decoder)
+                if epoch - best_epoch >= _PATIENCE:
+                    break
+            decoder.load_state_dict(state)
+
+    @torch.no_grad()
+    def _start(
+        self,
+        decoder: _Decoder,
+        embeddings: Tensor,
+        tokens: Tensor,
+        validation_embeddings: Tensor,
+        validation_tokens: Tensor,
+    ) -> int:
+        """Put the decoder at the better of its two closed forms; return how many validation tokens that reads."""
+        size, width = self._table.shape
+        frequencies = torch.bincount(tokens, minlength=size) + 1
+        decoder.prior.copy_((frequencies / frequencies.sum()).log())
+        clean = self._table[tokens]
+        mean, clean_mean = embeddings.mean(0), clean.mean(0)
+        residual = (clean - clean_mean) - (embeddings - mean)
+        variance = residual.square().mean().clamp(min=_SMALLEST_VARIANCE)
+        centered = (embeddings - mean).to(torch.float64)
+        # Entries of A − I are taken for N(0, 1/D), as those of a random rotation are.
+        penalty = width * variance.to(torch.float64) * torch.eye(width, dtype=torch.float64, device=mean.device)
+        change = torch.linalg.solve(centered.T @ centered + penalty, centered.T @ residual.to(torch.float64))
+        regression = torch.eye(width, device=mean.device) + change.T.to(torch.float32)
+        found: list[tuple[int, dict[str, Tensor]]] = []
+        for matrix in (torch.eye(width, device=mean.device), regression):
+            decoder.linear.weight.copy_(matrix)
+            decoder.linear.bias.copy_(clean_mean - matrix @ mean)
+            remaining = (clean - decoder.linear(embeddings)).square().mean().clamp(min=_SMALLEST_VARIANCE)
+            decoder.log_precision.copy_(-remaining.log())
+            found.append((self._count_read(validation_embeddings, validation_tokens), _copy_of(decoder)))
+        best, state = max(found, key=lambda start: start[0])
+        decoder.load_state_dict(state)
+        return best
+
+    def _step(self, decoder: _Decoder, optimizer: torch.optim.Optimizer, embeddings: Tensor, tokens: Tensor) -> None:
+        optimizer.zero_grad()
+        for some, targets in zip(*(torch.split(part, self._rows()) for part in (embeddings, tokens)), strict=True):
+            scores = decoder(some, self._table, self._half_squares)
+            loss = nn.functional.cross_entropy(scores, targets, reduction="sum") / len(tokens)
+            loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+
+    def _rows(self) -> int:
+        return max(1, self._max_bytes // (_BYTES_PER_SCORE * self._table.shape[0]))
+
+    def _count_read(self, embeddings: Tensor, tokens: Tensor) -> int:
+        return int((self._predict(embeddings) == tokens).sum())
+
+    @torch.no_grad()
+    def _predict(self, embeddings: Tensor) -> Tensor:
+        assert self._decoder is not None
+        with full_precision_products(self._table.device):
+            guesses = [
+                self._decoder(some, self._table, self._half_squares).argmax(-1)
+                for some in torch.split(embeddings, self._rows())
+            ]
+        return torch.cat(guesses)
+
+
+def _groups_of_equal_sequences(input_ids: Tensor, selected: Tensor) -> Tensor:
+    """A number for each row; the same for rows that select the same tokens in the same order."""
+    known: dict[tuple[int, ...], int] = {}
+    rows = zip(input_ids.tolist(), selected.tolist(), strict=True)
+    keys = [tuple(token for token, used in zip(*row, strict=True) if used) for row in rows]
+    return torch.tensor([known.setdefault(key, len(known)) for key in keys], dtype=torch.int64)
+
+
+def _held_out(group: Tensor, fraction: float, generator: torch.Generator, least: int) -> Tensor:
+    """Which tokens to hold out: those of random whole groups, the fewest that make up the fraction, never all."""
+    found, index, tokens = torch.unique(group, return_inverse=True, return_counts=True)
+    if len(found) < least:
+        raise ValueError(f"at least {least} different sequences with a selected token are needed; got {len(found)}")
+    order = torch.randperm(len(found), generator=generator).to(group.device)
+    before = tokens[order].cumsum(0) - tokens[order]
+    chosen = before < fraction * tokens.sum()
+    # Groups remain for training, also if one of them is nearly everything.
+    chosen[1 - least :] = False
+    held_out = torch.empty_like(chosen)
+    held_out[order] = chosen
+    return held_out[index]
+
+
+def _copy_of(decoder: _Decoder) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in decoder.state_dict().items()}
