@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sgfast.utils.records import TextUnit
+
 app = typer.Typer(
     name="sgfast",
     help="Train, measure and use Stained Glass Transforms.",
@@ -50,27 +52,63 @@ def demo(
 
 
 @app.command()
+def train(
+    config: Annotated[Path | None, typer.Argument(help="A YAML file of settings (docs/training.md).")] = None,
+    data: Annotated[Path | None, typer.Option(help="Text or JSONL file (keys text or messages).")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
+    loss: Annotated[str | None, typer.Option(help="Name of the loss, distillation or jigsaw, say.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records of a micro-batch, on each device.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches of a step.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Tokens kept of a record.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, after the warm-up.")] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same numbers on one machine.")] = None,
+    override: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting: --set loss.alpha=0.3")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+) -> None:
+    """Train a transform over any causal language model. Flags override the YAML file."""
+    from sgfast.cli.train import run_train
+
+    flags = {
+        "data": data,
+        "model": model,
+        "out": out,
+        "loss.name": loss,
+        "steps": steps,
+        "batch_size": batch_size,
+        "accumulation": accumulation,
+        "max_length": max_length,
+        "learning_rate": learning_rate,
+        "precision": precision,
+        "seed": seed,
+    }
+    run_train(config, flags, override or [], resume)
+
+
+@app.command()
 def transform(
     file: Annotated[Path, typer.Argument(help="A transform saved for clients.")],
-    prompt: Annotated[str, typer.Option(help="The user's message.")],
     out: Annotated[Path, typer.Option(help="Where to write inputs_embeds and attention_mask (safetensors).")],
+    prompt: Annotated[str | None, typer.Option(help="The user's message.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Or a text or JSONL file: tensors KEY.inputs_embeds and KEY.attention_mask.")
+    ] = None,
+    text_unit: Annotated[TextUnit, typer.Option(help="What a record of a text file is.")] = "line",
     seed: Annotated[
         int | None,
         typer.Option(min=0, max=2**64 - 1, help="To repeat an output; default: fresh randomness.", show_default=False),
     ] = None,
 ) -> None:
-    """Transform a prompt into embeddings for a server: the client's half."""
-    from safetensors.torch import save_file
+    """Transform a prompt, or the texts and chats of a file, into embeddings for a server: the client's half."""
+    from sgfast.cli.transform import run_transform
 
-    from sgfast.client import StainedGlassTransformForText
-    from sgfast.utils.files import replacing
-
-    client = StainedGlassTransformForText.from_pretrained(file)
-    encoded = client.encode([{"role": "user", "content": prompt}], seed=seed)
-    with replacing(out) as temporary:
-        save_file(encoded, temporary)
-    batch, tokens, width = encoded["inputs_embeds"].shape
-    typer.echo(f"wrote {out}: {batch} x {tokens} tokens x {width} features")
+    run_transform(file=file, prompt=prompt, data=data, out=out, seed=seed, text_unit=text_unit)
 
 
 @app.command()

@@ -3,7 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-_EXTRAS = {"typer", "rich", "transformers", "tokenizers", "safetensors", "matplotlib", "gguf"}
+_IN_DEMO = ("accelerate", "gguf", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "typer", "yaml")
+_EXTRAS = {**dict.fromkeys(_IN_DEMO, "demo"), "peft": "peft"}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
-        _fail(f"this command needs {error.name}: pip install 'sgfast[demo]'")
+        _fail(f"this command needs {error.name}: pip install 'sgfast[{_EXTRAS[error.name]}]'")
 
 
 def _fail(message: str) -> None:

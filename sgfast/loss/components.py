@@ -8,6 +8,8 @@ is a float32 scalar (float64 for float64 inputs) whatever the model's dtype.
 import torch
 from torch import Tensor
 
+from sgfast.ops.gaussian import pairwise_gaussian_kl
+
 
 def wide(values: Tensor) -> Tensor:
     """Float32, or float64 for float64 values."""
@@ -71,6 +73,66 @@ def input_embedding_similarity(
     return masked_mean(cosine_similarity, selected, count)
 
 
+def absolute_cosine_similarity(
+    cosine_similarity: Tensor, selected: Tensor, count: Tensor | float | None = None
+) -> Tensor:
+    """Mean of |cos(x, x~)| over selected tokens: opposite embeddings reveal as much as equal ones.
+
+    Args:
+        cosine_similarity: (B, T), of `sgfast.ops.hidden_distances`.
+        selected: (B, T) bool, n & a.
+        count: number of selected tokens, in place of the batch's own.
+    """
+    return masked_mean(cosine_similarity.abs(), selected, count)
+
+
+def median_norm_penalty(
+    shifted: Tensor, median_norm: float, selected: Tensor, count: Tensor | float | None = None
+) -> Tensor:
+    """Mean of |‖x·keep + mu‖ − m| over selected tokens, m a typical norm of the untransformed embeddings.
+
+    Args:
+        shifted: (B, T, D), x·keep + mu: what is transformed, less its noise.
+        median_norm: m, of `sgfast.model.median_norm.median_target_norm`.
+        selected: (B, T) bool, n & a.
+        count: number of selected tokens, in place of the batch's own.
+    """
+    norms = torch.linalg.vector_norm(torch.where(selected[..., None], wide(shifted), 0), dim=-1)
+    return masked_mean((norms - median_norm).abs(), selected, count)
+
+
+def mutual_information(
+    mean: Tensor,
+    std: Tensor,
+    selected: Tensor,
+    attended: Tensor,
+    suppressed: Tensor | None = None,
+    combine_noise_masks: bool = True,
+) -> Tensor:
+    """Mean of KL(N_i ‖ N_j) per common feature over rows i of the first and j of the second half of the batch.
+
+    N is the transform's distribution, N(mean, std²). The mean of all pairs' KL bounds what a transformed text tells
+    about which text it was (see `sgfast.metrics.information_bounds`), in nats; per feature, and by halves, is our
+    choice. Pairs without a common feature leave the mean; without any pair it is 0 with zero gradients.
+
+    Args:
+        mean: (B, T, D), x + mu; B ≥ 2. Of an odd batch the second half is the larger one.
+        std: (B, T, D), positive where used.
+        selected: (B, T) bool, n & a.
+        attended: (B, T) bool, a.
+        suppressed: (B, T, D) bool, features that no pair of their row uses.
+        combine_noise_masks: a pair uses the positions of n_i & n_j & a_i & a_j; False: of n_i & a_i & a_j.
+    """
+    half = mean.shape[0] // 2
+    of_first, of_second = selected[:half], (selected if combine_noise_masks else attended)[half:]
+    if suppressed is not None:
+        of_first = of_first[..., None] & ~suppressed[:half]
+        of_second = of_second[..., None] & ~suppressed[half:]
+    kl, features = pairwise_gaussian_kl(mean[:half], std[:half], mean[half:], std[half:], of_first, of_second)
+    in_common = features > 0
+    return masked_mean(kl / features.clamp(min=1), in_common)
+
+
 def inverse_l2_power_law_catalyst(
     l2: Tensor,
     characteristic_length: float,
@@ -117,3 +179,41 @@ def distillation_layer_l2_distance(
         count: number of counted positions, in place of the batch's own.
     """
     return masked_mean(normalized_l2, counted, count)
+
+
+def distillation_cross_entropy(cross_entropy: Tensor, counted: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """Mean of −Σ q log p over counted positions, q the clean and p the noisy next-token distribution, in nats.
+
+    Args:
+        cross_entropy: (B, T), of `sgfast.ops.divergences`.
+        counted: (B, T) bool, l & a.
+        count: number of counted positions, in place of the batch's own.
+    """
+    return masked_mean(cross_entropy, counted, count)
+
+
+def distillation_protection_l2(normalized_l2: Tensor, counted: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """Mean of 2 (1 − sigmoid(‖u − v‖ / ‖v‖)) over counted positions: 1 where equal, towards 0 far apart.
+
+    Of u the teacher's noisy and v its clean output: small when the base model cannot read transformed tokens. Bounded
+    (our choice), so that a term that wants distance cannot outweigh those that want closeness.
+
+    Args:
+        normalized_l2: (B, T), of `sgfast.ops.hidden_distances`.
+        counted: (B, T) bool, l & a, or a.
+        count: number of counted positions, in place of the batch's own.
+    """
+    return masked_mean(2 * torch.sigmoid(-normalized_l2), counted, count)
+
+
+def clean_embedding_performance(normalized_l2: Tensor, counted: Tensor, count: Tensor | float | None = None) -> Tensor:
+    """The formula of `distillation_protection_l2`, of the student's clean output and the teacher's.
+
+    Small when the student cannot read untransformed tokens.
+
+    Args:
+        normalized_l2: (B, T), of `sgfast.ops.hidden_distances`.
+        counted: (B, T) bool, l & a.
+        count: number of counted positions, in place of the batch's own.
+    """
+    return distillation_protection_l2(normalized_l2, counted, count)

@@ -1,13 +1,17 @@
 """What every loss factory shares: the three functions it returns, the types of their values, argument checks."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Protocol, TypedDict, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypedDict, cast
 
 import torch
 from torch import Tensor
 
 from sgfast.model.capture import Capture, Consumer
+from sgfast.model.decoder import resolve_layer_index
+from sgfast.model.noise_loss import check_interpolation
+from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
+from sgfast.noise_layer.arguments import check_log_scale, check_real
 
 Normalizers = Mapping[str, Tensor | float]
 
@@ -17,9 +21,15 @@ class ComponentLossesDict(TypedDict, total=False):
 
     std_log_ratio: Tensor
     input_embedding_similarity: Tensor
+    absolute_cosine_similarity: Tensor
+    median_norm_penalty: Tensor
+    mutual_information: Tensor
+    inverse_l2_power_law_catalyst: Tensor
     distillation_layer_cosine_distance: Tensor
     distillation_layer_l2_distance: Tensor
-    inverse_l2_power_law_catalyst: Tensor
+    distillation_cross_entropy: Tensor
+    distillation_protection_l2: Tensor
+    clean_embedding_performance: Tensor
     total: Tensor
 
 
@@ -30,11 +40,17 @@ class HyperparametersDict(TypedDict, total=False):
     alpha: float
     std_log_ratio_loss_weight: float
     input_embedding_similarity_loss_weight: float
-    distillation_layer_cosine_distance_loss_weight: float
-    distillation_layer_l2_distance_loss_weight: float
+    absolute_cosine_similarity_penalty_weight: float
+    median_norm_penalty_weight: float
+    mutual_information_loss_weight: float
     inverse_l2_power_law_catalyst_loss_weight: float
     inverse_l2_power_law_characteristic_length: float
     inverse_l2_power_law_exponent_of_decay: float
+    distillation_layer_cosine_distance_loss_weight: float
+    distillation_layer_l2_distance_loss_weight: float
+    distillation_cross_entropy_loss_weight: float
+    distillation_protection_l2_loss_weight: float
+    clean_embedding_performance_on_student_model_loss_weight: float
 
 
 class LossFunction(Protocol):
@@ -46,40 +62,140 @@ class LossFunction(Protocol):
 
 LossFunctions = tuple[LossFunction, Callable[[], ComponentLossesDict], Callable[[], HyperparametersDict]]
 
+_WEIGHTED = {
+    "std_log_ratio_loss_weight": "std_log_ratio",
+    "input_embedding_similarity_loss_weight": "input_embedding_similarity",
+    "absolute_cosine_similarity_penalty_weight": "absolute_cosine_similarity",
+    "median_norm_penalty_weight": "median_norm_penalty",
+    "mutual_information_loss_weight": "mutual_information",
+    "inverse_l2_power_law_catalyst_loss_weight": "inverse_l2_power_law_catalyst",
+    "distillation_layer_cosine_distance_loss_weight": "distillation_layer_cosine_distance",
+    "distillation_layer_l2_distance_loss_weight": "distillation_layer_l2_distance",
+    "distillation_cross_entropy_loss_weight": "distillation_cross_entropy",
+    "distillation_protection_l2_loss_weight": "distillation_protection_l2",
+    "clean_embedding_performance_on_student_model_loss_weight": "clean_embedding_performance",
+}
+_POSITIVE = ("inverse_l2_power_law_characteristic_length", "inverse_l2_power_law_exponent_of_decay")
+# The others measure the transform's strength: alpha weighs them.
+_UTILITY = (
+    "distillation_layer_cosine_distance",
+    "distillation_layer_l2_distance",
+    "distillation_protection_l2",
+    "clean_embedding_performance",
+)
+# The others read the transform alone.
+READ_OUTPUTS = (*_UTILITY, "distillation_cross_entropy")
+_NEED_LOG_SIGMA = ("std_log_ratio", "mutual_information")
+
+
+class Weights(NamedTuple):
+    """What a factory's weights ask for."""
+
+    wanted: frozenset[str]  # components of weight > 0: what is computed
+    final: dict[str, float]  # with alpha
+
+
+def check_hyperparameters(
+    noisy_model: NoiseMaskedNoisyTransformerModel, hyperparameters: HyperparametersDict
+) -> Weights:
+    """Check a factory's numbers and return the weights of its components."""
+    arguments = cast(dict[str, Any], hyperparameters)
+    alpha = check_interpolation(arguments["alpha"]) if "alpha" in arguments else None
+    weights = {}
+    for argument, component in _WEIGHTED.items():
+        if argument in arguments:
+            weights[component] = check_real(argument, arguments[argument])
+            if not 0 <= weights[component] < math.inf:
+                raise ValueError(f"{argument} must be finite and not negative; got {arguments[argument]}")
+    for argument in _POSITIVE:
+        if argument in arguments and not check_real(argument, arguments[argument]) > 0:
+            raise ValueError(f"{argument} must be positive; got {arguments[argument]}")
+    wanted = frozenset(component for component, weight in weights.items() if weight)
+    if alpha is not None:
+        weights = {name: ((1 - alpha) if name in _UTILITY else alpha) * weight for name, weight in weights.items()}
+    if not any(weights.values()):
+        raise ValueError(f"alpha and the weights leave nothing to minimise: {', '.join(weights)} all weigh 0")
+    if not wanted.isdisjoint(_NEED_LOG_SIGMA):
+        check_log_scale(noisy_model.noise_layer.scale)
+    return Weights(wanted, weights)
+
+
+def check_noisy_model(
+    name: str, noisy_model: Any, kind: type[NoiseMaskedNoisyTransformerModel] = NoiseMaskedNoisyTransformerModel
+) -> None:
+    """Check for a noisy language model."""
+    if not isinstance(noisy_model, kind):
+        raise TypeError(f"{name} must be a {kind.__name__}; got {type(noisy_model).__name__}")
+
+
+def resolve_distillation_layer(
+    noisy_model: NoiseMaskedNoisyTransformerModel, distillation_layer_index: int | None
+) -> int | None:
+    """The 0-based index of a decoder layer, checked; None for the logits."""
+    if distillation_layer_index is None:
+        return None
+    return resolve_layer_index(noisy_model.base_model, distillation_layer_index)
+
+
+def attach(noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, wanted: frozenset[str]) -> Consumer:
+    """Let forwards keep what the wanted components read: a layer's outputs or the logits, beside the transform."""
+    return attach_reader(noisy_model, layer, not wanted.isdisjoint(READ_OUTPUTS))
+
+
+def attach_reader(
+    noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, reads: bool, **halves: bool
+) -> Consumer:
+    """Let forwards keep a layer's outputs, or the logits for None, if anything ``reads`` them."""
+    layers = frozenset({layer}) if reads and layer is not None else frozenset[int]()
+    return noisy_model.attach(layers=layers, logits=reads and layer is None, **halves)
+
 
 def loss_functions(
-    consumer: Consumer,
-    compute: Callable[[Capture, Tensor, Normalizers], tuple[Tensor, ComponentLossesDict]],
+    consumers: Mapping[str, Consumer],
+    compute: Callable[[Sequence[Capture], Tensor, Normalizers], dict[str, Tensor]],
+    weights: Mapping[str, float],
     hyperparameters: HyperparametersDict,
 ) -> LossFunctions:
-    """Build a factory's three functions, each callable once after a forward.
+    """Build a factory's three functions, each callable once after a forward of every model.
 
     Args:
-        consumer: attached to the model.
-        compute: from a forward, the counted positions (B, T) bool (l & a) and normalizers to loss and components.
+        consumers: what is attached to each model, by what errors call the model.
+        compute: from a forward of each model, the counted positions (B, T) bool (l & a) and normalizers to components.
+        weights: of the components.
         hyperparameters: what the last function returns.
     """
     state = _State()
+    names = " and of ".join(consumers)
+
+    def forwards() -> tuple[int, ...]:
+        return tuple(consumer.forwards for consumer in consumers.values())
 
     def loss(loss_mask: Tensor, *, normalizers: Normalizers | None = None) -> Tensor:
-        attended = consumer.pending("the loss").attention_mask
+        missing = [name for name, consumer in consumers.items() if not consumer.has_forward]
+        if missing:
+            raise RuntimeError(f"the loss needs a forward pass of {' and of '.join(missing)} since its last call")
+        captures = [consumer.pending("the loss") for consumer in consumers.values()]
+        attended = captures[0].attention_mask
         _check_loss_arguments(loss_mask, attended, normalizers)
-        total, components = compute(consumer.take("the loss"), (loss_mask != 0) & attended, normalizers or {})
-        values = cast(dict[str, Tensor], components) | {"total": total}
-        state.components = cast(ComponentLossesDict, {name: value.detach() for name, value in values.items()})
-        state.computed_at = consumer.forwards
+        components = compute(captures, (loss_mask != 0) & attended, normalizers or {})
+        for consumer in consumers.values():
+            consumer.take("the loss")
+        total = weighted_sum(components, weights)
+        detached = {name: value.detach() for name, value in (components | {"total": total}).items()}
+        state.components, state.computed_at = cast(ComponentLossesDict, detached), forwards()
         return total
 
     def get_losses() -> ComponentLossesDict:
         components, state.components = state.components, None
-        if components is None or state.computed_at != consumer.forwards:
+        if components is None or state.computed_at != forwards():
             raise RuntimeError("get_losses needs a call of the loss since its own last call and the last forward")
         return components
 
     def get_hyperparameters() -> HyperparametersDict:
-        if state.reported_at == consumer.forwards:
-            raise RuntimeError("get_hyperparameters needs a forward pass of the noisy model since its last call")
-        state.reported_at = consumer.forwards
+        now = forwards()
+        if any(reported == count for reported, count in zip(state.reported_at, now, strict=False)):
+            raise RuntimeError(f"get_hyperparameters needs a forward pass of {names} since its last call")
+        state.reported_at = now
         return hyperparameters.copy()
 
     return loss, get_losses, get_hyperparameters
@@ -87,7 +203,8 @@ def loss_functions(
 
 class _State:
     components: ComponentLossesDict | None = None
-    computed_at = reported_at = -1
+    computed_at: tuple[int, ...] = ()
+    reported_at: tuple[int, ...] = ()
 
 
 def _check_loss_arguments(loss_mask: Tensor, attended: Tensor, normalizers: Normalizers | None) -> None:
@@ -97,32 +214,12 @@ def _check_loss_arguments(loss_mask: Tensor, attended: Tensor, normalizers: Norm
         raise ValueError(
             f"loss_mask must have the shape of the tokens, {tuple(attended.shape)}; got {tuple(loss_mask.shape)}"
         )
-    unknown = set(normalizers or ()) - {"loss_tokens", "noise_tokens"}
+    unknown = set(normalizers or ()) - {"loss_tokens", "noise_tokens", "attended_tokens"}
     if unknown:
-        raise ValueError(f"normalizers may hold loss_tokens and noise_tokens; got {', '.join(sorted(unknown))}")
+        allowed = "loss_tokens, noise_tokens and attended_tokens"
+        raise ValueError(f"normalizers may hold {allowed}; got {', '.join(sorted(unknown))}")
 
 
-def weighted_sum(losses: ComponentLossesDict, weights: Mapping[str, float]) -> Tensor:
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """Σ weight · loss. A component of weight 0 is left out, so that an infinite one cannot make the sum NaN."""
-    terms = [weights[name] * value for name, value in cast(dict[str, Tensor], losses).items() if weights[name]]
-    return torch.stack(terms).sum()
-
-
-def check_weights(weights: Mapping[str, float]) -> None:
-    """Check that every weight is finite and none is negative."""
-    for name, weight in weights.items():
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"{name} must be finite and not negative; got {weight}")
-
-
-def check_something_weighs(weights: Mapping[str, float]) -> None:
-    """Check that the components' final weights, alpha included, leave something to minimise."""
-    if not any(weights.values()):
-        raise ValueError(f"alpha and the weights leave nothing to minimise: {', '.join(weights)} all weigh 0")
-
-
-def check_positive(values: Mapping[str, float]) -> None:
-    """Check that every value is positive."""
-    for name, value in values.items():
-        if not value > 0:
-            raise ValueError(f"{name} must be positive; got {value}")
+    return torch.stack([weights[name] * value for name, value in losses.items() if weights[name]]).sum()

@@ -1,8 +1,10 @@
 """What a forward leaves for losses and metrics, and who asked for it."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from torch import Tensor
+
+Half = Literal["clean", "noisy"]
 
 
 class Transform(NamedTuple):
@@ -13,16 +15,39 @@ class Transform(NamedTuple):
     std: Tensor
     mask: Tensor | None  # True = suppressed feature
     output: Tensor
+    seed: int | Tensor | None = None  # of the noise: one object wherever one draw is shared
+
+
+class Outputs(NamedTuple):
+    """What one half of a forward computed, as far as it ran."""
+
+    layers: dict[int, Tensor]  # index → (B, T, D)
+    logits: Tensor | None  # (B, T, V)
+
+    def at(self, layer: int | None) -> Tensor:
+        """The outputs of a decoder layer, or the logits for None; a consumer finds what it asked for."""
+        if layer is not None:
+            return self.layers[layer]
+        assert self.logits is not None
+        return self.logits
+
+    def detach(self) -> "Outputs":
+        """The same without graph."""
+        layers = {index: output.detach() for index, output in self.layers.items()}
+        return Outputs(layers, None if self.logits is None else self.logits.detach())
+
+
+_NOTHING = Outputs({}, None)
 
 
 class Capture(NamedTuple):
-    """One forward of a noisy language model. Clean tensors have a graph only for consumers that asked for it."""
+    """One forward of a noisy language model. The clean half has a graph only for consumers that asked for it."""
 
     attention_mask: Tensor  # (B, T) bool
     noise_mask: Tensor  # (B, T) bool: transformed and attended
     enabled_transform: Transform | None  # None while noise is disabled
-    layers: dict[int, tuple[Tensor, Tensor]]  # index → (clean, noisy), (B, T, D)
-    logits: tuple[Tensor, Tensor] | None  # (clean, noisy), (B, T, V)
+    clean: Outputs
+    noisy: Outputs
 
     @property
     def transform(self) -> Transform:
@@ -33,10 +58,7 @@ class Capture(NamedTuple):
 
     def halves(self, layer: int | None) -> tuple[Tensor, Tensor]:
         """(clean, noisy) outputs of a decoder layer, or logits for None."""
-        if layer is not None:
-            return self.layers[layer]
-        assert self.logits is not None  # a consumer of logits makes every forward run whole
-        return self.logits
+        return self.clean.at(layer), self.noisy.at(layer)
 
 
 class Consumer:
@@ -46,12 +68,18 @@ class Consumer:
         layers: indices of the decoder layers whose outputs it reads.
         logits: whether it reads the logits.
         clean_graph: whether it sends gradients through the clean half, to adapters in the base model.
+        clean: whether it reads them of the clean half.
+        noisy: whether it reads them of the noisy half.
     """
 
-    def __init__(self, layers: frozenset[int], logits: bool, clean_graph: bool = False) -> None:
+    def __init__(
+        self, layers: frozenset[int], logits: bool, clean_graph: bool = False, clean: bool = True, noisy: bool = True
+    ) -> None:
         self.layers = layers
         self.logits = logits
         self.clean_graph = clean_graph
+        self.clean = clean
+        self.noisy = noisy
         self.forwards = 0
         self._capture: Capture | None = None
 
@@ -59,11 +87,26 @@ class Consumer:
         """Hand over a new forward; None drops the last one before the next begins."""
         if capture is not None:
             self.forwards += 1
-            if not self.logits:
-                capture = capture._replace(logits=None)  # far larger than all that it reads
-            if not self.clean_graph:
-                capture = _without_clean_graph(capture)
+            capture = capture._replace(
+                clean=self._read(capture.clean, "clean"), noisy=self._read(capture.noisy, "noisy")
+            )
         self._capture = capture
+
+    def reads(self, half: Half) -> bool:
+        """Whether it reads any output of this half."""
+        return (self.clean if half == "clean" else self.noisy) and (self.logits or bool(self.layers))
+
+    def _read(self, outputs: Outputs, half: Half) -> Outputs:
+        """What it asked for of what ran: the rest, logits above all, may be large."""
+        if not self.reads(half):
+            return _NOTHING
+        outputs = Outputs(outputs.layers, outputs.logits if self.logits else None)
+        return outputs if half == "noisy" or self.clean_graph else outputs.detach()
+
+    @property
+    def has_forward(self) -> bool:
+        """Whether there was a forward since it was last let go of."""
+        return self._capture is not None
 
     def pending(self, caller: str) -> Capture:
         """Return the last forward.
@@ -80,9 +123,3 @@ class Consumer:
         capture = self.pending(caller)
         self._capture = None
         return capture
-
-
-def _without_clean_graph(capture: Capture) -> Capture:
-    layers = {index: (clean.detach(), noisy) for index, (clean, noisy) in capture.layers.items()}
-    logits = None if capture.logits is None else (capture.logits[0].detach(), capture.logits[1])
-    return capture._replace(layers=layers, logits=logits)

@@ -53,6 +53,14 @@ def resolve_layer_index(base_model: nn.Module, index: int) -> int:
     return index % depth
 
 
+def layer_index_of(base_model: nn.Module, module: nn.Module) -> int | None:
+    """Index of the decoder layer that is or contains a module; None outside of them."""
+    for index, layer in enumerate(decoder_layers(base_model)):
+        if any(part is module for part in layer.modules()):
+            return index
+    return None
+
+
 def shallow_trunk(base_model: nn.Module, depth: int) -> nn.Module:
     """A backbone that shares the base model's modules and stops after ``depth`` layers, without the final norm.
 

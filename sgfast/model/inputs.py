@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sgfast.model.capture import Transform
+from sgfast.noise_layer.base import BaseNoiseLayer
 from sgfast.utils.positions import position_ids_of
 
 
@@ -80,3 +81,23 @@ class Pass:
         self.transform: Transform | None = None
         self.clean_layers: dict[int, Tensor] = {}
         self.noisy_layers: dict[int, Tensor] = {}
+
+
+def ready_noise_layer(
+    noise_layer_class: type[BaseNoiseLayer] | None, noise_layer: BaseNoiseLayer | None, arguments: dict[str, Any]
+) -> BaseNoiseLayer:
+    """The layer given, or a new one of the class."""
+    if noise_layer_class is not None and not (
+        isinstance(noise_layer_class, type) and issubclass(noise_layer_class, BaseNoiseLayer)
+    ):
+        raise TypeError(f"noise_layer_class must be a class of BaseNoiseLayer; got {noise_layer_class!r}")
+    if noise_layer is None:
+        if noise_layer_class is None:
+            raise ValueError("give noise_layer_class, or a ready noise_layer")
+        return noise_layer_class(**arguments)
+    if not isinstance(noise_layer, noise_layer_class or BaseNoiseLayer):
+        wanted = (noise_layer_class or BaseNoiseLayer).__name__
+        raise TypeError(f"noise_layer must be a {wanted}; got {type(noise_layer).__name__}")
+    if arguments:
+        raise TypeError(f"a ready noise_layer takes no arguments; got {', '.join(arguments)}")
+    return noise_layer

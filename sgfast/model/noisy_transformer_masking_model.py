@@ -10,11 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.model.adapters import adapter_parameters, with_adapters
-from sgfast.model.capture import Capture, Consumer, Transform
+from sgfast.model.capture import Capture, Consumer, Half, Outputs, Transform
 from sgfast.model.checkpointing import check_checkpointable, checkpointed_layers
-from sgfast.model.decoder import causal_lm_of, decoder_layers, hidden_states_of, resolve_layer_index, shallow_trunk
+from sgfast.model.decoder import (
+    causal_lm_of,
+    decoder_layers,
+    hidden_states_of,
+    layer_index_of,
+    resolve_layer_index,
+    shallow_trunk,
+)
 from sgfast.model.hooks import hook_forward
-from sgfast.model.inputs import Pass, prepare_inputs
+from sgfast.model.inputs import Pass, prepare_inputs, ready_noise_layer
 from sgfast.model.output import NoisyModelOutput, SuperBatchOutput
 from sgfast.model.sharing import Draw, share_draws, shared_draw
 from sgfast.noise_layer.arguments import check_input_shape
@@ -30,9 +37,9 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     half runs in a pass of its own without a graph, so that training keeps half the activations; ``"joint"`` runs one
     batch of 2B rows, for hooks that need it. Both give the same numbers.
 
-    While training, the base model runs only as deep as the attached losses and metrics read: for layer k, decoder
-    layers 0..k and neither final norm nor head, and the output's logits are None. In eval mode, or when anything
-    attached reads logits, it runs whole.
+    While training, each half runs only as deep as the attached losses and metrics read of it: for layer k, decoder
+    layers 0..k and neither final norm nor head, and the output's logits are None; for the transform alone, as deep as
+    the target layer. In eval mode, or where anything attached reads logits, it runs whole.
 
     The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. If PEFT has
     put adapters into it, this model runs it without them; `PeftNoiseMaskedNoisyTransformerModel` runs it with them. The
@@ -107,7 +114,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if shape is not None and shape[-1] != width:
             raise ValueError(f"input_shape must end in the embedding width {width}; got {shape}")
         self._shares_noise_layer = noise_layer is not None
-        noise_layer = _ready_layer(noise_layer_class, noise_layer, noise_layer_kwargs)
+        noise_layer = ready_noise_layer(noise_layer_class, noise_layer, noise_layer_kwargs)
         self.noise_layer = noise_layer.to(device=embedding_weight.device)
         self._freeze_base()
         self.target_layer = target_layer
@@ -182,25 +189,39 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if asked not in ({}, {"use_reentrant": False}):
             raise ValueError(f"gradient_checkpointing_kwargs may only be {{'use_reentrant': False}}; got {asked}")
         check_checkpointable(self.base_model)
-        target = self.causal_lm.get_submodule(self.target_layer)
-        if any(module is target for layer in decoder_layers(self.base_model) for module in layer.modules()):
+        if layer_index_of(self.base_model, self._target) is not None:
             raise ValueError(f"the decoder layer with target_layer {self.target_layer!r} cannot be checkpointed")
         self.is_gradient_checkpointing = True
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, **others: Any
+    ) -> None:
+        """`gradient_checkpointing_enable` under the name and with the arguments of transformers 5's Trainer."""
+        if every_n_layers != 1 or any(others.values()):
+            raise ValueError(f"every decoder layer is checkpointed; got every_n_layers={every_n_layers}, {others}")
+        self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
         """Keep all activations again."""
         self.is_gradient_checkpointing = False
 
     def attach(
-        self, *, layers: frozenset[int] = frozenset(), logits: bool = False, clean_graph: bool = False
+        self,
+        *,
+        layers: frozenset[int] = frozenset(),
+        logits: bool = False,
+        clean_graph: bool = False,
+        clean: bool = True,
+        noisy: bool = True,
     ) -> Consumer:
         """Register a loss or metric that reads decoder layers' outputs or logits of every forward.
 
         It counts for as long as the returned `Consumer` is alive. With ``clean_graph`` it sends gradients through the
-        clean half too, which costs the memory of a second pass.
+        clean half too, which costs the memory of a second pass. Of a half that nothing reads, ``clean`` or ``noisy``,
+        training forwards run only what the transform needs.
         """
         resolved = frozenset(resolve_layer_index(self.base_model, index) for index in layers)
-        consumer = Consumer(resolved, logits, clean_graph)
+        consumer = Consumer(resolved, logits, clean_graph, clean, noisy)
         self._consumers.add(consumer)
         return consumer
 
@@ -235,7 +256,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         arguments, attended, selected = prepare_inputs(
             input_ids, attention_mask, noise_mask, kwargs, self._base_arguments
         )
-        layers, logits_wanted = self._wanted()
+        layers = frozenset().union(*(consumer.layers for consumer in self._consumers))
         run = self._run_joint if self.clean_pass == "joint" else self._run_separate
         batch = (arguments.get("input_ids", arguments.get("inputs_embeds")), attention_mask, noise_mask)
         current = Pass(attended, selected, layers, batch)
@@ -244,20 +265,18 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         if draw is not None and (drawn := draw.find(self, batch, self.noise_layer, self._target)) is not None:
             current.seed, current.transform = drawn
         with with_adapters(self.base_model, self._runs_adapters):
-            clean_logits, noisy_logits = run(current, arguments, None if logits_wanted else max(layers))
-        layer_outputs = {index: (current.clean_layers[index], current.noisy_layers[index]) for index in layers}
+            clean_logits, noisy_logits = run(current, arguments)
         transform = current.transform
         if transform is None and self.noise_layer.enabled:
             raise RuntimeError(
                 f"target_layer {self.target_layer!r} did not run: it lies deeper than what the attached losses read"
             )
-        both = clean_logits is not None and noisy_logits is not None
         capture = Capture(
             attention_mask=attended,
             noise_mask=selected,
             enabled_transform=transform,
-            layers=layer_outputs,
-            logits=cast(tuple[Tensor, Tensor], (clean_logits, noisy_logits)) if both else None,
+            clean=Outputs(current.clean_layers, clean_logits),
+            noisy=Outputs(current.noisy_layers, noisy_logits),
         )
         for consumer in self._consumers:
             consumer.offer(capture)
@@ -327,23 +346,36 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         arguments = {"attention_mask": attended.long()} if takes_attention else {}
         return cast(Tensor, self.noise_layer(clean, selected, seed=seed, **arguments))
 
-    def _wanted(self) -> tuple[frozenset[int], bool]:
-        """Which layers' outputs to keep, and whether the model must run whole."""
-        layers = frozenset().union(*(consumer.layers for consumer in self._consumers))
-        logits = any(consumer.logits for consumer in self._consumers)
-        return layers, logits or not layers or not self.training
+    @property
+    def target_depth(self) -> int | None:
+        """Index of the last decoder layer to run for the target layer to run: −1 for none, None for all of them."""
+        return -1 if self._targets_embeddings() else layer_index_of(self.base_model, self._target)
 
-    def _run_separate(
-        self, current: "Pass", arguments: dict[str, Tensor], last_layer: int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and current.clean_graph), self._during(current, "clean"):
-            clean_logits = self._call_base(arguments, last_layer)
+    def _runs_whole(self) -> bool:
+        """Whether both halves run to the logits, whoever reads what."""
+        return not self.training or not self._consumers
+
+    def _last_layer(self, half: Half) -> int | None:
+        """The last layer to run for all that is read of this half, and for the transform; None for the whole model."""
+        readers = [consumer for consumer in self._consumers if consumer.reads(half)]
+        if self._runs_whole() or any(consumer.logits for consumer in readers):
+            return None
+        layers = frozenset().union(*(consumer.layers for consumer in readers))
+        return max(layers) if layers else self.target_depth
+
+    def _run_separate(self, current: "Pass", arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        clean_logits = None
+        if self._runs_whole() or any(consumer.reads("clean") for consumer in self._consumers):
+            graph = torch.is_grad_enabled() and current.clean_graph
+            with torch.set_grad_enabled(graph), self._during(current, "clean"):
+                clean_logits = self._call_base(arguments, self._last_layer("clean"))
         with self._during(current, "noisy"):
-            return clean_logits, self._call_base(arguments, last_layer)
+            return clean_logits, self._call_base(arguments, self._last_layer("noisy"))
 
-    def _run_joint(
-        self, current: "Pass", arguments: dict[str, Tensor], last_layer: int | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _run_joint(self, current: "Pass", arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        halves: tuple[Half, Half] = ("clean", "noisy")
+        last_layers = [self._last_layer(half) for half in halves]
+        last_layer = None if None in last_layers else max(cast(list[int], last_layers))
         rows = len(current.attended)
         doubled = {
             name: torch.cat([value, value]) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
@@ -403,7 +435,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             layer = self.noise_layer
             transformed = self._apply_layer(clean, current.selected, current.attended, current.seed)
             if layer.mean is not None and layer.std is not None:  # None while the layer is disabled
-                current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed)
+                current.transform = Transform(clean, layer.mean, layer.std, layer.mask, transformed, layer.forward_seed)
                 if (draw := shared_draw(layer)) is not None:
                     draw.keep(self, current.batch, Draw(layer.forward_seed, current.transform), layer, self._target)
         else:
@@ -421,23 +453,3 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             current.noisy_layers[index] = noisy
         else:
             (current.clean_layers if current.half == "clean" else current.noisy_layers)[index] = hidden
-
-
-def _ready_layer(
-    noise_layer_class: type[BaseNoiseLayer] | None, noise_layer: BaseNoiseLayer | None, arguments: dict[str, Any]
-) -> BaseNoiseLayer:
-    """The layer given, or a new one of the class."""
-    if noise_layer_class is not None and not (
-        isinstance(noise_layer_class, type) and issubclass(noise_layer_class, BaseNoiseLayer)
-    ):
-        raise TypeError(f"noise_layer_class must be a class of BaseNoiseLayer; got {noise_layer_class!r}")
-    if noise_layer is None:
-        if noise_layer_class is None:
-            raise ValueError("give noise_layer_class, or a ready noise_layer")
-        return noise_layer_class(**arguments)
-    if not isinstance(noise_layer, noise_layer_class or BaseNoiseLayer):
-        wanted = (noise_layer_class or BaseNoiseLayer).__name__
-        raise TypeError(f"noise_layer must be a {wanted}; got {type(noise_layer).__name__}")
-    if arguments:
-        raise TypeError(f"a ready noise_layer takes no arguments; got {', '.join(arguments)}")
-    return noise_layer

@@ -84,7 +84,9 @@ def test_a_refused_mask_leaves_the_forward_to_a_second_try(make_noisy_model, tok
     for wrong, error in ((tokens["loss_mask"][:, :4], ValueError), (None, TypeError)):
         with pytest.raises(error, match="loss_mask must"):
             loss_function(wrong)
-    with pytest.raises(ValueError, match="normalizers may hold loss_tokens and noise_tokens; got loss_token"):
+    with pytest.raises(
+        ValueError, match="normalizers may hold loss_tokens, noise_tokens and attended_tokens; got loss_token"
+    ):
         loss_function(tokens["loss_mask"], normalizers={"loss_token": 3})
     loss_function(tokens["loss_mask"])
     noisy_model(**tokens)

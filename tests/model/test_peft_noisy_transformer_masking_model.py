@@ -12,44 +12,7 @@ from sgfast.model import NoiseMaskedNoisyTransformerModel, PeftNoiseMaskedNoisyT
 from sgfast.model.adapters import with_adapters
 from sgfast.noise_layer import TransformerCloak
 from tests.model.test_noisy_transformer_masking_model import WEIGHTS
-from tests.tiny_models import FAMILIES, LAYERS, WIDTH, tiny_causal_lm
-
-TARGETS = {"gpt2": ["c_attn"], "phi3": ["qkv_proj"]}
-
-
-def with_lora(base_model, family="llama", dropout=0.0):
-    config = peft.LoraConfig(
-        r=4,
-        target_modules=TARGETS.get(family, ["q_proj", "v_proj"]),
-        lora_dropout=dropout,
-        fan_in_fan_out=family == "gpt2",
-    )
-    adapted = peft.get_peft_model(base_model, config)
-    torch.manual_seed(5)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:  # zero at first: the adapters would change nothing
-            nn.init.normal_(parameter, std=0.5)
-    return adapted
-
-
-@pytest.fixture
-def make_pair(make_noisy_model):
-    """A teacher and a student over one base and one noise layer."""
-
-    def make(family="llama", dropout=0.0, clean_pass="separate", **arguments):
-        teacher = make_noisy_model(family, clean_pass=clean_pass, **arguments)
-        adapted = with_lora(teacher.base_model, family, dropout)
-        student = PeftNoiseMaskedNoisyTransformerModel(
-            None,
-            adapted,
-            (-1, WIDTH),
-            teacher.target_layer,
-            noise_layer=teacher.noise_layer,
-            clean_pass=clean_pass,
-        )
-        return teacher, student
-
-    return make
+from tests.tiny_models import FAMILIES, LAYERS, WIDTH, tiny_causal_lm, with_lora
 
 
 def halves(output):

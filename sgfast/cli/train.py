@@ -1,0 +1,127 @@
+"""``sgfast train``: from a small YAML file or flags to a trained transform."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sgfast.huggingface.assets import PACKAGED_MODEL
+from sgfast.loss.factory import LossFunctions
+from sgfast.training.building import Models, build_loss, build_models
+from sgfast.training.configuration import (
+    Configuration,
+    ConfigurationError,
+    configuration_from,
+    parse_override,
+    read_yaml,
+    with_overrides,
+)
+from sgfast.training.data import TokenizedRecords
+from sgfast.training.plot import plot_history
+from sgfast.training.record import RECORD_FILE, check_continues, components_in, ends, write_record
+from sgfast.training.run import History, train
+from sgfast.utils.files import replacing
+from sgfast.utils.records import IndexedRecords, data_digest
+
+TRANSFORM_FILE, PLOT_FILE, ADAPTER_FOLDER = "transform.safetensors", "training.png", "adapter"
+
+
+def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[str], resume: bool) -> None:
+    """Train; wrong input raises ValueError before anything is written, Ctrl-C keeps what was trained."""
+    configuration = _configuration(config, flags, overrides)
+    console = Console(stderr=True)
+    records = IndexedRecords(configuration.data, text_unit=configuration.text_unit)
+    if len(records) < configuration.batch_size:
+        raise ConfigurationError(
+            f"{configuration.data} holds {len(records)} records, fewer than a batch of {configuration.batch_size}"
+        )
+    digest = data_digest(configuration.data)
+    check_continues(configuration, digest, resume)
+    console.print(f"data: {configuration.data}, {len(records)} records", highlight=False)
+    console.print(f"loading {configuration.model or PACKAGED_MODEL}", highlight=False)
+    models = build_models(configuration)
+    examples = TokenizedRecords(
+        records, models.tokenizer_wrapper, max_length=configuration.max_length, text_as=configuration.text_as
+    )
+    examples[0]  # a tokenizer without a chat template is refused here, before anything is written
+    loss = build_loss(models, configuration.loss_name, configuration.loss_options)
+    configuration.out.mkdir(parents=True, exist_ok=True)
+    data, scale = {"records": len(records), "sha256": digest}, models.noisy_model.noise_layer.scale
+    write_record(configuration, data, scale)  # a run that is killed is known by it
+    history, finished = _follow(console, configuration, models, loss, examples, resume)
+    _save(configuration, models)
+    write_record(configuration, data, scale, history, finished=finished)
+    with replacing(configuration.out / PLOT_FILE) as temporary:
+        plot_history(temporary, history)
+    if not finished:
+        console.print(
+            f"interrupted after {len(history)} of {configuration.steps} steps; the transform so far is in "
+            f"{configuration.out}, and --resume goes on from here",
+            highlight=False,
+        )
+        raise SystemExit(130)
+    written = [TRANSFORM_FILE, RECORD_FILE, PLOT_FILE, *([f"{ADAPTER_FOLDER}/"] if models.student else [])]
+    result = Console()
+    result.print(_table(history))
+    result.print(f"in {configuration.out}: {', '.join(written)}", highlight=False)
+
+
+def _configuration(config: Path | None, flags: dict[str, Any], overrides: Sequence[str]) -> Configuration:
+    given = [(name, value) for name, value in flags.items() if value is not None]
+    settings = {} if config is None else read_yaml(config)
+    try:
+        settings = with_overrides(settings, [*given, *map(parse_override, overrides)])
+        return configuration_from(settings)
+    except ConfigurationError as error:
+        if config is None:
+            raise
+        raise ConfigurationError(f"{config}: {error}") from error
+
+
+def _follow(
+    console: Console,
+    configuration: Configuration,
+    models: Models,
+    loss: LossFunctions,
+    examples: TokenizedRecords,
+    resume: bool,
+) -> tuple[History, bool]:
+    """Train under a progress bar."""
+    columns = (
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.description}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("", total=configuration.steps)
+
+        def on_step(step: int, values: dict[str, float]) -> None:
+            speed = progress.tasks[task].speed
+            rate = f" {speed:.2f} steps/s" if speed else ""
+            progress.update(
+                task, completed=step, description=f"loss {values['loss']:.4g} sigma {values['mean_sigma']:.4g}{rate}"
+            )
+
+        return train(configuration, models, loss, examples, resume=resume, on_step=on_step)
+
+
+def _save(configuration: Configuration, models: Models) -> None:
+    models.noisy_model.eval()
+    models.client.save_pretrained(configuration.out / TRANSFORM_FILE)
+    if models.student is not None:
+        models.student.base_model.save_pretrained(str(configuration.out / ADAPTER_FOLDER), save_embedding_layers=False)
+
+
+def _table(history: History) -> Table:
+    table = Table(title="means over the first and over the last tenth of the steps", title_justify="left")
+    table.add_column("")
+    table.add_column("first", justify="right")
+    table.add_column("last", justify="right")
+    for name in components_in(history):
+        first, last = ends(history, name)
+        table.add_row(name.replace("_", " "), f"{first:.4g}", f"{last:.4g}")
+    return table

@@ -1,0 +1,82 @@
+"""``sgfast transform``: what a client sends, for one prompt or for every record of a file."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from sgfast.client import StainedGlassTransformForText
+from sgfast.training.data import as_chat
+from sgfast.utils.files import replacing
+from sgfast.utils.records import IndexedRecords, Record, RecordError, TextUnit
+from sgfast.utils.tensor_stream import streamed_tensors
+
+
+def run_transform(
+    *, file: Path, prompt: str | None, data: Path | None, out: Path, seed: int | None, text_unit: TextUnit
+) -> None:
+    """Transform one prompt or a file of records. Nothing is written unless all of it can be."""
+    if (prompt is None) == (data is None):
+        raise ValueError("give --prompt or --data, one of them")
+    # Before the transform, which takes longer to load: this checks every line.
+    records = None if data is None else IndexedRecords(data, text_unit=text_unit)
+    client = StainedGlassTransformForText.from_pretrained(file)
+    if records is None:
+        _transform_prompt(client, str(prompt), out, seed)
+    else:
+        _transform_records(client, records, out, seed)
+
+
+def _transform_prompt(client: StainedGlassTransformForText, prompt: str, out: Path, seed: int | None) -> None:
+    from safetensors.torch import save_file
+
+    encoded = client.encode([{"role": "user", "content": prompt}], seed=seed)
+    with replacing(out) as temporary:
+        save_file(encoded, temporary)
+    batch, tokens, width = encoded["inputs_embeds"].shape
+    print(f"wrote {out}: {batch} x {tokens} tokens x {width} features")
+
+
+def _transform_records(
+    client: StainedGlassTransformForText, records: IndexedRecords, out: Path, seed: int | None
+) -> None:
+    keys = list(_distinct_keys(records))
+    metadata = {"format": "pt", "content": "sgfast transformed texts", "keys": json.dumps(keys)}
+    columns = (TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    tokens = 0
+    with streamed_tensors(out, metadata) as stream, Progress(*columns, console=Console(stderr=True)) as progress:
+        for index, record in enumerate(progress.track(records, total=len(records))):
+            encoded = _encode(client, records.path, record, None if seed is None else record_seed(seed, index))
+            for name, tensor in encoded.items():
+                stream.write(f"{record.key}.{name}", tensor)
+            tokens += encoded["attention_mask"].numel()
+    width = client.parameters[client.embedding_name].shape[-1]
+    print(f"wrote {out}: {len(records)} records, {tokens} tokens x {width} features")
+
+
+def _distinct_keys(records: IndexedRecords) -> Iterator[str]:
+    """The records' keys; they name the tensors."""
+    seen = set()
+    for record in records:
+        if record.key in seen:
+            raise RecordError(f'{records.path}, line {record.line}: the "id" {record.key!r} occurred before')
+        seen.add(record.key)
+        yield record.key
+
+
+def _encode(client: StainedGlassTransformForText, path: Path, record: Record, seed: int | None) -> dict[str, Tensor]:
+    chat = as_chat(record)
+    try:
+        # After an answer there is nothing to generate.
+        return client.encode(chat, seed=seed, add_generation_prompt=chat[-1]["role"] != "assistant")
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"{path}, line {record.line}: {error}") from error
+
+
+def record_seed(seed: int, index: int) -> int:
+    """A seed for each record of a file: under one seed, the difference of two outputs would have no noise."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "little")

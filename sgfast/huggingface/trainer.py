@@ -1,0 +1,383 @@
+"""A Hugging Face Trainer for transforms: any loss factory, exact under accumulation, checkpoints without the base."""
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import accelerate
+import torch
+import transformers
+from torch import Tensor, nn
+
+from sgfast.huggingface import trainer_checkpoint as checkpoint
+from sgfast.huggingface.collator import NoiseMaskCollator
+from sgfast.loss.factory import LossFunctions
+from sgfast.metrics.utility import token_divergences
+from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
+from sgfast.noise_layer.weight_decay import exempt_parameters
+
+Batch = Mapping[str, Any]
+
+
+class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
+    """A ``transformers.Trainer`` that trains a transform with the loss of any factory.
+
+    * **Exact.** Means over tokens are means over the whole accumulation window and all processes: with the same noise,
+      one batch of 8 takes the step of 4 batches of 2, also where their token counts differ. (A mutual information
+      compares the sequences of a micro-batch; it is averaged over micro-batches, weighted by transformed tokens.)
+    * **Logs** each component of the loss, averaged likewise, and once the factory's hyperparameters.
+    * **Evaluates** the loss, its components and the utility metrics (``eval_next_token_utility/…``, as
+      `sgfast.metrics.get_utility_metrics_factory` defines them): averages over sequences, the loss's and its
+      components' through their batch's. Evaluations draw the same noise each time, and training draws the noise that it
+      would have drawn without them.
+    * **Saves** the noise layer and, for a student, its adapters, never the base model. A checkpoint appears under its
+      name when it is whole. A resumed training goes on as if it had not been interrupted.
+
+    Examples are dictionaries of ``input_ids`` and, optionally, ``attention_mask``, ``noise_mask`` and ``loss_mask``
+    (without them: every token is attended; every attended token is transformed, and counts in the loss). Without
+    a ``data_collator``, a tokenizer given as ``processing_class`` pads them (`NoiseMaskCollator`); without both, all
+    must have one length.
+
+    Args:
+        model: the noisy model that the factory was given; for the jigsaw loss the student, whose parameters are all
+            that is trained: its adapters and the noise layer that it shares with the teacher.
+        args: of ``transformers.TrainingArguments``.
+        loss: what a factory of `sgfast.loss` returned for ``model``.
+        teacher: for the jigsaw loss, the teacher. It runs on every batch after the student.
+        trainer_kwargs: what ``transformers.Trainer`` takes besides (``train_dataset``, ``eval_dataset``, …), except
+            ``model_init`` and ``compute_loss_func``.
+
+    Raises:
+        TypeError: an argument of another type.
+        ValueError: several GPUs in one process (launch one process for each), a ``teacher`` that does not share the
+            model's noise layer.
+
+    Example:
+        >>> from transformers import TrainingArguments
+        >>> from sgfast.loss import distillation_loss_factory
+        >>> def train(noisy_model, dataset, folder):
+        ...     loss = distillation_loss_factory(noisy_model, 12, 0.54, 0.01, 0.75, 12.0)
+        ...     trainer = SgtTrainer(noisy_model, TrainingArguments(folder), loss=loss, train_dataset=dataset)
+        ...     return trainer.train()
+    """
+
+    # Trainer divides by the number of micro-batches, in version 4.57 as in 5.
+    loss_is_scaled_for_ga = False
+
+    _signature_columns: list[str] | None
+
+    def __init__(
+        self,
+        model: NoiseMaskedNoisyTransformerModel,
+        args: Any = None,
+        *,
+        loss: LossFunctions,
+        teacher: NoiseMaskedNoisyTransformerModel | None = None,
+        **trainer_kwargs: Any,
+    ) -> None:
+        _check_arguments(model, loss, teacher, trainer_kwargs)
+        self._loss, self._get_losses, self._get_hyperparameters = loss
+        self.teacher = teacher
+        self._component_sums: dict[str, Tensor] = {}
+        self._windows = 0  # optimizer steps since the components were last logged
+        self._hyperparameters_logged = False
+        self._evaluated: list[Tensor] = []
+        self._evaluated_names: list[str] = []
+        self._staging: Path | None = None
+        tokenizer = trainer_kwargs.get("processing_class")
+        if trainer_kwargs.get("data_collator") is None and isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
+            trainer_kwargs["data_collator"] = NoiseMaskCollator(tokenizer)
+        super().__init__(model, args, **trainer_kwargs)
+        if self.args.n_gpu > 1:
+            raise ValueError(f"SgtTrainer needs one process for each GPU (torchrun, accelerate); got {self.args.n_gpu}")
+        if self.args.process_index:
+            # Trainer has given all processes one seed; different texts must not share their noise.
+            torch.manual_seed(self.args.seed + self.args.process_index)
+        if self.args.data_seed is None:
+            # In place of what torch was last seeded with, which a resumed program need not repeat.
+            self.accelerator.dataloader_config.data_seed = self.args.seed
+        # Inferred from the model's **kwargs, it would change how the loss is scaled.
+        self.model_accepts_loss_kwargs = False
+        self.label_names = self.args.label_names or ["labels"]
+
+    # Data
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Keep what the base model and the loss read, besides what stands in the noisy model's signature."""
+        if self._signature_columns is None:
+            super()._set_signature_columns_if_needed()
+            own: list[str] = self._signature_columns or []
+            self._signature_columns = [*own, *sorted({"loss_mask", *self.model._base_arguments} - set(own))]
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
+    ) -> tuple[list[Batch], "Window | None"]:
+        """The micro-batches of an optimizer step and, in place of Trainer's count of labels, their `Window`."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        self._windows += 1
+        counts = torch.stack([_token_counts(batch, device) for batch in batches]).sum(0)
+        if self.accelerator.num_processes > 1:
+            counts = self.accelerator.reduce(counts, "sum")
+        return batches, Window(counts, len(batches) * self.accelerator.num_processes)
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        return_outputs: bool = False,
+        num_items_in_batch: "Window | None" = None,
+    ) -> Any:
+        """The factory's loss of one micro-batch; outside of training, over its own tokens."""
+        window = num_items_in_batch
+        inputs = dict(inputs)
+        loss_mask = inputs.pop("loss_mask", None)
+        if loss_mask is None:
+            loss_mask = _attended(inputs)
+
+        def with_loss(_module: nn.Module, _arguments: Any, keywords: dict[str, Any], outputs: Any) -> Any:
+            teacher_outputs = None
+            if self.teacher is not None:
+                with self.accelerator.autocast():
+                    teacher_outputs = self.teacher(**keywords)
+            loss = self._loss(loss_mask, normalizers=None if window is None else window.normalizers)
+            if window is not None:
+                loss = loss * window.micro_batches  # which Trainer and DistributedDataParallel divide by
+            return (loss, outputs, teacher_outputs) if return_outputs else loss
+
+        # Inside the forward that DistributedDataParallel and FSDP wrap: they look for the parameters of this step in
+        # what it returns, which need not hold the hidden states that losses read. First of the hooks, for FSDP's.
+        if self.teacher is not None and self.teacher.training != self.model.training:
+            self.teacher.train(self.model.training)
+            self.model.train(self.model.training)  # again: its adapters may stand in the teacher's base
+        handle = self.model.register_forward_hook(with_loss, prepend=True, with_kwargs=True)
+        try:
+            result = model(**inputs)
+        finally:
+            handle.remove()
+        if window is not None:
+            for name, value in cast(dict[str, Tensor], self._get_losses()).items():
+                self._component_sums[name] = self._component_sums.get(name, 0) + value
+        return result if not return_outputs else (result[0], result[1:])
+
+    # Logging
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, and with the training loss its components."""
+        if "loss" in logs and self._component_sums:
+            self._log_hyperparameters()
+            logs = logs | self._take_components()
+        super().log(logs, start_time)
+
+    def _take_components(self) -> dict[str, float]:
+        sums, self._component_sums = self._component_sums, {}
+        windows, self._windows = self._windows, 0
+        sums.pop("total")  # Trainer's own "loss"
+        values = torch.stack([value.float() for value in sums.values()]) / windows
+        if self.accelerator.num_processes > 1:
+            values = self.accelerator.reduce(values, "sum")
+        return dict(zip(sums, values.tolist(), strict=True))
+
+    def _log_hyperparameters(self) -> None:
+        """Once a run, resumed or not."""
+        if self._hyperparameters_logged:
+            return
+        self._hyperparameters_logged = True
+        values = {f"hyperparameters/{name}": value for name, value in self._get_hyperparameters().items()}
+        if not any(values.items() <= record.items() for record in self.state.log_history):
+            super().log(values)
+
+    # Evaluation
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """Trainer's loop, under noise of its own, with the averages of what `prediction_step` has measured."""
+        self._evaluated.clear()
+        with self._evaluation_noise():
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._evaluated:
+            rows = torch.cat(self._evaluated)
+            counts = rows[:, :1] != 0
+            means = (torch.where(counts, rows, 0).sum(0) / counts.sum()).tolist()
+            names = (f"{metric_key_prefix}_{name}" for name in self._evaluated_names)
+            output.metrics.update(zip(names, means[1:], strict=True))
+            self._evaluated.clear()
+        return output
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Batch,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, Tensor | None, Any]:
+        """The loss and, unless it alone is wanted, the logits of the transformed sequences and the labels."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            loss, (outputs, teacher_outputs) = self.compute_loss(model, inputs, return_outputs=True)
+            noisy = outputs.base_model_output
+            clean = noisy if teacher_outputs is None else teacher_outputs.base_model_output
+            self._measure(noisy.noisy_logits, clean.clean_logits, _attended(inputs))
+        if prediction_loss_only:
+            return loss, None, None
+        labels = tuple(inputs[name] for name in self.label_names if name in inputs)
+        return loss, noisy.noisy_logits, labels[0] if len(labels) == 1 else labels or None
+
+    def _measure(self, noisy_logits: Tensor, clean_logits: Tensor, attended: Tensor) -> None:
+        """Keep a row for each sequence, of all processes: whether it has a token, utility, the loss's components."""
+        tokens = attended.sum(-1)
+        divergences = token_divergences(noisy_logits, clean_logits, attended, None)
+        measured = {name: values.sum(-1) / tokens for name, values in divergences.items()}
+        components = cast(dict[str, Tensor], self._get_losses())
+        measured |= {name: value.expand(len(tokens)) for name, value in components.items() if name != "total"}
+        self._evaluated_names = list(measured)
+        rows = torch.stack([tokens.float(), *(values.float() for values in measured.values())], dim=1)
+        self._evaluated.append(self.accelerator.gather_for_metrics(rows))
+
+    @contextlib.contextmanager
+    def _evaluation_noise(self) -> Iterator[None]:
+        """Draw the same noise at every evaluation, and leave training's as it is."""
+        device, layer = self.args.device, self.model.noise_layer
+        devices = [] if device.type == "cpu" else [device]
+        forwards = layer.forward_count.clone()
+        with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+            torch.manual_seed(self.args.seed + self.args.process_index)
+            layer.forward_count.zero_()
+            try:
+                yield
+            finally:
+                layer.forward_count.copy_(forwards)
+
+    # Optimizer
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """All that Trainer would decay but what weight decay would erase from a noise layer."""
+        exempt = exempt_parameters(model)
+        return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train; see ``transformers.Trainer.train``.
+
+        Args:
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in ``args.output_dir``.
+            args: passed on.
+            kwargs: passed on.
+
+        Raises:
+            ValueError: there is no whole checkpoint, or it is another model's.
+        """
+        if resume_from_checkpoint is True:
+            found = checkpoint.checkpoints(self.args.output_dir)
+            if not found:
+                raise ValueError(f"resume_from_checkpoint: no whole checkpoint in {self.args.output_dir}")
+            resume_from_checkpoint = str(found[-1])
+        elif resume_from_checkpoint and not checkpoint.is_whole(Path(resume_from_checkpoint)):
+            raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging) if self._staging is not None else cast(str, super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Let Trainer write a checkpoint to another folder, and put it in its place when all processes have."""
+        run = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        staged, final = run / checkpoint.STAGING_FOLDER / name, run / name
+        if self.args.should_save:
+            checkpoint.sweep(run)
+        self.accelerator.wait_for_everyone()
+        self._staging = staged.parent
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._staging = None
+        if self.state.best_model_checkpoint == str(staged):
+            self.state.best_model_checkpoint = str(final)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self.state.save_to_json(str(staged / "trainer_state.json"))
+            checkpoint.publish(staged, final)
+            checkpoint.discard_oldest(run, self.args.save_total_limit, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if self._staging is None:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the noise layer, a student's adapters, the tokenizer and the training's arguments."""
+        trained = checkpoint.trained_state(self.model)
+        if self.args.should_save:
+            folder = Path(output_dir if output_dir is not None else self.args.output_dir)
+            checkpoint.save_trained(self.model, trained, folder)
+            tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(folder)
+            torch.save(self.args, folder / "training_args.bin")
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        # Trainer would write all of the model with it.
+        plugin = self.accelerator.state.fsdp_plugin
+        accelerate.utils.save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        checkpoint.load_trained(self.model if model is None else model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        checkpoint.load_trained(self.model, self.state.best_model_checkpoint)
+
+
+class Window(NamedTuple):
+    """The micro-batches of an optimizer step, over all processes: what they add up to, and how many they are."""
+
+    token_counts: Tensor  # (3,): l & a, n & a, a
+    micro_batches: int
+
+    @property
+    def normalizers(self) -> dict[str, Tensor | float]:
+        """The counts by the names that losses take."""
+        return dict(zip(("loss_tokens", "noise_tokens", "attended_tokens"), self.token_counts, strict=True))
+
+
+def _attended(batch: Batch) -> Tensor:
+    """(B, T) bool."""
+    mask = batch.get("attention_mask")
+    if mask is not None:
+        return cast(Tensor, mask != 0)
+    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
+    return torch.ones_like(tokens, dtype=torch.bool)
+
+
+def _token_counts(batch: Batch, device: torch.device) -> Tensor:
+    """Numbers of counted (l & a), transformed (n & a) and attended tokens, on the device."""
+    attended = _attended(batch)
+    masks = (batch.get(name) for name in ("loss_mask", "noise_mask", "attention_mask"))
+    counts = [(attended if mask is None else (mask != 0) & attended).sum() for mask in masks]
+    return torch.stack(counts).to(device)
+
+
+def _check_arguments(model: Any, loss: Any, teacher: Any, trainer_kwargs: Mapping[str, Any]) -> None:
+    for name, value in (("model", model), ("teacher", teacher)):
+        if not isinstance(value, NoiseMaskedNoisyTransformerModel) and (name, value) != ("teacher", None):
+            raise TypeError(f"{name} must be a NoiseMaskedNoisyTransformerModel; got {type(value).__name__}")
+    if not (isinstance(loss, Sequence) and len(loss) == 3 and all(callable(function) for function in loss)):
+        raise TypeError(f"loss must be the three functions that a loss factory returned; got {type(loss).__name__}")
+    for name in ("model_init", "compute_loss_func"):
+        if trainer_kwargs.get(name) is not None:
+            raise TypeError(f"SgtTrainer takes no {name}: the loss belongs to the model that its factory was given")
+    if teacher is not None and teacher.noise_layer is not model.noise_layer:
+        raise ValueError("teacher must share the model's noise layer: build the student with noise_layer=teacher's")

@@ -1,0 +1,344 @@
+"""The settings of a training run: from a small YAML file and overrides to checked values.
+
+Every error is one line that names where a setting came from, what came, and what is allowed. What each setting may
+be is read off the type hints: of `Configuration`, of `TransformerCloak` and of the loss factories.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from sgfast.noise_layer.arguments import check_scale, check_value_range
+from sgfast.noise_layer.transformer_cloak import TransformerCloak
+from sgfast.training.data import TextAs
+from sgfast.training.objectives import DEFAULT_OPTIONS, FACTORIES, MODEL_ARGUMENTS
+from sgfast.utils.records import TextUnit
+
+Precision = Literal["float32", "bfloat16"]
+
+# What the model decides, and what no file may hold.
+_NOT_SETTINGS_OF_THE_LAYER = ("config_path", "transformer_type", "seed")
+_OLDER_NAME = "distillation_layer_distance_loss_weight"
+_CURRENT_NAME = "distillation_layer_cosine_distance_loss_weight"
+_POSITIVE = ("learning_rate", "max_gradient_norm")
+_AT_LEAST_ONE = ("steps", "batch_size", "accumulation", "max_length", "save_steps")
+
+
+class ConfigurationError(ValueError):
+    """A setting that cannot be used; the message names it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """The adapters of a jigsaw student; None for target_modules takes PEFT's choice for the model."""
+
+    r: int = 8
+    lora_alpha: int = 16
+    lora_dropout: float = 0.0
+    target_modules: list[str] | str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """All settings of a run; ``docs/training.md`` explains each."""
+
+    data: Path
+    out: Path = Path("train-output")
+    model: str | None = None
+    text_unit: TextUnit = "line"
+    text_as: TextAs = "message"
+    ignore_prompt_loss: bool = False
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": "distillation"})
+    noise_layer: dict[str, Any] = field(default_factory=dict)
+    lora: LoraOptions | None = None
+    steps: int = 300
+    batch_size: int = 8
+    accumulation: int = 1
+    max_length: int = 128
+    learning_rate: float = 2e-3
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    max_gradient_norm: float = 1.0
+    precision: Precision = "float32"
+    save_steps: int = 100
+    seed: int = 0
+
+    @property
+    def loss_name(self) -> str:
+        """Which of `FACTORIES` is used."""
+        return str(self.loss["name"])
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The factory's arguments besides the models."""
+        return {name: value for name, value in self.loss.items() if name != "name"}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds, an empty one if it holds nothing.
+
+    Raises:
+        ConfigurationError: no such file, no YAML, a key that occurs twice, or something else than a mapping.
+    """
+    try:
+        content = yaml.load(path.read_bytes(), Loader=_Loader)
+    except OSError as error:
+        raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise ConfigurationError(f"{path}{where}: not YAML: {problem or str(error) or 'too deep'}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} must hold settings, one `name: value` a line; got {_described(content)}")
+    return content
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would keep the last of two equal keys without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: list[Any] = []
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark
+                )
+            seen.append(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def with_overrides(settings: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Settings with others put in their place; ``loss.alpha`` means ``alpha`` inside ``loss``.
+
+    Raises:
+        ConfigurationError: something that is no mapping is addressed as one.
+
+    Example:
+        >>> with_overrides({"steps": 10, "loss": {"name": "jigsaw"}}, [("loss.alpha", 0.3), ("steps", 20)])
+        {'steps': 20, 'loss': {'name': 'jigsaw', 'alpha': 0.3}}
+    """
+    changed = dict(settings)
+    for path, value in overrides:
+        outer, *inner = path.split(".", 1)
+        current = changed.get(outer)
+        if outer == "loss" and isinstance(current, str):
+            current = {"name": current}
+        if not inner:
+            changed[outer] = value
+            continue
+        if not isinstance(current, Mapping | None):
+            raise ConfigurationError(f"{path} cannot be set: {outer} holds {_described(current)}, not settings")
+        changed[outer] = with_overrides(current or {}, [(inner[0], value)])
+    return changed
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """One ``key=value`` of the command line, the value as YAML.
+
+    Raises:
+        ConfigurationError: no ``key=value``.
+
+    Example:
+        >>> parse_override("noise_layer.scale=[1e-3, 1.0]")
+        ('noise_layer.scale', ['1e-3', 1.0])
+    """
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise ConfigurationError(f"--set takes key=value, as in loss.alpha=0.3; got {text!r}")
+    try:
+        return name.strip(), yaml.load(value, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigurationError(f"--set {name.strip()}: the value is not YAML: {value!r}") from error
+
+
+def configuration_from(settings: Mapping[str, Any]) -> Configuration:
+    """Check settings and fill in the defaults, the loss's weights among them. A key without a value has its default.
+
+    Raises:
+        ConfigurationError: an unknown key (the message names the closest valid one), a value of another type or out
+            of range, or no ``data``.
+    """
+    settings = {key: value for key, value in settings.items() if value is not None}
+    if "data" not in settings:
+        raise ConfigurationError("give data, a text or JSONL file to train on (--data FILE, or `data:` in the YAML)")
+    values = _checked_values(settings, typing.get_type_hints(Configuration), "")
+    values["loss"] = _checked_loss(values.get("loss", {"name": "distillation"}))
+    values["noise_layer"] = _checked_noise_layer(values.get("noise_layer", {}))
+    is_jigsaw = values["loss"]["name"] == "jigsaw"
+    if values.get("lora") is not None and not is_jigsaw:
+        raise ConfigurationError(
+            f"lora is for the jigsaw loss, which trains adapters; loss is {values['loss']['name']}"
+        )
+    if is_jigsaw and values.get("lora") is None:
+        values["lora"] = LoraOptions()
+    configuration = Configuration(**values)
+    _check_ranges(configuration)
+    return configuration
+
+
+def settings_of(configuration: Configuration) -> dict[str, Any]:
+    """A configuration as JSON types, for the record of a run: all but the seed, which no artefact holds."""
+    values = dataclasses.asdict(configuration)
+    del values["seed"]
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def noise_layer_hints() -> dict[str, Any]:
+    """The type of each setting of the noise layer."""
+    hints = typing.get_type_hints(TransformerCloak.__init__)
+    names = list(inspect.signature(TransformerCloak).parameters)
+    return {name: hints[name] for name in names if name not in _NOT_SETTINGS_OF_THE_LAYER}
+
+
+def loss_hints(factory: Callable[..., Any]) -> dict[str, Any]:
+    """The type of each option of a loss factory."""
+    hints = typing.get_type_hints(factory)
+    return {name: hints[name] for name in inspect.signature(factory).parameters if name not in MODEL_ARGUMENTS}
+
+
+def _checked_loss(given: Mapping[str, Any]) -> dict[str, Any]:
+    name = given.get("name")
+    if name is None:
+        raise ConfigurationError(f"loss needs a name, one of {', '.join(FACTORIES)}")
+    name = {factory.__name__: short for short, factory in FACTORIES.items()}.get(name, name)
+    if name not in FACTORIES:
+        raise ConfigurationError(f"loss.name must be one of {', '.join(FACTORIES)}; got {name!r}")
+    factory = FACTORIES[name]
+    options = {key: value for key, value in given.items() if key != "name"}
+    checked = _checked_values(options, loss_hints(factory), "loss", f" of the loss {name}")
+    if _OLDER_NAME in checked:
+        checked[_CURRENT_NAME] = checked.pop(_OLDER_NAME)
+    return {"name": name, **DEFAULT_OPTIONS[name], **checked}
+
+
+def _checked_noise_layer(given: Mapping[str, Any]) -> dict[str, Any]:
+    checked = _checked_values(given, noise_layer_hints(), "noise_layer")
+    try:
+        if "scale" in checked:
+            checked["scale"] = check_scale(checked["scale"])
+        check_value_range(checked.get("value_range"))
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"noise_layer.{error}") from error
+    return checked
+
+
+def _check_ranges(configuration: Configuration) -> None:
+    for name in _AT_LEAST_ONE:
+        if getattr(configuration, name) < 1:
+            raise ConfigurationError(f"{name} must be at least 1; got {getattr(configuration, name)}")
+    for name in _POSITIVE:
+        if not getattr(configuration, name) > 0:
+            raise ConfigurationError(f"{name} must be positive; got {getattr(configuration, name)}")
+    for name in ("warmup_steps", "weight_decay"):
+        if getattr(configuration, name) < 0:
+            raise ConfigurationError(f"{name} must not be negative; got {getattr(configuration, name)}")
+    if not 0 <= configuration.seed < 2**32:
+        raise ConfigurationError(f"seed must lie in [0, 2**32); got {configuration.seed}")  # numpy's generator
+    if configuration.loss_name.startswith("mutual_information") and configuration.batch_size % 2:
+        raise ConfigurationError(
+            f"the loss {configuration.loss_name} compares the halves of a batch: batch_size must be even; "
+            f"got {configuration.batch_size}"
+        )
+    if configuration.lora is not None:
+        if configuration.lora.r < 1 or configuration.lora.lora_alpha < 1:
+            raise ConfigurationError("lora.r and lora.lora_alpha must be at least 1")
+        if not 0 <= configuration.lora.lora_dropout < 1:
+            raise ConfigurationError(f"lora.lora_dropout must lie in [0, 1); got {configuration.lora.lora_dropout}")
+
+
+def _checked_values(
+    given: Mapping[Any, Any], hints: Mapping[str, Any], where: str, of_what: str = ""
+) -> dict[str, Any]:
+    """Each value brought to its hint's type."""
+    prefix = f"{where}." if where else ""
+    for key in given:
+        if key not in hints:
+            closest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
+            raise ConfigurationError(f"unknown key {prefix}{key}{of_what}: the closest valid key is {prefix}{closest}")
+    return {key: _brought_to(hints[key], value, prefix + key) for key, value in given.items()}
+
+
+def _brought_to(hint: Any, value: Any, name: str) -> Any:
+    """``value`` as the type that ``hint`` says, if it is one."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
+    for choice in choices:
+        matched, brought = _match(choice, value, name)
+        if matched:
+            return brought
+    allowed = " or ".join(_allowed(choice) for choice in choices)
+    raise ConfigurationError(f"{name} must be {allowed}; got {_described(value)}")
+
+
+def _match(hint: Any, value: Any, name: str) -> tuple[bool, Any]:
+    """Whether a value is of one type that is no union, and the value as that type."""
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is float:
+        number = _number(value)
+        return number is not None, number
+    if origin is Path:
+        return isinstance(value, str | Path) and str(value) != "", Path(value) if isinstance(value, str) else value
+    if origin is Literal:
+        return value in arguments, value
+    if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
+        return True, origin(**_checked_values(value, typing.get_type_hints(origin), name))  # type: ignore[operator]
+    if origin is dict:
+        return (
+            (True, {"name": value}) if name == "loss" and isinstance(value, str) else (isinstance(value, dict), value)
+        )
+    if origin is list:
+        return isinstance(value, list) and all(isinstance(item, arguments[0]) for item in value), value
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or len(value) != len(arguments):
+            return False, None
+        return True, tuple(_brought_to(*pair, f"an entry of {name}") for pair in zip(arguments, value, strict=True))
+    if origin is int and isinstance(value, bool):
+        return False, None
+    return isinstance(value, origin), value
+
+
+def _number(value: Any) -> float | None:
+    """A finite number. YAML 1.1 takes 1e-3 for a string."""
+    if isinstance(value, str):
+        try:
+            value = float(value)
+        except ValueError:
+            return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _allowed(hint: Any) -> str:
+    origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(arguments)}"
+    if origin is tuple:
+        return f"a list of {len(arguments)} numbers"
+    names = {
+        float: "a finite number",
+        int: "an integer",
+        bool: "true or false",
+        str: "a string",
+        Path: "a path",
+        list: "a list of strings",
+        type(None): "null",
+    }
+    return names.get(origin, "settings (`name: value`)")
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "settings"
+    return "nothing" if value is None else repr(value)

@@ -1,0 +1,52 @@
+"""The picture of a run: each component of its loss over the steps."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from sgfast.training.record import components_in
+
+_COLUMNS = 3
+# What keeps the model's behaviour; the rest makes the transform strong.
+_UTILITY = ("distillation", "clean_embedding_performance")
+_TITLES = {"loss": "loss, weighted sum", "mean_sigma": "mean sigma"}
+
+
+def plot_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
+    """Write a PNG with a panel for the loss, for each component, unweighted, and for the mean sigma."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = components_in(history)
+    rows = -(-len(names) // _COLUMNS)
+    figure, grid = pyplot.subplots(rows, _COLUMNS, figsize=(4 * _COLUMNS, 2.7 * rows), squeeze=False, sharex=True)
+    panels = list(grid.flat)
+    steps = [step["step"] for step in history]
+    for axes, name in zip(panels, names, strict=False):
+        values = [step[name] for step in history]
+        color = "0.25" if name == "loss" else "tab:blue" if name.startswith(_UTILITY) else "tab:orange"
+        axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
+        axes.plot(steps, smoothed(values), color=color)
+        axes.set_title(_TITLES.get(name, name.replace("_", " ")), fontsize=10)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in panels[len(names) :]:
+        axes.set_visible(False)
+    for axes in panels[max(0, len(names) - _COLUMNS) : len(names)]:
+        axes.set_xlabel("step")
+        axes.tick_params(labelbottom=True)
+    figure.suptitle("blue: the model's behaviour; orange: the transform's strength", fontsize=10)
+    figure.tight_layout()
+    figure.savefig(path, format="png", dpi=110)
+    pyplot.close(figure)
+
+
+def smoothed(values: Sequence[float]) -> list[float]:
+    """Running means over a twentieth of the values, shorter at the beginning.
+
+    Example:
+        >>> smoothed([4.0, 2.0])
+        [4.0, 2.0]
+    """
+    width = max(1, len(values) // 20)
+    return [sum(part) / len(part) for part in (values[max(0, end - width) : end] for end in range(1, len(values) + 1))]

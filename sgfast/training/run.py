@@ -1,0 +1,151 @@
+"""One training run on `SgtTrainer`: a step at a time into a history, stopped cleanly, resumed where it stopped."""
+
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+
+from sgfast.huggingface.collator import NoiseMaskCollator
+from sgfast.huggingface.trainer import SgtTrainer
+from sgfast.huggingface.trainer_checkpoint import checkpoints
+from sgfast.loss.factory import LossFunctions
+from sgfast.training.building import Models
+from sgfast.training.configuration import Configuration
+from sgfast.training.data import TokenizedRecords
+from sgfast.training.record import CHECKPOINTS
+
+History = list[dict[str, float]]
+
+
+def train(
+    configuration: Configuration,
+    models: Models,
+    loss: LossFunctions,
+    examples: TokenizedRecords,
+    *,
+    resume: bool,
+    on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
+) -> tuple[History, bool]:
+    """Train until all steps are taken or, at the first Ctrl-C, to the end of the step, and save a checkpoint there.
+
+    Args:
+        configuration: of the run.
+        models: what to train, changed in place.
+        loss: built over the models.
+        examples: the data.
+        resume: go on from the newest whole checkpoint in the run's folder, if there is one.
+        on_step: called with the number of every step and its values, also those of steps taken before.
+
+    Returns:
+        The history, a dictionary of values for every step since the run began, and whether it is finished.
+
+    Raises:
+        ValueError: the loss is no longer finite, or a checkpoint does not fit the model.
+        KeyboardInterrupt: interrupted a second time.
+    """
+    folder = configuration.out / CHECKPOINTS
+    watch = _Watch(models, on_step)
+    trainer = SgtTrainer(
+        models.student or models.noisy_model,
+        _training_arguments(configuration),
+        loss=loss,
+        teacher=models.noisy_model if models.student is not None else None,
+        train_dataset=examples,
+        data_collator=NoiseMaskCollator(examples.tokenizer_wrapper.tokenizer),
+        callbacks=[watch],
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    begun = checkpoints(folder) if resume else []
+    with _stopping(watch):
+        trainer.train(resume_from_checkpoint=str(begun[-1]) if begun else None)
+    finished = trainer.state.global_step >= configuration.steps
+    return history_of(trainer.state.log_history), finished
+
+
+def history_of(log: list[dict[str, Any]]) -> History:
+    """What was logged of every step, without what the trainer logs of the whole run."""
+    return [{"step": entry["step"], **entry} for entry in log if "loss" in entry]
+
+
+def _training_arguments(configuration: Configuration) -> transformers.TrainingArguments:
+    on_cpu = not torch.accelerator.is_available()
+    return transformers.TrainingArguments(
+        output_dir=str(configuration.out / CHECKPOINTS),
+        max_steps=configuration.steps,
+        per_device_train_batch_size=configuration.batch_size,
+        gradient_accumulation_steps=configuration.accumulation,
+        learning_rate=configuration.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=min(configuration.warmup_steps, configuration.steps - 1),
+        weight_decay=configuration.weight_decay,
+        max_grad_norm=configuration.max_gradient_norm,
+        bf16=configuration.precision == "bfloat16",
+        use_cpu=on_cpu,
+        seed=configuration.seed,
+        # Losses of mutual information compare the halves of a batch; a last one may be odd.
+        dataloader_drop_last=True,
+        dataloader_pin_memory=not on_cpu,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=configuration.save_steps,
+        save_total_limit=2,
+        disable_tqdm=True,
+        report_to="none",
+    )
+
+
+class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
+    """Reports every step, adds sigma to its values, and stops the training when asked to."""
+
+    def __init__(self, models: Models, on_step: Callable[[int, dict[str, float]], None]) -> None:
+        self.noise_layer = models.noisy_model.noise_layer
+        self.on_step = on_step
+        self.interrupted = False
+
+    def on_train_begin(self, _arguments: Any, state: Any, control: Any, **_: Any) -> None:
+        for values in history_of(state.log_history):
+            self.on_step(int(values["step"]), values)
+
+    def on_step_end(self, _arguments: Any, _state: Any, control: Any, **_: Any) -> None:
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, _arguments: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: try a lower learning_rate")
+        # In the trainer's own log, which a checkpoint holds: a resumed run has its whole history.
+        state.log_history[-1]["mean_sigma"] = self._mean_sigma()
+        self.on_step(state.global_step, state.log_history[-1])
+
+    def _mean_sigma(self) -> float:
+        """Over the transformed tokens of the last micro-batch."""
+        layer = self.noise_layer
+        assert layer.std is not None
+        assert layer.noise_mask is not None
+        return float(layer.std[layer.noise_mask].float().mean())  # NaN where nothing is transformed
+
+
+@contextmanager
+def _stopping(watch: _Watch) -> Iterator[None]:
+    """Let the first Ctrl-C stop the training after the step it interrupts."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(_signal: int, _frame: Any) -> None:
+        watch.interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,257 @@
+"""Records of text: what a user's text or JSONL file holds, one at a time, whatever the file's size.
+
+A JSONL file (``.jsonl``, ``.ndjson`` or ``.json``, one JSON object a line) holds ``{"text": "…"}`` or
+``{"messages": [{"role": …, "content": …}, …]}``, with ``"id"`` as the record's key if there is one. Any other file is
+plain text: a record for each line or, if asked for, for each paragraph. Files are UTF-8; blank lines are no records.
+Errors name the file and the line, never a text: that may be private.
+"""
+
+import hashlib
+import io
+import json
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+TextUnit = Literal["line", "paragraph"]
+TEXT_UNITS: tuple[TextUnit, ...] = ("line", "paragraph")
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_ROLES = ("system", "user", "assistant")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+
+class Record(NamedTuple):
+    """One record: its key, the line where it starts (from 1), and either a text or the messages of a chat."""
+
+    key: str
+    line: int
+    text: str | None
+    messages: list[dict[str, str]] | None
+
+
+class RecordError(ValueError):
+    """A file of records that cannot be read; the message names the file and, where there is one, the line."""
+
+
+class _Lines(NamedTuple):
+    """The bytes of one record in its file."""
+
+    line: int
+    start: int
+    content: bytes
+
+
+def read_records(path: str | os.PathLike[str], *, text_unit: TextUnit = "line") -> Iterator[Record]:
+    """Read a file record by record; memory holds one at a time.
+
+    Args:
+        path: a JSONL file, known by its suffix, or a text file.
+        text_unit: what a record of a text file is: ``"line"``, or ``"paragraph"``, lines up to a blank one. JSONL
+            files do not depend on it.
+
+    Yields:
+        Records in the file's order. The key is the ``id`` of a JSONL record (a string or an integer), or the number
+        of the line.
+
+    Raises:
+        RecordError: while iterating: no such file or not readable, bytes that are not UTF-8, a line that is no JSON
+            object, without ``text`` or ``messages`` or with both, values of another type, no text in ``text``, a
+            message without role or content, or a file without records.
+        ValueError: unknown ``text_unit``.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "data.jsonl"
+        >>> _ = path.write_text('{"text": "good day", "id": "a"}\\n{"messages": [{"role": "user", "content": "hi"}]}')
+        >>> for record in read_records(path):
+        ...     print(record.key, record.text, record.messages)
+        a good day None
+        2 None [{'role': 'user', 'content': 'hi'}]
+    """
+    source, unit = Path(path), _checked_unit(text_unit)
+    return (_parse(source, lines) for lines in _each(source, unit))
+
+
+class IndexedRecords(Sequence[Record]):
+    """A file's records by number, for training in any order.
+
+    Reads the whole file once, checks every record, and keeps where each begins (24 bytes a record); a record is read
+    again when it is asked for.
+
+    Args:
+        path: as for `read_records`.
+        text_unit: as for `read_records`.
+
+    Raises:
+        RecordError: as `read_records`; while indexing also if the file changed since.
+        ValueError: unknown ``text_unit``.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, text_unit: TextUnit = "line") -> None:
+        self.path = Path(path)
+        self._starts, self._lengths, self._lines = array("Q"), array("Q"), array("Q")
+        for lines in _each(self.path, _checked_unit(text_unit)):
+            _parse(self.path, lines)
+            self._starts.append(lines.start)
+            self._lengths.append(len(lines.content))
+            self._lines.append(lines.line)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        # Opened for each record: processes that load data side by side must not share a file's position.
+        with _opened(self.path) as file:
+            file.seek(self._starts[index])
+            content = file.read(self._lengths[index])
+        return _parse(self.path, _Lines(self._lines[index], self._starts[index], content))
+
+
+def data_digest(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes in hexadecimal, to tell whether a run continues over the same data.
+
+    Raises:
+        RecordError: no such file, or not readable.
+    """
+    with _opened(Path(path)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _checked_unit(text_unit: TextUnit) -> TextUnit:
+    if text_unit not in TEXT_UNITS:
+        raise ValueError(f"text_unit must be one of {', '.join(TEXT_UNITS)}; got {text_unit!r}")
+    return text_unit
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix.lower() in _JSON_SUFFIXES
+
+
+def _opened(path: Path) -> io.BufferedReader:
+    try:
+        return path.open("rb")
+    except IsADirectoryError as error:
+        raise RecordError(f"{path} is a folder, not a text or JSONL file") from error
+    except OSError as error:
+        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _each(path: Path, text_unit: TextUnit) -> Iterator[_Lines]:
+    """The bytes of every record; an error if there is none."""
+    empty = True
+    with _opened(path) as file:
+        lines = _numbered_lines(file)
+        for one in lines if _is_json(path) or text_unit == "line" else _paragraphs(lines):
+            if one.content.strip():
+                empty = False
+                yield one
+    if empty:
+        raise RecordError(f"{path} holds no records")
+
+
+def _numbered_lines(file: io.BufferedReader) -> Iterator[_Lines]:
+    start = 0
+    for line, content in enumerate(file, start=1):
+        length = len(content)
+        if line == 1 and content.startswith(_BYTE_ORDER_MARK):
+            content, start = content.removeprefix(_BYTE_ORDER_MARK), len(_BYTE_ORDER_MARK)
+            length -= len(_BYTE_ORDER_MARK)
+        yield _Lines(line, start, content)
+        start += length
+
+
+def _paragraphs(lines: Iterable[_Lines]) -> Iterator[_Lines]:
+    first: _Lines | None = None
+    parts: list[bytes] = []
+    for one in lines:
+        if one.content.strip():
+            first = first or one
+            parts.append(one.content)
+        elif first is not None:
+            yield first._replace(content=b"".join(parts))
+            first, parts = None, []
+    if first is not None:
+        yield first._replace(content=b"".join(parts))
+
+
+def _parse(path: Path, lines: _Lines) -> Record:
+    try:
+        text = lines.content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = lines.line + lines.content.count(b"\n", 0, error.start)
+        raise RecordError(f"{path}, line {line}: not UTF-8 text ({error.reason})") from error
+    if not _is_json(path):
+        return Record(str(lines.line), lines.line, text.strip("\r\n"), None)
+    try:
+        return _json_record(text, lines.line)
+    except _MalformedError as error:
+        raise RecordError(f"{path}, line {lines.line}: {error}") from error
+
+
+class _MalformedError(Exception):
+    """What is wrong with a line."""
+
+
+def _json_record(text: str, line: int) -> Record:
+    try:
+        values = json.loads(text.rstrip("\r\n"))
+    except (ValueError, RecursionError) as error:  # ValueError: also integers of too many digits
+        reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise _MalformedError(f"not JSON: {reason}") from error
+    if not isinstance(values, dict):
+        raise _MalformedError(f'must be a JSON object with the key "text" or "messages"; got {_named_type(values)}')
+    if ("text" in values) == ("messages" in values):
+        both = "both" if "text" in values else "neither"
+        raise _MalformedError(f'must have one of the keys "text" and "messages"; it has {both}')
+    key = values.get("id", line)
+    if isinstance(key, bool) or not isinstance(key, str | int):
+        raise _MalformedError(f'"id" must be a string or an integer; got {_named_type(key)}')
+    key = _checked_string(str(key), '"id"')
+    if "messages" in values:
+        return Record(key, line, None, _checked_messages(values["messages"]))
+    content = _checked_string(values["text"], '"text"')
+    if not content.strip():
+        raise _MalformedError('"text" is empty')
+    return Record(key, line, content, None)
+
+
+def _checked_messages(messages: Any) -> list[dict[str, str]]:
+    if not isinstance(messages, list):
+        raise _MalformedError(f'"messages" must be a list; got {_named_type(messages)}')
+    if not messages:
+        raise _MalformedError('"messages" is empty')
+    for number, message in enumerate(messages, start=1):
+        where = f"message {number}"
+        if not isinstance(message, dict):
+            raise _MalformedError(f"{where} must be an object; got {_named_type(message)}")
+        if message.keys() != {"role", "content"}:
+            # Text under another key could reach the chat template, where no mask would cover it.
+            raise _MalformedError(f'{where} must have the keys "role" and "content" and no other')
+        _checked_string(message["content"], f'{where}: "content"')
+        if message["role"] not in _ROLES:
+            raise _MalformedError(f'{where}: "role" must be one of {", ".join(_ROLES)}')
+    return messages
+
+
+def _checked_string(value: Any, where: str) -> str:
+    if not isinstance(value, str):
+        raise _MalformedError(f"{where} must be a string; got {_named_type(value)}")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+        raise _MalformedError(f"{where} is not Unicode text ({error.reason})") from error
+    return value
+
+
+def _named_type(value: Any) -> str:
+    """What JSON calls a value's type."""
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

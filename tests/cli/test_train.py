@@ -1,0 +1,214 @@
+"""``sgfast train`` on a tiny saved model: results, flags over YAML, interruption and resumption, wrong input."""
+
+import json
+import os
+import random
+import signal
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sgfast.cli.main import main
+from sgfast.client import StainedGlassTransformForText
+from sgfast.training.data import TokenizedRecords
+from sgfast.training.objectives import FACTORIES
+from tests.tiny_models import tiny_causal_lm
+from tests.tiny_tokenizer import tiny_tokenizer
+
+WRITTEN = ["checkpoints", "training.json", "training.png", "transform.safetensors"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    base_model, _, _ = tiny_causal_lm("llama", vocab_size=len(tokenizer))
+    base_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "texts.txt"
+    words, generator = ["the", "keyword", "of", "function", "class", "module"], random.Random(0)
+    path.write_text("\n".join(" ".join(generator.choices(words, k=generator.randint(2, 9))) for _ in range(14)))
+    return path
+
+
+@pytest.fixture
+def train(monkeypatch, model_folder, text_file, tmp_path):
+    """Run the command in this process with small defaults; return its exit code."""
+
+    def run(out="out", *arguments, **options) -> int:
+        settings = {"model": model_folder, "data": text_file, "out": tmp_path / out, "steps": 4} | options
+        settings = {"batch-size": 2, "max-length": 32, "loss": "distillation", "learning-rate": "1e-2"} | settings
+        if settings["loss"] in ("distillation", "mutual_information_distillation", "jigsaw"):
+            arguments = ("--set", "loss.distillation_layer_index=1", *arguments)
+        flags = [part for name, value in settings.items() if value is not None for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["sgfast", "train", *map(str, [*flags, *arguments])])
+        try:
+            main()
+        except SystemExit as error:
+            return error.code or 0
+        return 0
+
+    return run
+
+
+def record_of(out) -> dict:
+    return json.loads((out / "training.json").read_text())
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_every_loss_trains_a_transform(train, tmp_path, capsys, name):
+    assert train(loss=name) == 0
+    out = tmp_path / "out"
+    assert sorted(os.listdir(out)) == (["adapter"] if name == "jigsaw" else []) + WRITTEN
+    assert (out / "training.png").read_bytes().startswith(b"\x89PNG")
+    record = record_of(out)
+    assert record["finished"] is True
+    assert record["data"]["records"] == 14
+    assert [step["step"] for step in record["history"]] == [1, 2, 3, 4]
+    untrained, *_, last = record["history"]
+    weights = record["settings"]["loss"]
+    interpolation = weights.get("alpha")
+    total = 0.0
+    for component, value in last.items():
+        weight = next((weights[key] for key in weights if key.startswith(component) and key.endswith("weight")), 0.0)
+        if interpolation is not None:
+            weight *= 1 - interpolation if component.startswith("distillation") else interpolation
+        total += weight * value
+    assert last["loss"] == pytest.approx(total, rel=1e-4)
+    assert record["scale"][0] < last["mean_sigma"] < record["scale"][1]
+    assert last["mean_sigma"] != untrained["mean_sigma"]
+    client = StainedGlassTransformForText.from_pretrained(out / "transform.safetensors")
+    head = dict(client.noise_layer.named_parameters())["mean_estimator.head.weight"]
+    assert head.abs().sum() > 0  # it starts at 0
+    if name == "jigsaw":
+        adapter = load_file(out / "adapter" / "adapter_model.safetensors")
+        assert any(tensor.abs().sum() > 0 for key, tensor in adapter.items() if "lora_B" in key)  # they start at 0
+    captured = capsys.readouterr()
+    assert "means over the first and over the last tenth of the steps" in " ".join(captured.out.split())
+    assert "4/4" in captured.err
+
+
+def test_flags_override_the_yaml_file(train, tmp_path, text_file):
+    config = tmp_path / "train.yaml"
+    config.write_text(
+        f"data: {text_file}\nsteps: 50\naccumulation: 2\nseed: 271828\nprecision: bfloat16\n"
+        "noise_layer: {scale: [1e-3, 0.5], rhos_init: -1, percent_to_mask: 0.25}\n"
+        "loss: {name: cross_entropy_distillation, distillation_cross_entropy_loss_weight: 3}\n"
+    )
+    overrides = ("--set", "loss.median_norm_penalty_weight=0.0")
+    assert train("out", config, *overrides, loss=None, data=None, steps=2) == 0
+    settings = record_of(tmp_path / "out")["settings"]
+    assert settings["steps"] == 2
+    assert settings["accumulation"] == 2
+    assert settings["precision"] == "bfloat16"
+    assert settings["loss"] == {
+        "name": "cross_entropy_distillation",
+        "distillation_cross_entropy_loss_weight": 3.0,
+        "absolute_cosine_similarity_penalty_weight": 1.0,
+        "median_norm_penalty_weight": 0.0,
+    }
+    client = StainedGlassTransformForText.from_pretrained(tmp_path / "out" / "transform.safetensors")
+    saved = client.noise_layer.settings()
+    assert (saved["scale"], saved["rhos_init"], saved["percent_to_mask"]) == ([1e-3, 0.5], -1.0, 0.25)
+    for name in ("training.json", "transform.safetensors"):
+        assert b"271828" not in (tmp_path / "out" / name).read_bytes()
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(train, tmp_path, monkeypatch, capsys):
+    assert train("whole", steps=6) == 0
+    with monkeypatch.context() as patch:
+        read, taken = TokenizedRecords.__getitem__, []
+
+        def interrupting(self, index):
+            taken.append(index)
+            if len(taken) == 1 + 2 * 3:  # one record is tried before the training; then 2 a step
+                signal.raise_signal(signal.SIGINT)
+            return read(self, index)
+
+        patch.setattr(TokenizedRecords, "__getitem__", interrupting)
+        handler = signal.getsignal(signal.SIGINT)
+        assert train("parts", steps=6) == 130
+        assert signal.getsignal(signal.SIGINT) is handler
+    record = record_of(tmp_path / "parts")
+    steps = len(record["history"])
+    assert 2 <= steps <= 4
+    assert record["finished"] is False
+    assert sorted(os.listdir(tmp_path / "parts")) == WRITTEN
+    StainedGlassTransformForText.from_pretrained(tmp_path / "parts" / "transform.safetensors")
+    assert f"interrupted after {steps} of 6 steps" in " ".join(capsys.readouterr().err.split())
+
+    assert train("parts", steps=6) == 2
+    assert "holds a run: continue it by --resume" in capsys.readouterr().err
+    assert train("parts", "--resume", steps=6) == 0
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert record_of(parts)["finished"] is True
+    for straight, resumed in zip(record_of(whole)["history"], record_of(parts)["history"], strict=True):
+        assert resumed == pytest.approx(straight, rel=1e-6)
+    one, other = (load_file(out / "transform.safetensors") for out in (whole, parts))
+    for name, tensor in one.items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-6, atol=1e-8)
+
+
+def test_resume_needs_the_run_that_was_begun(train, tmp_path, text_file, capsys):
+    assert train("out", "--resume", steps=2) == 0  # with nothing there it starts afresh
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text() + "\nmore")
+    moved = tmp_path / "moved.txt"
+    moved.write_text(text_file.read_text())
+    for options, message in (
+        ({"data": other}, f"{other} is not the data that {tmp_path / 'out'} was begun with"),
+        ({"learning-rate": 3}, "was begun with learning_rate = 0.01; now it is 3.0"),
+        ({"loss": "cross_entropy_distillation"}, "was begun with loss = {'name': 'distillation', "),
+    ):
+        capsys.readouterr()
+        assert train("out", "--resume", **options) == 2
+        error = capsys.readouterr().err
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+    assert train("out", "--resume", data=moved, steps=3) == 0
+    assert [step["step"] for step in record_of(tmp_path / "out")["history"]] == [1, 2, 3]
+    (tmp_path / "out" / "training.json").write_text("{}")
+    assert train("out", "--resume") == 2
+    assert "is not the record of a run" in capsys.readouterr().err
+
+
+def test_wrong_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine"}\n{"txt": "x"}\n')
+    config = tmp_path / "train.yaml"
+    config.write_text("lerning_rate: 1\n")
+    for arguments, options, message in (
+        ((config,), {}, f"{config}: unknown key lerning_rate: the closest valid key is learning_rate"),
+        ((tmp_path / "absent.yaml",), {}, "absent.yaml cannot be read"),
+        ((), {"data": None}, "give data, a text or JSONL file to train on"),
+        ((), {"data": broken}, f"{broken}, line 2: must have one of the keys"),
+        ((), {"data": tmp_path / "absent.txt"}, "absent.txt cannot be read"),
+        ((), {"batch-size": 15}, "holds 14 records, fewer than a batch of 15"),
+        ((), {"model": tmp_path / "absent"}, "cannot be loaded"),
+        ((), {"max-length": 65}, "max_length is 65, the model has 64 positions"),
+        (("--set", "loss.alpha=2"), {}, "loss distillation: alpha must lie in [0, 1]; got 2.0"),
+        (("--set", "loss.distillation_layer_index=4"), {}, "the decoder layer index must lie in [-4, 3]"),
+        (("--set", "noise_layer.mean_num_attention_heads=3"), {}, "noise_layer: mean_num_attention_heads"),
+        (("--set", "lora.target_modules=[nothing]"), {"loss": "jigsaw"}, "lora: Target modules {'nothing'} not found"),
+        (("--set", "steps"), {}, "--set takes key=value"),
+    ):
+        assert train("out", *arguments, **options) == 2, message
+        captured = capsys.readouterr()
+        lines = [line for line in captured.err.splitlines() if line.startswith("sgfast:")]
+        assert len(lines) == 1, captured.err
+        assert message in lines[0], captured.err
+        assert "Traceback" not in captured.err + captured.out
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_explodes_ends_the_run(train, tmp_path, capsys):
+    assert train("out", **{"learning-rate": 1e30}) == 2
+    assert "try a lower learning_rate" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "transform.safetensors").exists()
