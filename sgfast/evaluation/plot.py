@@ -1,15 +1,14 @@
 """Pictures of an evaluation: how divergences and ranks are distributed, and utility against privacy."""
 
+import bisect
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgfast.metrics.utility import UTILITY_DIVERGENCES
+from sgfast.utils.files import replacing
 
 DIVERGENCES_PLOT, RANKS_PLOT, COMPARISON_PLOT = "divergences.png", "ranks.png", "utility_privacy.png"
-_BINS = 40
 _TITLES = {
     "next_token_utility/jefferys": "Jeffreys divergence, nats",
     "next_token_utility/jensen_shannon": "Jensen-Shannon divergence, nats",
@@ -17,8 +16,9 @@ _TITLES = {
     "next_token_utility/squared_hellinger_distance": "squared Hellinger distance",
     "next_token_agreement": "same likeliest next token",
 }
-# The others lie in [0, 1] (Jensen–Shannon in [0, ln 2]); this one has no end, and is drawn by its logarithm.
-_UNBOUNDED, _DECADES = "next_token_utility/jefferys", (-6, 4)
+# A weak transform's divergences are tiny, a strong one's large: they are drawn by their logarithms.
+_DECADES, _BINS_OF_A_DECADE = (-8, 3), 10
+_AGREEMENT, _AGREEMENT_BINS = "next_token_agreement", 40
 
 
 def plot_divergences(path: Path, sequences: Path, means: Mapping[str, float | None]) -> None:
@@ -29,21 +29,24 @@ def plot_divergences(path: Path, sequences: Path, means: Mapping[str, float | No
     panels = list(grid.flat)
     for axes, (name, title) in zip(panels, _TITLES.items(), strict=False):
         edges, counts = _edges(name), histograms[name]
-        color = "tab:green" if name == "next_token_agreement" else "tab:blue"
+        color = "tab:green" if name == _AGREEMENT else "tab:blue"
         axes.stairs(counts, edges, fill=True, color=color, alpha=0.8)
-        if name == _UNBOUNDED:
+        if name != _AGREEMENT:
             axes.set_xscale("log")
-            filled = [place for place, count in enumerate(counts) if count]
-            axes.set_xlim(edges[max(0, filled[0] - 2)], edges[min(_BINS, filled[-1] + 3)])
-        if (mean := means[name]) is not None:
-            axes.axvline(mean, color="0.2", linewidth=1)
-            axes.annotate(f"mean {mean:.3g}", (mean, 1.01), xycoords=("data", "axes fraction"), fontsize=8, ha="center")
-        axes.set_title(title, fontsize=10, pad=16)
+            filled = [place for place, count in enumerate(counts) if count] or [0]
+            # Whole decades, whose labels do not collide.
+            first, last = filled[0] // _BINS_OF_A_DECADE, filled[-1] // _BINS_OF_A_DECADE + 1
+            axes.set_xlim(edges[first * _BINS_OF_A_DECADE], edges[last * _BINS_OF_A_DECADE])
+            axes.xaxis.set_minor_formatter("")
+        mean = means[name]
+        axes.set_title(title if mean is None else f"{title}; mean {mean:.3g}", fontsize=10)
+        if mean is not None:
+            axes.axvline(max(mean, edges[0]), color="0.2", linewidth=1)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[:, 0]:
         axes.set_ylabel("sequences")
     panels[-1].set_visible(False)
-    figure.suptitle("next token, through the transform against without it; means over each sequence", fontsize=10)
+    figure.suptitle("next token, through the transform against without it; a mean over each sequence", fontsize=10)
     _save(figure, path, pyplot)
 
 
@@ -112,31 +115,24 @@ def strongest_attack(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
 
 
 def _edges(name: str) -> list[float]:
-    if name == _UNBOUNDED:
-        low, high = _DECADES
-        return [10 ** (low + (high - low) * place / _BINS) for place in range(_BINS + 1)]
-    end = math.log(2) if UTILITY_DIVERGENCES.get(name) == "jensen_shannon" else 1.0
-    return [end * place / _BINS for place in range(_BINS + 1)]
+    if name == _AGREEMENT:
+        return [place / _AGREEMENT_BINS for place in range(_AGREEMENT_BINS + 1)]
+    low, high = (decade * _BINS_OF_A_DECADE for decade in _DECADES)
+    return [10 ** (place / _BINS_OF_A_DECADE) for place in range(low, high + 1)]
 
 
 def _histograms(sequences: Path) -> dict[str, list[int]]:
-    counts = {name: [0] * _BINS for name in _TITLES}
+    """How many sequences lie between one edge and the next; the first and the last bin take what lies beyond."""
+    edges = {name: _edges(name) for name in _TITLES}
+    counts = {name: [0] * (len(ends) - 1) for name, ends in edges.items()}
     with sequences.open(encoding="utf-8") as file:
         for line in file:
             values = json.loads(line)
             for name, bins in counts.items():
                 if (value := values[name]) is not None:
-                    bins[_bin(name, value)] += 1
+                    place = bisect.bisect_right(edges[name], value) - 1
+                    bins[min(max(place, 0), len(bins) - 1)] += 1
     return counts
-
-
-def _bin(name: str, value: float) -> int:
-    if name == _UNBOUNDED:
-        low, high = _DECADES
-        place = (math.log10(max(value, 10.0**low)) - low) / (high - low)
-    else:
-        place = value / _edges(name)[-1]
-    return min(_BINS - 1, int(place * _BINS))
 
 
 def _pyplot() -> Any:
@@ -149,8 +145,6 @@ def _pyplot() -> Any:
 
 
 def _save(figure: Any, path: Path, pyplot: Any) -> None:
-    from sgfast.utils.files import replacing
-
     figure.tight_layout()
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
