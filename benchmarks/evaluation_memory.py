@@ -74,7 +74,7 @@ def measure(folder: Path, budget: str, attacks: str) -> dict[str, object]:
         attack_tokens=1024,
     )
     model = load_model(settings, torch.device("cpu"))
-    subject = load_subject(model, settings.transform)
+    subject = load_subject(model, settings)
     gc.collect()
     loaded = resident_mib("VmRSS")
     peak_anew()

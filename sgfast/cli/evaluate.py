@@ -78,9 +78,9 @@ def _evaluate_all(
     if len(begun) > 1:
         # A transform for another model is refused before hours are spent on the one before it.
         for one, _ in begun:
-            load_subject(model, one.transform)
+            load_subject(model, one)
     for one, identity in begun:
-        subject = load_subject(model, one.transform)
+        subject = load_subject(model, one)
         if len(settings) > 1:
             console.print(f"transform {one.transform}", highlight=False)
         with _Bar(console) as bar:

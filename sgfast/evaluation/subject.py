@@ -97,33 +97,40 @@ def load_model(settings: Settings, device: torch.device) -> Any:
     return model.to(device).requires_grad_(False)
 
 
-def load_subject(model: Any, transform: Path) -> Subject:
-    """Load a transform and check that it was made for the model.
+def load_subject(model: Any, settings: Settings) -> Subject:
+    """Load the transform, and check that it was made for the model and that the settings fit.
 
     Raises:
         FileNotFoundError: no such transform.
-        ValueError: a damaged file, or a transform for another model.
+        ValueError: a damaged file, a transform for another model, or a setting beyond the model's sizes.
     """
-    client = StainedGlassTransformForText.from_pretrained(transform)
+    client = StainedGlassTransformForText.from_pretrained(settings.transform)
     table = embedding_table_of(model)
-    _check_table(client, model, table, transform)
+    _check_table(client, model, settings.transform)
     # The model's table serves both: the file's copy goes.
     client.parameters.clear()
     causal_lm = causal_lm_of(model)
-    embedding = causal_lm.get_input_embeddings()
-    return Subject(
+    subject = Subject(
         noise_layer=client.noise_layer.to(table.device).eval(),
         tokenizer_wrapper=client.tokenizer_wrapper,
         table=table,
         head=language_model_head(model),
         vocabulary=causal_lm.get_output_embeddings().weight.shape[0],
         positions=getattr(causal_lm.config, "max_position_embeddings", None),
-        _embedding=embedding,
+        _embedding=causal_lm.get_input_embeddings(),
         _backbone=backbone_of(model),
     )
+    for option, value, limit, what in (
+        ("num-logits", settings.num_logits, subject.vocabulary, "logits"),
+        ("beta", settings.beta, len(table), "tokens"),
+        ("max-length", settings.max_length, subject.positions, "positions"),
+    ):
+        if value is not None and limit is not None and value > limit:
+            raise EvaluationError(f"--{option} is {value}, the model has {limit} {what}")
+    return subject
 
 
-def _check_table(client: StainedGlassTransformForText, model: Any, table: Tensor, path: Path) -> None:
+def _check_table(client: StainedGlassTransformForText, model: Any, path: Path) -> None:
     theirs = client.parameters[client.embedding_name]
     embedding = causal_lm_of(model).get_input_embeddings()
     ours = embedding.weight.detach()

@@ -1,34 +1,12 @@
-"""A tiny model on the disk with transforms made for it, and a file of short chats and texts."""
+"""A tiny model on the disk with a transform made for it, and a file of short chats and texts."""
 
 import json
-import random
 
 import pytest
 
-from sgfast.huggingface import TokenizerWrapper
-from sgfast.training.building import models_over
+from tests.tiny_evaluation import records, save_transform
 from tests.tiny_models import tiny_causal_lm
 from tests.tiny_tokenizer import tiny_tokenizer
-
-WORDS = ["the", "keyword", "of", "function", "class", "module", "in", "a"]
-
-
-def save_transform(base_model, path, **options):
-    """An untrained transform."""
-    wrapper = TokenizerWrapper(tiny_tokenizer(), "LlamaForCausalLM")
-    models_over(base_model, wrapper, {"rhos_init": 0.0, **options}).client.save_pretrained(path)
-    return path
-
-
-def records(count, seed=0):
-    """Texts and chats of different lengths."""
-    generator = random.Random(seed)
-    lines = []
-    for number in range(count):
-        text = " ".join(generator.choices(WORDS, k=generator.randint(2, 12)))
-        chat = [{"role": "user", "content": text}, {"role": "assistant", "content": "the module"}]
-        lines.append({"messages": chat, "id": f"chat {number}"} if number % 3 == 0 else {"text": text})
-    return lines
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from sgfast.evaluation.settings import (
 from sgfast.evaluation.subject import load_subject, record_noise_seed
 from sgfast.training.data import as_chat
 from sgfast.utils.records import Record, read_records
-from tests.evaluation.conftest import records, save_transform
+from tests.tiny_evaluation import records, save_transform
 from tests.tiny_models import tiny_causal_lm
 
 CHEAP = ("nearest", "farthest", "transformation")
@@ -57,7 +57,7 @@ def settings(model_folder, transform_file, data_file, tmp_path):
 
 
 def run(base_model, settings, *, resume=False, watcher=None, chosen=True):
-    subject = load_subject(base_model, settings.transform)
+    subject = load_subject(base_model, settings)
     watcher = watcher or Watcher()
     identity = identity_of(settings)
     evaluate(settings, subject, identity, Processes(), watcher, resume=resume, attacks_are_chosen=chosen)
@@ -259,7 +259,7 @@ def test_long_records_are_cut(base_model, settings, data_file):
     asked = settings(max_length=9)
     metrics = run(base_model, asked)
     assert metrics["data"]["longest"] == 9
-    wrapper = load_subject(base_model, asked.transform).tokenizer_wrapper
+    wrapper = load_subject(base_model, asked).tokenizer_wrapper
     lengths = [len(one.input_ids) for one in read_examples(asked, wrapper, None)]
     assert metrics["data"]["truncated"] == sum(length > 9 for length in lengths) > 0
     assert metrics["data"]["tokens"] == sum(min(length, 9) for length in lengths)
@@ -291,12 +291,12 @@ def test_what_cannot_be_run_is_refused_or_left_out(base_model, settings, tmp_pat
 def test_a_transform_for_another_model(base_model, settings, tmp_path):
     wide = tiny_causal_lm("llama", vocab_size=base_model.config.vocab_size, hidden_size=32)[0]
     with pytest.raises(EvaluationError, match=r"for another model: its embedding table is .*, the model's"):
-        load_subject(wide, settings().transform)
+        load_subject(wide, settings())
     other = tiny_causal_lm("llama", vocab_size=base_model.config.vocab_size)[0]
     torch.nn.init.normal_(other.get_input_embeddings().weight)
     with pytest.raises(EvaluationError, match="for another model: the embeddings in it are not the model's"):
-        load_subject(other, settings().transform)
-    load_subject(tiny_causal_lm("llama", vocab_size=base_model.config.vocab_size)[0].bfloat16(), settings().transform)
+        load_subject(other, settings())
+    load_subject(tiny_causal_lm("llama", vocab_size=base_model.config.vocab_size)[0].bfloat16(), settings())
 
 
 def test_the_budget_is_a_sum_of_its_parts():
