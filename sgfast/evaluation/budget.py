@@ -18,6 +18,8 @@ _USABLE = 0.75
 # (D, D) matrices (parameters, gradients, Adam's two moments, two states kept), and per feature of a token of the
 # sample (all, shuffled, training part, its copies, and float64 ones for the closed form).
 _INVERSION_TABLE_BYTES, _INVERSION_DECODER_BYTES, _INVERSION_TOKEN_BYTES = 8, 5 * 4 * 8, 48
+# What PyTorch loads the first time that an optimizer is made.
+_OPTIMIZER_BYTES = 128 * 2**20
 _LEAST_INVERSION_CHUNK = 32 * 2**20
 
 
@@ -60,7 +62,8 @@ class Budget:
 
     def _inversion_fixed(self, tokens: int) -> int:
         return (
-            _INVERSION_TABLE_BYTES * self.vocabulary * self.width
+            _OPTIMIZER_BYTES
+            + _INVERSION_TABLE_BYTES * self.vocabulary * self.width
             + _INVERSION_DECODER_BYTES * self.width**2
             + _INVERSION_TOKEN_BYTES * self.width * tokens
         )
