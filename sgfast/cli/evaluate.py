@@ -53,9 +53,11 @@ def run_evaluate(settings: Sequence[Settings], *, out: Path, resume: bool, attac
         console = Console(stderr=True, quiet=processes.rank > 0)
         try:
             _evaluate_all(settings, processes, console, resume, attacks_are_chosen)
-        except InterruptedEvaluationError:
+        except (InterruptedEvaluationError, KeyboardInterrupt):
             console.print(
-                f"interrupted; what was measured is in {out}, and --resume goes on from here", highlight=False
+                f"interrupted; what was measured is in {out}, and --resume goes on from here",
+                highlight=False,
+                soft_wrap=True,
             )
             raise SystemExit(130) from None
         if processes.rank == 0:
@@ -134,7 +136,7 @@ def _show(settings: Sequence[Settings], out: Path) -> None:
     for name, metrics in results.items():
         for attack, reason in metrics["left_out"].items():
             console.print(f"{name}: the attack {attack} was left out: {reason}", highlight=False, soft_wrap=True)
-    console.print(f"in {out}: {_written(settings, out)}", highlight=False)
+    console.print(f"in {out}: {_written(settings, out)}", highlight=False, soft_wrap=True)
 
 
 def _written(settings: Sequence[Settings], out: Path) -> str:

@@ -145,6 +145,24 @@ def test_wrong_input_is_one_line_and_writes_nothing(evaluate, tmp_path, model_fo
         assert not (tmp_path / "out").exists(), message
 
 
+def test_ctrl_c_ends_after_a_record_and_resume_goes_on(evaluate, tmp_path, monkeypatch, capsys):
+    from sgfast.evaluation import run
+
+    measured, measure_example = [], run.measure_example
+
+    def interrupted(settings, subject, budget, example):
+        measured.append(example.index)
+        if len(measured) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure_example(settings, subject, budget, example)
+
+    monkeypatch.setattr(run, "measure_example", interrupted)
+    assert evaluate() == 130
+    assert "--resume goes on from here" in capsys.readouterr().err
+    assert evaluate("--resume") == 0
+    assert measured == list(range(13))
+
+
 def test_parquet_needs_its_library(evaluate, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert evaluate("--parquet") == 2

@@ -11,7 +11,7 @@ from sgfast.client import StainedGlassTransformForText
 from sgfast.evaluation.budget import Budget, readable_bytes
 from sgfast.evaluation.examples import Example, Survey, read_examples
 from sgfast.evaluation.processes import Processes
-from sgfast.evaluation.progress import PartWriter, Progress
+from sgfast.evaluation.progress import PartWriter, Progress, Reached
 from sgfast.evaluation.report import identity_of, read_metrics
 from sgfast.evaluation.run import InterruptedEvaluationError, evaluate
 from sgfast.evaluation.settings import (
@@ -253,6 +253,26 @@ def test_the_sample_depends_on_the_records_alone():
     assert together.transformed_tokens == sum(int(one.noise_mask.sum()) for one in examples)
     again = Survey.from_json(json.loads(json.dumps(together.to_json())))
     assert again == together
+
+
+def test_every_record_is_measured_once_whatever_the_processes_of_each_run():
+    generator = random.Random(1)
+    for _ in range(50):
+        records, parts, measured = generator.randint(1, 60), [], []
+        for last in (False, False, False, True):
+            before, processes = list(parts), generator.randint(1, 5)
+            for rank in range(processes):
+                reached = Reached(rank, processes)
+                left = records if last else generator.randint(0, 12)
+                for index in range(rank, records, processes):
+                    if left == 0:
+                        break
+                    if not any(part.covers(index) for part in before):
+                        measured.append(index)
+                        reached.last = index
+                        left -= 1
+                parts.append(reached)
+        assert sorted(measured) == list(range(records))
 
 
 def test_long_records_are_cut(base_model, settings, data_file):
