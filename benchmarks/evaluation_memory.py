@@ -100,28 +100,24 @@ def measure(folder: Path, budget: str, attacks: str) -> dict[str, object]:
 
 def report(lines: list[dict[str, object]]) -> str:
     rows = [
-        f"| {line['budget_mib']:.0f} | {line['beyond_body_mib']} | {line['beyond_model_mib']} | "
+        f"| {line['budget_mib']:.0f} | {line['beyond_body_mib']} | {line['body_mib']} | {line['beyond_model_mib']} | "
         f"{line['tokens_per_second']} |"
         for line in lines
     ]
-    return "\n".join(
-        [
-            "# Memory of `sgfast evaluate`",
-            "",
-            "`python -m benchmarks.evaluation_memory`: SmolLM2-135M (49152 x 576) in float32, an untrained transform,",
-            f"{lines[0]['tokens']} tokens in sequences of {LENGTH}, all attacks but the learned one, on a machine with",
-            "other work to do. Asked for, and the process's peak beyond the loaded model and one pass through its body",
-            f"(which takes {lines[0]['body_mib']} MiB), or beyond the loaded model alone. Logits of one sequence, both",
-            f"sides, as a whole would take {2 * LENGTH * 49152 * 4 // MIB} MiB.",
-            "",
-            f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}",
-            "",
-            "| budget MiB | peak beyond body pass MiB | peak beyond model MiB | tokens a second |",
-            "|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    return f"""# Memory of `sgfast evaluate`
+
+`python -m benchmarks.evaluation_memory`: SmolLM2-135M (49152 x 576) in float32 and an untrained transform,
+{lines[0]["tokens"]} tokens in sequences of {LENGTH}, all attacks but the learned one. The budget asked for; the
+process's peak beyond the loaded model and one pass through its body; what that pass took; the peak beyond the loaded
+model alone. The logits of one sequence, both sides, would take {2 * LENGTH * 49152 * 4 // MIB} MiB. Rates
+are those of a machine that had several times its cores' worth of other work to do: they are no comparison.
+
+CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}
+
+| budget MiB | peak beyond both MiB | body pass MiB | peak beyond model MiB | tokens a second |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+"""
 
 
 def main() -> None:
