@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sgfast.evaluation.settings import Precision, TextAs
 from sgfast.utils.records import TextUnit
 
 app = typer.Typer(
@@ -89,6 +90,77 @@ def train(
         "seed": seed,
     }
     run_train(config, flags, override or [], resume)
+
+
+@app.command()
+def evaluate(
+    transform: Annotated[
+        list[Path], typer.Option(help="A transform saved for clients; several are compared with each other.")
+    ],
+    data: Annotated[Path, typer.Option(help="Text or JSONL file (keys text or messages).")],
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation-output"),
+    num_logits: Annotated[
+        int | None, typer.Option(min=1, help="Restrict divergences to both sides' top-k logits; default: all.")
+    ] = None,
+    memory_budget: Annotated[
+        str, typer.Option(help="Peak of resident bytes beyond the loaded model and one pass through its body.")
+    ] = "2GiB",
+    attacks: Annotated[
+        str | None,
+        typer.Option(
+            help="all, none, or of nearest, farthest, transformation, repeated, learned, information; "
+            "default: all that can be run.",
+            show_default=False,
+        ),
+    ] = None,
+    beta: Annotated[int, typer.Option(min=1, help="An attack succeeds if the token is among so many nearest.")] = 1,
+    attack_tokens: Annotated[
+        int, typer.Option(min=8, help="Tokens sampled for the attacks repeated, learned and information.")
+    ] = 4096,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same numbers on one machine.")] = 0,
+    text_unit: Annotated[TextUnit, typer.Option(help="What a record of a text file is.")] = "line",
+    text_as: Annotated[
+        TextAs, typer.Option(help="A text as a user's message, or without a chat template.")
+    ] = "message",
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens kept of a record; default: the model's positions.")
+    ] = None,
+    precision: Annotated[Precision, typer.Option(help="Of the model's weights.")] = "float32",
+    parquet: Annotated[bool, typer.Option("--parquet", help="Write sequences.parquet too (needs pyarrow).")] = False,
+    save_seconds: Annotated[float, typer.Option(min=0, help="Save the state so often.")] = 10.0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the evaluation in --out, if there is one.")
+    ] = False,
+) -> None:
+    """Measure what transforms cost and what they hide, over a file of any size within a memory budget."""
+    from sgfast.cli.evaluate import run_evaluate
+    from sgfast.evaluation.settings import ATTACKS, Settings, parse_attacks, parse_bytes, result_folders
+
+    settings = [
+        Settings(
+            model=model,
+            transform=path,
+            data=data,
+            out=folder,
+            attacks=ATTACKS if attacks is None else parse_attacks(attacks),
+            num_logits=num_logits,
+            beta=beta,
+            attack_tokens=attack_tokens,
+            memory_budget=parse_bytes(memory_budget),
+            seed=seed,
+            text_unit=text_unit,
+            text_as=text_as,
+            max_length=max_length,
+            precision=precision,
+            parquet=parquet,
+            save_seconds=save_seconds,
+        )
+        for path, folder in zip(transform, result_folders(transform, out), strict=True)
+    ]
+    run_evaluate(settings, out=out, resume=resume, attacks_are_chosen=attacks is not None)
 
 
 @app.command()

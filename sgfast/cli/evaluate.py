@@ -1,0 +1,173 @@
+"""``sgfast evaluate``: utility and privacy of transforms over a file of any size."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sgfast.evaluation.plot import COMPARISON_PLOT, plot_comparison
+from sgfast.evaluation.processes import Processes, joined
+from sgfast.evaluation.report import check_continues, check_parquet, identity_of, read_metrics
+from sgfast.evaluation.run import InterruptedEvaluationError, evaluate
+from sgfast.evaluation.settings import Settings
+from sgfast.evaluation.subject import load_model, load_subject
+from sgfast.huggingface.assets import PACKAGED_MODEL
+
+_ROWS = {
+    "same likeliest next token": ("utility", "next_token_agreement", "{:.1%}"),
+    "total variation of the next token": ("utility", "next_token_utility/total_variation", "{:.4f}"),
+    "Jeffreys divergence, nats": ("utility", "next_token_utility/jefferys", "{:.4g}"),
+    "Jensen-Shannon divergence, nats": ("utility", "next_token_utility/jensen_shannon", "{:.4f}"),
+    "squared Hellinger distance": ("utility", "next_token_utility/squared_hellinger_distance", "{:.4f}"),
+    "perplexity, clean model": ("utility", "clean_perplexity", "{:.2f}"),
+    "perplexity, through the transform": ("utility", "noisy_perplexity", "{:.2f}"),
+    "nearest neighbour fails": ("privacy", "nearest_neighbor_failure_rate", "{:.1%}"),
+    "farthest rank fails": ("privacy", "max_rank_failure_rate", "{:.1%}"),
+    "mean rank of the true token": ("privacy", "mean_reconstruction_rank", "{:.0f}"),
+    "true token not among the nearest 100": ("privacy", "token_transformation_rate_100", "{:.1%}"),
+    "learned inversion fails, held-out text": ("learned", "failure_rate", "{:.1%}"),
+    "  guessing the most frequent token": ("learned", "unigram_failure_rate", "{:.1%}"),
+    "  trained on shuffled embeddings": ("learned", "shuffled_failure_rate", "{:.1%}"),
+    "one embedding tells at most, nats": ("information", "kl_upper", "{:.4g}"),
+    "one embedding tells at least, nats": ("information", "bhattacharyya_lower", "{:.4g}"),
+    "  any attack on it errs at least (Fano)": ("information", "fano_error_bound", "{:.1%}"),
+    "  any attack on it succeeds at most (PAC)": ("information", "pac_success_bound", "{:.1%}"),
+}
+
+
+def run_evaluate(settings: Sequence[Settings], *, out: Path, resume: bool, attacks_are_chosen: bool) -> None:
+    """Evaluate one transform or several; wrong input raises ValueError before anything is written.
+
+    Args:
+        settings: one for each transform; they differ in ``transform`` and ``out``.
+        out: the folder of all results.
+        resume: go on where an interrupted evaluation stopped.
+        attacks_are_chosen: refuse attacks that cannot be run, in place of leaving them out.
+    """
+    if settings[0].parquet:
+        check_parquet()
+    with joined() as processes:
+        console = Console(stderr=True, quiet=processes.rank > 0)
+        try:
+            _evaluate_all(settings, processes, console, resume, attacks_are_chosen)
+        except (InterruptedEvaluationError, KeyboardInterrupt):
+            console.print(
+                f"interrupted; what was measured is in {out}, and --resume goes on from here",
+                highlight=False,
+                soft_wrap=True,
+            )
+            raise SystemExit(130) from None
+        if processes.rank == 0:
+            _show(settings, out)
+
+
+def _evaluate_all(
+    settings: Sequence[Settings], processes: Processes, console: Console, resume: bool, attacks_are_chosen: bool
+) -> None:
+    identities = [identity_of(one) for one in settings]
+    begun = [
+        (one, identity)
+        for one, identity in zip(settings, identities, strict=True)
+        if not check_continues(one, identity, resume)
+    ]
+    if not begun:
+        return
+    console.print(f"loading {settings[0].model or PACKAGED_MODEL}", highlight=False)
+    model = load_model(settings[0], processes.device())
+    if len(begun) > 1:
+        # A transform for another model is refused before hours are spent on the one before it.
+        for one, _ in begun:
+            load_subject(model, one)
+    for one, identity in begun:
+        subject = load_subject(model, one)
+        if len(settings) > 1:
+            console.print(f"transform {one.transform}", highlight=False)
+        with _Bar(console) as bar:
+            evaluate(one, subject, identity, processes, bar, resume=resume, attacks_are_chosen=attacks_are_chosen)
+
+
+class _Bar:
+    """A progress bar for each stage, with its rate and the time left."""
+
+    def __init__(self, console: Console) -> None:
+        columns = (
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=console)
+        self._task: TaskID | None = None
+        self._unit = ""
+
+    def __enter__(self) -> "_Bar":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        if self._task is not None:
+            self._progress.stop_task(self._task)
+        self._unit = unit
+        self._task = self._progress.add_task("", total=total or None, stage=stage)
+
+    def advance(self, amount: int) -> None:
+        assert self._task is not None
+        self._progress.advance(self._task, amount)
+        task = next(task for task in self._progress.tasks if task.id == self._task)
+        of = f"/{task.total:.0f}" if task.total else ""
+        rate = f", {task.speed:.0f} a second" if task.speed and task.speed >= 1 else ""
+        self._progress.update(self._task, description=f"{task.completed:.0f}{of} {self._unit}{rate}")
+
+
+def _show(settings: Sequence[Settings], out: Path) -> None:
+    """Print a table of all results; for several transforms, plot them against each other."""
+    names = [one.out.name if len(settings) > 1 else one.transform.stem for one in settings]
+    results = {name: read_metrics(one.out) for name, one in zip(names, settings, strict=True)}
+    if len(results) > 1:
+        plot_comparison(out / COMPARISON_PLOT, results)
+    console = Console()
+    console.print(_table(results))
+    for name, metrics in results.items():
+        for attack, reason in metrics["left_out"].items():
+            console.print(f"{name}: the attack {attack} was left out: {reason}", highlight=False, soft_wrap=True)
+    console.print(f"in {out}: {_written(settings, out)}", highlight=False, soft_wrap=True)
+
+
+def _written(settings: Sequence[Settings], out: Path) -> str:
+    folders = [out] if len(settings) == 1 else [out, settings[0].out]
+    return ", ".join(sorted(str(path.relative_to(out)) for folder in folders for path in folder.glob("*.*")))
+
+
+def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
+    data = next(iter(results.values()))["data"]
+    cut = f", {data['truncated']} cut at the greatest length" if data["truncated"] else ""
+    title = f"{data['file']}: {data['records']} records{cut}, {data['tokens']} tokens"
+    table = Table(title=f"{title}, {data['transformed_tokens']} of them transformed", title_justify="left")
+    table.add_column("")
+    for name in results:
+        table.add_column(name, justify="right")
+    for label, values in _labelled(results):
+        if any(value != "" for value in values):
+            table.add_row(label, *values)
+    return table
+
+
+def _labelled(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
+    rows = []
+    for label, (group, name, form) in _ROWS.items():
+        groups = [
+            metrics[group] if group in metrics else metrics["attacks"].get(group, {}) for metrics in results.values()
+        ]
+        rows.append((label, [form.format(found[name]) if found.get(name) is not None else "" for found in groups]))
+    repeated = [metrics["attacks"].get("repeated", {}).get("failure_rates", {}) for metrics in results.values()]
+    if draws := next((list(rates)[-1] for rates in repeated if rates), None):
+        place = 1 + [label for label, _ in rows].index("true token not among the nearest 100")
+        values = [f"{rates[draws]:.1%}" if rates else "" for rates in repeated]
+        rows.insert(place, (f"nearest neighbour fails, mean of {draws} draws", values))
+    return rows

@@ -1,0 +1,82 @@
+"""How an evaluation spends its memory: the resident bytes beyond the loaded model and one pass through its body."""
+
+from dataclasses import dataclass
+
+from sgfast.evaluation.settings import EvaluationError
+
+# Per vocabulary entry: one token's logits on both sides, with the divergences' temporaries.
+_LEAST_LOGITS_BYTES = 128
+# Per vocabulary entry: what each metric counts a rank for, the counts and a copy of them to save.
+_RANK_BYTES = 128
+# Per token and feature: embeddings, transformed embeddings and both final hidden states, in float32.
+_KEPT_BYTES = 16
+# A search needs some queries at once to be worth it.
+_LEAST_CHUNK = 2**20
+# What the allocator holds back.
+_USABLE = 0.75
+# Of a learned inversion, per entry of the table (a float32 copy, and what makes it), per entry of the decoder's four
+# (D, D) matrices (parameters, gradients, Adam's two moments, two states kept), and per feature of a token of the
+# sample (all, shuffled, training part, its copies, and float64 ones for the closed form).
+_INVERSION_TABLE_BYTES, _INVERSION_DECODER_BYTES, _INVERSION_TOKEN_BYTES = 8, 5 * 4 * 8, 48
+# What PyTorch loads the first time that an optimizer is made.
+_OPTIMIZER_BYTES = 128 * 2**20
+_LEAST_INVERSION_CHUNK = 32 * 2**20
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many bytes each step may take, for a model of a given vocabulary and width."""
+
+    total: int
+    vocabulary: int
+    width: int
+
+    def kept(self, length: int) -> int:
+        """Bytes that stay while a sequence of this length is measured."""
+        return _KEPT_BYTES * self.width * length + _RANK_BYTES * self.vocabulary
+
+    def chunk_bytes(self, length: int) -> int:
+        """Bytes for temporaries while a sequence of this length is measured.
+
+        Raises:
+            EvaluationError: not enough for one token's logits.
+        """
+        least = max(_LEAST_CHUNK, _LEAST_LOGITS_BYTES * self.vocabulary)
+        usable = int(_USABLE * (self.total - self.kept(length)))
+        if usable < least:
+            needed = self.kept(length) + int(least / _USABLE) + 1
+            raise EvaluationError(
+                f"--memory-budget {readable_bytes(self.total)} is too small: a sequence of {length} tokens over "
+                f"{self.vocabulary} x {self.width} embeddings needs {readable_bytes(needed)}"
+            )
+        return usable
+
+    def inversion_needs(self, tokens: int) -> int:
+        """Bytes that a learned inversion of so many tokens takes, its smallest chunk of scores included."""
+        chunk = max(_LEAST_INVERSION_CHUNK, _LEAST_LOGITS_BYTES * self.vocabulary)
+        return self._inversion_fixed(tokens) + int(chunk / _USABLE)
+
+    def inversion_chunk_bytes(self, tokens: int) -> int:
+        """Bytes for scores at once; `inversion_needs` must lie within the budget."""
+        return int(_USABLE * (self.total - self._inversion_fixed(tokens)))
+
+    def _inversion_fixed(self, tokens: int) -> int:
+        return (
+            _OPTIMIZER_BYTES
+            + _INVERSION_TABLE_BYTES * self.vocabulary * self.width
+            + _INVERSION_DECODER_BYTES * self.width**2
+            + _INVERSION_TOKEN_BYTES * self.width * tokens
+        )
+
+
+def readable_bytes(size: int) -> str:
+    """A number of bytes for people, rounded up.
+
+    Example:
+        >>> readable_bytes(2**31), readable_bytes(1025)
+        ('2 GiB', '1.01 KiB')
+    """
+    for unit, bits in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**bits:
+            return f"{-(-size * 100 // 2**bits) / 100:g} {unit}"
+    return f"{size} bytes"

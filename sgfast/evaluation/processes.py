@@ -1,0 +1,50 @@
+"""The processes that share an evaluation: one, or those that torchrun started."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# The first to finish waits for the last: shares are uneven, and texts differ in length.
+_PATIENCE = datetime.timedelta(days=30)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all."""
+
+    rank: int = 0
+    count: int = 1
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank; all wait for each other."""
+        if self.count == 1:
+            return [value]
+        values: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(values, value)
+        return values
+
+    def device(self) -> torch.device:
+        """The accelerator of this process, or the CPU."""
+        if not torch.cuda.is_available():
+            return torch.device("cpu")
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """Join the processes that torchrun started, if it did."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count == 1:
+        yield Processes()
+        return
+    torch.distributed.init_process_group("gloo", timeout=_PATIENCE)
+    try:
+        yield Processes(torch.distributed.get_rank(), count)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,173 @@
+"""The state of an evaluation on the disk, from which it goes on after any interruption, in any number of processes.
+
+A folder holds what the evaluation is (``run.json``) and parts. A part is what one process measured in one run: the
+accumulators' integers with how far it came (``N-RANK.safetensors``), and the values of each sequence
+(``N-RANK.jsonl``), of which the first so many bytes belong to that state: what a killed process wrote after them is
+measured again. The state is replaced by a rename, after the lines that belong to it are on the disk.
+"""
+
+import heapq
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.evaluation.settings import EvaluationError
+from sgfast.utils.files import replacing
+
+_FOLDER, _RUN_FILE = "progress", "run.json"
+
+
+@dataclass
+class Reached:
+    """How far a part came: of the records whose number is ``rank`` modulo ``processes``, all up to ``last``."""
+
+    rank: int
+    processes: int
+    last: int = -1
+    records: int = 0
+    tokens: int = 0
+    bytes: int = 0
+
+    def covers(self, index: int) -> bool:
+        """Whether a record was measured in this part or in one before it."""
+        return index <= self.last and index % self.processes == self.rank
+
+
+class Progress:
+    """The state of an evaluation, in a folder beside its results."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / _FOLDER
+
+    def read_run(self) -> dict[str, Any] | None:
+        """What was begun here, None if nothing.
+
+        Raises:
+            EvaluationError: the file is no such description.
+        """
+        path = self.folder / _RUN_FILE
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise EvaluationError(f"{path} is damaged: remove {self.folder} to start afresh") from error
+        if not isinstance(run, dict):
+            raise EvaluationError(f"{path} is damaged: remove {self.folder} to start afresh")
+        return run
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Forget what was here, and describe a new evaluation."""
+        self.remove()
+        self.folder.mkdir(parents=True)
+        write_json(self.folder / _RUN_FILE, run)
+
+    def update_run(self, run: Mapping[str, Any]) -> None:
+        """Replace the description."""
+        write_json(self.folder / _RUN_FILE, run)
+
+    def remove(self) -> None:
+        """Remove the folder and all in it."""
+        if self.folder.exists():
+            shutil.rmtree(self.folder)
+
+    def parts(self) -> list["Part"]:
+        """All parts on the disk.
+
+        Raises:
+            EvaluationError: one is damaged.
+        """
+        return [Part.read(path) for path in sorted(self.folder.glob("*.safetensors"))]
+
+    def next_run(self) -> int:
+        """A number for the parts of another run."""
+        return 1 + max((int(path.stem.split("-")[0]) for path in self.folder.glob("*-*.*")), default=0)
+
+    def sequences(self) -> Iterator[str]:
+        """The lines of all sequences in the records' order; one line of every part in memory."""
+        yield from (line for _, line in heapq.merge(*(part.lines() for part in self.parts()), key=lambda pair: pair[0]))
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process measured in one run, as it is on the disk."""
+
+    path: Path
+    reached: Reached
+    counts: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, path: Path) -> "Part":
+        """Read a part.
+
+        Raises:
+            EvaluationError: it is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(path, framework="pt") as file:
+                reached = Reached(**json.loads(file.metadata()["reached"]))
+                return cls(path, reached, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path} is damaged: remove {path.parent} to start afresh") from error
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """The lines that belong to the state, each after its record's number."""
+        path = self.path.with_suffix(".jsonl")
+        remaining = self.reached.bytes
+        if remaining == 0:
+            return
+        with path.open("rb") as file:
+            for line in file:
+                remaining -= len(line)
+                text = line.decode("utf-8")
+                yield json.loads(text)["index"], text
+                if remaining <= 0:
+                    return
+
+
+class PartWriter:
+    """Writes a part: lines as they come, the state now and then."""
+
+    def __init__(self, folder: Path, run: int, rank: int, processes: int) -> None:
+        self._state_path = folder / f"{run}-{rank}.safetensors"
+        self._lines: io.BufferedWriter = (folder / f"{run}-{rank}.jsonl").open("wb")
+        self.reached = Reached(rank, processes)
+
+    def add(self, index: int, tokens: int, values: Mapping[str, Any]) -> None:
+        """Add the values of one sequence."""
+        line = json.dumps({"index": index, **values}, allow_nan=False, ensure_ascii=False).encode("utf-8") + b"\n"
+        self._lines.write(line)
+        self.reached.last = index
+        self.reached.records += 1
+        self.reached.tokens += tokens
+        self.reached.bytes += len(line)
+
+    def save(self, counts: Mapping[str, Tensor]) -> None:
+        """Save the state, so that nothing before it is lost."""
+        from safetensors.torch import save_file
+
+        self._lines.flush()
+        os.fsync(self._lines.fileno())
+        with replacing(self._state_path) as temporary:
+            tensors = {name: tensor.to("cpu", torch.int64) for name, tensor in counts.items()}
+            save_file(tensors, temporary, metadata={"reached": json.dumps(asdict(self.reached))})
+
+    def close(self) -> None:
+        """Close the file of lines."""
+        self._lines.close()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file, replacing what is there once the new one is whole."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,0 +1,208 @@
+"""One evaluation: survey the file, measure every record of it, then attack a sample; interrupted anywhere, resumed."""
+
+import time
+from typing import Any, Protocol
+
+from sgfast.evaluation.attacks import SampleAttacks
+from sgfast.evaluation.budget import readable_bytes
+from sgfast.evaluation.examples import Survey, check_survey, read_examples
+from sgfast.evaluation.measuring import (
+    Measurement,
+    add_measured,
+    budget_of,
+    max_length_of,
+    measure_example,
+    numbers,
+)
+from sgfast.evaluation.processes import Processes
+from sgfast.evaluation.progress import PartWriter, Progress
+from sgfast.evaluation.report import write_results
+from sgfast.evaluation.settings import SAMPLE_ATTACKS, EvaluationError, Settings
+from sgfast.evaluation.subject import Subject
+from sgfast.utils.interruption import noting_interruption
+from sgfast.utils.records import RecordError
+
+# A learned inversion needs texts to train on, to choose an epoch by, and to be measured on.
+_LEAST_TEXTS = 3
+
+
+class Watcher(Protocol):
+    """What is told how an evaluation gets on."""
+
+    def begin(self, stage: str, total: int, unit: str) -> None:
+        """A stage begins, with so many units to do; 0 if that is not known."""
+
+    def advance(self, amount: int) -> None:
+        """So many units are done."""
+
+
+class InterruptedEvaluationError(Exception):
+    """Ctrl-C; what was measured is saved."""
+
+
+def evaluate(
+    settings: Settings,
+    subject: Subject,
+    identity: dict[str, Any],
+    processes: Processes,
+    watcher: Watcher,
+    *,
+    resume: bool,
+    attacks_are_chosen: bool,
+) -> None:
+    """Evaluate one transform and write the results, together with all processes.
+
+    Args:
+        settings: what to do; the folder must be free, or with ``resume`` hold the same evaluation
+            (`sgfast.evaluation.report.check_continues`).
+        subject: model and transform.
+        identity: of the evaluation, `sgfast.evaluation.report.identity_of`.
+        processes: this one among all.
+        watcher: told how it gets on.
+        resume: go on from what is in the folder, if anything.
+        attacks_are_chosen: an attack that cannot be run is an error; otherwise it is left out, and why is recorded.
+
+    Raises:
+        EvaluationError: too small a budget, nothing to measure, or an attack that cannot be run.
+        RecordError: a record that cannot be read or tokenized.
+        InterruptedEvaluationError: by Ctrl-C.
+    """
+    progress = Progress(settings.out)
+    run = processes.gather(progress.read_run() if resume else None)[0]
+    if run is None or run["identity"] != identity:  # of others there is nothing measured, or we would not be here
+        found = survey(settings, subject, processes, watcher)
+        run = {"identity": identity, "survey": found.to_json(), "attacks": {}, "device": subject.table.device.type}
+        left_out = attacks_left_out(settings, subject, found, run, attacks_are_chosen)
+        if processes.rank == 0:
+            progress.begin(run | {"left_out": left_out})
+        processes.gather(None)
+    found = Survey.from_json(run["survey"])
+    budget_of(settings, subject).chunk_bytes(found.longest)
+    run["left_out"] = attacks_left_out(settings, subject, found, run, attacks_are_chosen)
+    measure_file(settings, subject, found, progress, processes, watcher)
+    processes.gather(None)
+    if processes.rank == 0:
+        attack_sample(settings, subject, found, run, progress, watcher)
+        measurement = Measurement(settings, subject)
+        for part in progress.parts():
+            measurement.add(part.counts)
+        write_results(settings, progress, run, measurement)
+    processes.gather(None)
+
+
+def survey(settings: Settings, subject: Subject, processes: Processes, watcher: Watcher) -> Survey:
+    """Read and tokenize the whole file once, so that nothing about it comes as a surprise later.
+
+    Raises:
+        RecordError: a record that cannot be read or tokenized, on every process.
+        EvaluationError: nothing to measure, or too small a budget for the longest record.
+    """
+    own, refused = Survey(), None
+    watcher.begin("checking", 0, "records")
+    try:
+        for example in read_examples(
+            settings,
+            subject.tokenizer_wrapper,
+            max_length_of(settings, subject),
+            lambda index: index % processes.count == processes.rank,
+        ):
+            own.add(example, settings.seed, settings.attack_tokens)
+            watcher.advance(1)
+    except RecordError as error:
+        refused = str(error)
+    found = Survey()
+    for part, refusal in processes.gather((own, refused)):
+        if refusal is not None:
+            raise RecordError(refusal)
+        found.merge(part, settings.attack_tokens)
+    check_survey(found, settings)
+    budget_of(settings, subject).chunk_bytes(found.longest)
+    return found
+
+
+def attacks_left_out(
+    settings: Settings, subject: Subject, found: Survey, run: dict[str, Any], attacks_are_chosen: bool
+) -> dict[str, str]:
+    """Which of the attacks cannot be run, and why.
+
+    Raises:
+        EvaluationError: there is one, and it was asked for.
+    """
+    if "learned" not in settings.attacks or "learned" in run["attacks"]:
+        return {}
+    needed = budget_of(settings, subject).inversion_needs(found.sampled_tokens)
+    if len(found.sample) < _LEAST_TEXTS:
+        reason = f"it needs {_LEAST_TEXTS} different texts; the data has {len(found.sample)} with transformed tokens"
+    elif needed > settings.memory_budget:
+        reason = f"it needs {readable_bytes(needed)} of memory, --memory-budget is "
+        reason += readable_bytes(settings.memory_budget)
+    else:
+        return {}
+    if attacks_are_chosen:
+        raise EvaluationError(f"the attack learned cannot be run: {reason}")
+    return {"learned": reason}
+
+
+def measure_file(
+    settings: Settings,
+    subject: Subject,
+    found: Survey,
+    progress: Progress,
+    processes: Processes,
+    watcher: Watcher,
+) -> None:
+    """Measure this process's share of the records that no part in the folder covers, into a new part.
+
+    Whatever ends it, what was measured is saved.
+
+    Raises:
+        InterruptedEvaluationError: by Ctrl-C, after the record that it interrupts.
+    """
+    before = [part.reached for part in progress.parts()]
+    run = max(processes.gather(progress.next_run()))  # all have listed the folder before any of them writes
+    watcher.begin("measuring", -(-found.tokens // processes.count), "tokens")
+    watcher.advance(sum(reached.tokens for reached in before) // processes.count)
+    measurement, budget = Measurement(settings, subject), budget_of(settings, subject)
+
+    def wanted(index: int) -> bool:
+        own = index % processes.count == processes.rank
+        return own and not any(reached.covers(index) for reached in before)
+
+    examples = read_examples(settings, subject.tokenizer_wrapper, max_length_of(settings, subject), wanted)
+    writer = PartWriter(progress.folder, run, processes.rank, processes.count)
+    saved = time.monotonic()
+    with noting_interruption() as interrupted:
+        try:
+            for example in examples:
+                measured = measure_example(settings, subject, budget, example)
+                values = add_measured(settings, measurement, example, measured)
+                writer.add(example.index, len(example.input_ids), values)
+                watcher.advance(len(example.input_ids))
+                if interrupted.is_set():
+                    raise InterruptedEvaluationError
+                if time.monotonic() - saved >= settings.save_seconds:
+                    writer.save(measurement.counts())
+                    saved = time.monotonic()
+        except Exception:  # not a second Ctrl-C, which may come between the accumulators
+            writer.save(measurement.counts())
+            raise
+        writer.save(measurement.counts())
+        writer.close()
+
+
+def attack_sample(
+    settings: Settings, subject: Subject, found: Survey, run: dict[str, Any], progress: Progress, watcher: Watcher
+) -> None:
+    """Run the attacks on the sample that have no result yet; each result is saved in the run's description."""
+    attacks = SampleAttacks(settings, subject, found, budget_of(settings, subject), max_length_of(settings, subject))
+    for name in settings.attacks:
+        if name not in SAMPLE_ATTACKS or name in run["attacks"] or name in run["left_out"]:
+            continue
+        watcher.begin(f"attack: {name}", len(found.sample), "records")
+        try:
+            run["attacks"][name] = numbers(attacks.run(name, lambda: watcher.advance(1)))
+        except RecordError:
+            raise
+        except ValueError as error:  # texts that turn out to be equal
+            run["left_out"][name] = str(error)
+        progress.update_run(run)

@@ -1,0 +1,116 @@
+"""What one evaluation is asked to do, read from what a user typed."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sgfast.utils.records import TextUnit
+
+# By rank of the true token, for every transformed token; the others on a sample of the tokens, after the file.
+RANK_ATTACKS = ("nearest", "farthest", "transformation")
+SAMPLE_ATTACKS = ("repeated", "learned", "information")
+ATTACKS = RANK_ATTACKS + SAMPLE_ATTACKS
+
+# A text as the message of a user, or as it is.
+TextAs = Literal["message", "plain"]
+Precision = Literal["float32", "bfloat16"]
+
+_UNITS = {"": 0, "B": 0, "K": 10, "KIB": 10, "M": 20, "MIB": 20, "G": 30, "GIB": 30, "T": 40, "TIB": 40}
+_DECIMAL_UNITS = {"KB": 3, "MB": 6, "GB": 9, "TB": 12}
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be run as asked; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One evaluation: what of which file is measured, and within which memory."""
+
+    model: str | None
+    transform: Path
+    data: Path
+    out: Path
+    attacks: tuple[str, ...] = ATTACKS
+    num_logits: int | None = None
+    beta: int = 1
+    attack_tokens: int = 4096
+    memory_budget: int = 2 * 2**30
+    seed: int = 0
+    text_unit: TextUnit = "line"
+    text_as: TextAs = "message"
+    max_length: int | None = None
+    precision: Precision = "float32"
+    parquet: bool = False
+    save_seconds: float = 10.0
+
+    def compared(self) -> dict[str, Any]:
+        """What the results depend on: an evaluation is resumed only under the same."""
+        return {
+            "model": self.model,
+            "attacks": list(self.attacks),
+            "num_logits": self.num_logits,
+            "beta": self.beta,
+            "attack_tokens": self.attack_tokens,
+            "seed": self.seed,
+            "text_unit": self.text_unit,
+            "text_as": self.text_as,
+            "max_length": self.max_length,
+            "precision": self.precision,
+        }
+
+
+def parse_bytes(text: str) -> int:
+    """Read a number of bytes with a unit.
+
+    Raises:
+        EvaluationError: not a positive number, or an unknown unit.
+
+    Example:
+        >>> parse_bytes("2GiB"), parse_bytes("1.5 KiB"), parse_bytes("500MB")
+        (2147483648, 1536, 500000000)
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    unit = match[2].upper() if match else ""
+    if match is None or not (unit in _UNITS or unit in _DECIMAL_UNITS):
+        raise EvaluationError(f"--memory-budget must be a size such as 512MiB or 2GiB; got {text!r}")
+    factor = 10 ** _DECIMAL_UNITS[unit] if unit in _DECIMAL_UNITS else 2 ** _UNITS[unit]
+    if (size := int(float(match[1]) * factor)) < 1:
+        raise EvaluationError(f"--memory-budget must be positive; got {text!r}")
+    return size
+
+
+def parse_attacks(text: str) -> tuple[str, ...]:
+    """Read a comma list of attacks, ``all`` or ``none``, into the order of `ATTACKS`.
+
+    Raises:
+        EvaluationError: an unknown name.
+
+    Example:
+        >>> parse_attacks("learned, nearest"), parse_attacks("none")
+        (('nearest', 'learned'), ())
+    """
+    names = [name.strip() for name in text.split(",")]
+    if names in (["all"], ["none"]):
+        return ATTACKS if names == ["all"] else ()
+    if unknown := [name for name in names if name not in ATTACKS]:
+        raise EvaluationError(f"--attacks must be all, none, or of {', '.join(ATTACKS)}; got {unknown[0]!r}")
+    return tuple(name for name in ATTACKS if name in names)
+
+
+def result_folders(transforms: Sequence[Path], out: Path) -> list[Path]:
+    """Where the results of each transform go: ``out``, or for several a folder in it, by the file's name.
+
+    Raises:
+        EvaluationError: two transforms have the same name.
+    """
+    if len(transforms) == 1:
+        return [out]
+    # Training writes every transform under one name, each in its own folder.
+    stems = [transform.stem for transform in transforms]
+    names = stems if len(set(stems)) == len(stems) else [transform.absolute().parent.name for transform in transforms]
+    if len(set(names)) != len(names):
+        raise EvaluationError("transforms that are compared need different file names, or folders of different names")
+    return [out / name for name in names]

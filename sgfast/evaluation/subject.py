@@ -1,0 +1,157 @@
+"""What is evaluated: a model and a transform that was made for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.client import StainedGlassTransformForText
+from sgfast.evaluation.settings import EvaluationError, Settings
+from sgfast.huggingface.assets import load_causal_lm
+from sgfast.huggingface.tokenization_utils import TokenizerWrapper
+from sgfast.metrics.head import language_model_head
+from sgfast.model.decoder import backbone_of, causal_lm_of, embedding_scale_of, embedding_table_of
+from sgfast.noise_layer.base import mix_seed
+from sgfast.noise_layer.transformer_cloak import TransformerCloak
+
+# A table rounded to bfloat16 and back differs from itself by less.
+_SAME_TABLE = 0.01
+_ROWS_COMPARED = 4096
+
+
+@dataclass(frozen=True)
+class Transformed:
+    """One sequence through the transform: (T, D) each, ``suppressed`` bool or None."""
+
+    output: Tensor
+    mean: Tensor
+    std: Tensor
+    suppressed: Tensor | None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, its transform, and the tokenizer that the transform's client uses."""
+
+    noise_layer: TransformerCloak
+    tokenizer_wrapper: TokenizerWrapper
+    table: Tensor
+    head: Callable[[Tensor], Tensor]
+    vocabulary: int
+    positions: int | None
+    _embedding: torch.nn.Module
+    _backbone: torch.nn.Module
+
+    @torch.no_grad()
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Clean embeddings (T, D)."""
+        embedded: Tensor = self._embedding(input_ids)
+        return embedded
+
+    @torch.no_grad()
+    def transform(self, embeddings: Tensor, noise_mask: Tensor, seed: int) -> Transformed:
+        """Transform one sequence. The same seed gives the same noise: for evaluation only, never for what is sent."""
+        layer = self.noise_layer
+        dtype = next(layer.parameters()).dtype
+        ones = noise_mask.new_ones((1, len(noise_mask)), dtype=torch.int64)
+        try:
+            output = layer(embeddings[None].to(dtype), noise_mask[None], attention_mask=ones, seed=seed)
+            assert layer.mean is not None
+            assert layer.std is not None
+            suppressed = None if layer.mask is None else layer.mask.expand_as(output)[0]
+            return Transformed(output[0], layer.mean.expand_as(output)[0], layer.std.expand_as(output)[0], suppressed)
+        finally:
+            layer.clear()
+
+    @torch.no_grad()
+    def final_hidden(self, embeddings: Tensor) -> Tensor:
+        """What the model's head is applied to, (T, D), for one sequence of embeddings (T, D)."""
+        dtype = next(self._backbone.parameters()).dtype
+        hidden: Tensor = self._backbone(inputs_embeds=embeddings[None].to(dtype), use_cache=False).last_hidden_state
+        return hidden[0]
+
+
+def record_noise_seed(seed: int, index: int, draw: int = 0) -> int:
+    """The seed of one draw for one record, by its place in the file: whichever process and run comes to it.
+
+    Reproducible noise is for evaluation only. Whoever knows the seed can take the noise off again.
+
+    Example:
+        >>> record_noise_seed(0, 1) == record_noise_seed(0, 2)
+        False
+    """
+    return mix_seed(seed, index, draw)
+
+
+def load_model(settings: Settings, device: torch.device) -> Any:
+    """Load the model, once for all transforms.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no backbone.
+    """
+    model, _ = load_causal_lm(settings.model, getattr(torch, settings.precision))
+    backbone_of(model)
+    return model.to(device).requires_grad_(False)
+
+
+def load_subject(model: Any, settings: Settings) -> Subject:
+    """Load the transform, and check that it was made for the model and that the settings fit.
+
+    Raises:
+        FileNotFoundError: no such transform.
+        ValueError: a damaged file, a transform for another model, or a setting beyond the model's sizes.
+    """
+    client = StainedGlassTransformForText.from_pretrained(settings.transform)
+    table = embedding_table_of(model)
+    _check_table(client, model, settings.transform)
+    # The model's table serves both: the file's copy goes.
+    client.parameters.clear()
+    causal_lm = causal_lm_of(model)
+    subject = Subject(
+        noise_layer=client.noise_layer.to(table.device).eval(),
+        tokenizer_wrapper=client.tokenizer_wrapper,
+        table=table,
+        head=language_model_head(model),
+        vocabulary=causal_lm.get_output_embeddings().weight.shape[0],
+        positions=getattr(causal_lm.config, "max_position_embeddings", None),
+        _embedding=causal_lm.get_input_embeddings(),
+        _backbone=backbone_of(model),
+    )
+    for option, value, limit, what in (
+        ("num-logits", settings.num_logits, subject.vocabulary, "logits"),
+        ("beta", settings.beta, len(table), "tokens"),
+        ("max-length", settings.max_length, subject.positions, "positions"),
+    ):
+        if value is not None and limit is not None and value > limit:
+            raise EvaluationError(f"--{option} is {value}, the model has {limit} {what}")
+    return subject
+
+
+def _check_table(client: StainedGlassTransformForText, model: Any, path: Path) -> None:
+    theirs = client.parameters[client.embedding_name]
+    embedding = causal_lm_of(model).get_input_embeddings()
+    ours = embedding.weight.detach()
+    if theirs.shape != ours.shape:
+        raise EvaluationError(
+            f"{path} is a transform for another model: its embedding table is {tuple(theirs.shape)}, "
+            f"the model's {tuple(ours.shape)}"
+        )
+    scales = client.embedding_scale, embedding_scale_of(embedding)
+    if abs(scales[0] - scales[1]) > _SAME_TABLE * scales[1]:
+        raise EvaluationError(
+            f"{path} is a transform for another model: it scales embeddings by {scales[0]:g}, the model by "
+            f"{scales[1]:g}"
+        )
+    difference = norm = 0.0
+    for some, others in zip(torch.split(theirs, _ROWS_COMPARED), torch.split(ours, _ROWS_COMPARED), strict=True):
+        reference = others.to("cpu", torch.float32)
+        difference += float((some.to("cpu", torch.float32) - reference).double().square().sum())
+        norm += float(reference.double().square().sum())
+    if not difference <= _SAME_TABLE**2 * norm:
+        raise EvaluationError(
+            f"{path} is a transform for another model: the embeddings in it are not the model's (they differ by "
+            f"{(difference / norm) ** 0.5 if norm else float('inf'):.0%})"
+        )

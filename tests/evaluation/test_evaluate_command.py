@@ -1,0 +1,225 @@
+"""``sgfast evaluate`` on a tiny saved model: what it writes and prints, wrong input, processes that are killed."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sgfast.cli.main import main
+from sgfast.evaluation.progress import Part
+from tests.tiny_evaluation import records, save_transform
+from tests.tiny_models import tiny_causal_lm
+
+WRITTEN = ["divergences.png", "metrics.json", "ranks.png", "sequences.jsonl"]
+
+
+@pytest.fixture
+def evaluate(monkeypatch, model_folder, transform_file, data_file, tmp_path):
+    """Run the command in this process with few attacks; return its exit code."""
+
+    def run(*arguments, out="out", **options) -> int:
+        settings = {"model": model_folder, "transform": transform_file, "data": data_file, "out": tmp_path / out}
+        settings |= {"attacks": "nearest"} | options
+        flags = [part for name, value in settings.items() if value is not None for part in (f"--{name}", value)]
+        monkeypatch.setattr(sys, "argv", ["sgfast", "evaluate", *map(str, [*flags, *arguments])])
+        try:
+            main()
+        except SystemExit as error:
+            return error.code or 0
+        return 0
+
+    return run
+
+
+def metrics_of(out) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_results_and_table(evaluate, tmp_path, capsys):
+    assert evaluate("--num-logits", 20, "--memory-budget", "64MiB", attacks="nearest,information") == 0
+    assert sorted(os.listdir(tmp_path / "out")) == WRITTEN
+    metrics = metrics_of(tmp_path / "out")
+    assert list(metrics["attacks"]) == ["information"]
+    assert set(metrics["privacy"]) == {"nearest_neighbor_failure_rate", "mean_reconstruction_rank"}
+    assert metrics["memory_budget"] == 2**26
+    assert {"sgfast", "torch", "transformers"} == set(metrics["versions"])
+    assert metrics["identity"]["seed"] == 0
+    assert len(metrics["identity"]["data"]) == len(metrics["identity"]["transform"]) == 64
+    printed = capsys.readouterr()
+    assert "13 records" in printed.out
+    agreement = f"{metrics['utility']['next_token_agreement']:.1%}"
+    assert any("same likeliest next token" in line and agreement in line for line in printed.out.splitlines())
+    assert "13 records" in printed.err  # the survey's bar
+
+
+def test_another_seed_is_another_draw(evaluate, tmp_path):
+    for out, seed in (("one", 0), ("two", 0), ("three", 1)):
+        assert evaluate(out=out, seed=seed) == 0
+    one, two, three = (metrics_of(tmp_path / out) for out in ("one", "two", "three"))
+    assert one == two
+    assert one["utility"] != three["utility"]
+    assert one["utility"]["clean_perplexity"] == three["utility"]["clean_perplexity"]
+
+
+def test_several_transforms_are_compared(evaluate, base_model, tmp_path, capsys):
+    weak = save_transform(base_model, tmp_path / "weak.safetensors", rhos_init=-4.0)
+    assert evaluate("--transform", weak) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["transform", "utility_privacy.png", "weak"]
+    strong, faint = (metrics_of(tmp_path / "out" / name) for name in ("transform", "weak"))
+    name = "next_token_utility/jefferys"
+    assert faint["utility"][name] < strong["utility"][name]
+    assert faint["privacy"]["nearest_neighbor_failure_rate"] < strong["privacy"]["nearest_neighbor_failure_rate"]
+    assert (tmp_path / "out" / "utility_privacy.png").read_bytes().startswith(b"\x89PNG")
+    assert any("transform" in line and "weak" in line for line in capsys.readouterr().out.splitlines())
+
+
+def test_resume_of_nothing_of_a_finished_one_and_of_another(evaluate, base_model, tmp_path, capsys):
+    assert evaluate("--resume", attacks="none") == 0
+    before = (tmp_path / "out" / "metrics.json").read_bytes()
+    assert "13 records" in capsys.readouterr().out
+    assert evaluate("--resume", attacks="none") == 0  # finished: the table again, without the model
+    printed = capsys.readouterr()
+    assert "13 records" in printed.out
+    assert "loading" not in printed.err
+    assert evaluate(attacks="none") == 2
+    assert "holds an evaluation: continue it by --resume" in capsys.readouterr().err
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "the class"}\n')
+    weak = save_transform(base_model, tmp_path / "weak.safetensors", rhos_init=-4.0)
+    for options, message in (
+        ({"data": other}, "is not the data that"),
+        ({"transform": weak}, "is not the transform that"),
+        ({"seed": 3}, "was begun with --seed 0; now it is 3"),
+        ({"attacks": "nearest"}, "was begun with --attacks none; now it is nearest"),
+    ):
+        assert evaluate("--resume", **({"attacks": "none"} | options)) == 2
+        error = capsys.readouterr().err
+        assert "--resume" in error
+        assert message in error
+        assert len(error.strip().splitlines()) == 1
+    assert (tmp_path / "out" / "metrics.json").read_bytes() == before
+
+
+def test_wrong_input_is_one_line_and_writes_nothing(evaluate, tmp_path, model_folder, capsys):
+    files = {}
+    for name, content in {
+        "broken.jsonl": b'{"text": "x"}\n{"text": "y"\n',
+        "empty.jsonl": b"\n",
+        "bytes.txt": b"good\n\xff\n",
+        "role.jsonl": b'{"text": "x"}\n\n{"messages": [{"role": "x", "content": "y"}]}',
+        "answers.jsonl": b'{"messages": [{"role": "assistant", "content": "y"}]}',
+        "damaged.safetensors": b"no transform",
+    }.items():
+        files[name] = tmp_path / name
+        files[name].write_bytes(content)
+    other = tiny_causal_lm("llama", vocab_size=299)[0]
+    stranger = save_transform(other, tmp_path / "stranger.safetensors")
+    for options, message in (
+        ({"data": files["broken.jsonl"]}, f"{files['broken.jsonl']}, line 2: not JSON"),
+        ({"data": files["empty.jsonl"]}, "holds no records"),
+        ({"data": files["bytes.txt"]}, f"{files['bytes.txt']}, line 2: not UTF-8"),
+        ({"data": files["role.jsonl"]}, f"{files['role.jsonl']}, line 3: message 1"),
+        ({"data": files["answers.jsonl"]}, "the masks select no token to transform"),
+        ({"data": tmp_path / "absent"}, "absent cannot be read"),
+        ({"transform": tmp_path / "absent"}, "absent cannot be read"),
+        ({"transform": files["damaged.safetensors"]}, "damaged.safetensors"),
+        ({"transform": stranger}, "is a transform for another model"),
+        ({"model": tmp_path / "absent"}, "cannot be loaded"),
+        ({"memory-budget": "5KiB"}, "--memory-budget 5 KiB is too small"),
+        ({"memory-budget": "lots"}, "--memory-budget must be a size"),
+        ({"attacks": "nearest,guess"}, "--attacks must be"),
+        ({"num-logits": 10**6}, "--num-logits"),
+        ({"beta": 10**6}, "--beta"),
+        ({"max-length": 10**6}, "--max-length"),
+    ):
+        assert evaluate(**options) == 2, message
+        error = capsys.readouterr().err
+        assert message in error, error
+        assert [line for line in error.splitlines() if line.startswith("sgfast: ")], error
+        assert "Traceback" not in error
+        assert not (tmp_path / "out").exists(), message
+
+
+def test_ctrl_c_ends_after_a_record_and_resume_goes_on(evaluate, tmp_path, monkeypatch, capsys):
+    from sgfast.evaluation import run
+
+    measured, measure_example = [], run.measure_example
+
+    def interrupted(settings, subject, budget, example):
+        measured.append(example.index)
+        if len(measured) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return measure_example(settings, subject, budget, example)
+
+    monkeypatch.setattr(run, "measure_example", interrupted)
+    assert evaluate() == 130
+    assert "--resume goes on from here" in capsys.readouterr().err
+    assert evaluate("--resume") == 0
+    assert measured == list(range(13))
+
+
+def test_parquet_needs_its_library(evaluate, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    assert evaluate("--parquet") == 2
+    assert "--parquet needs pyarrow" in capsys.readouterr().err
+
+
+def processes_of_two(command, port):
+    """What torchrun starts, without it: so that each can be killed."""
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *command],
+            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for rank in range(2)
+    ]
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return int(server.getsockname()[1])
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kill -9")
+def test_killed_and_resumed_by_torchrun(evaluate, model_folder, transform_file, tmp_path):
+    """Two processes with uneven shares, killed, and resumed by torchrun; one process left alone: the same bytes."""
+    data = tmp_path / "many.jsonl"
+    data.write_text("\n".join(map(json.dumps, records(151))) + "\n")
+    options = {"model": model_folder, "transform": transform_file, "data": data, "out": tmp_path / "killed"}
+    options |= {"attacks": "nearest,repeated", "attack-tokens": 100, "save-seconds": 0}
+    flags = ["-m", "sgfast", "evaluate"]
+    flags += [str(part) for name, value in options.items() for part in (f"--{name}", value)]
+    started = processes_of_two(flags, free_port())
+    parts = [tmp_path / "killed" / "progress" / f"1-{rank}.safetensors" for rank in range(2)]
+    try:
+        deadline = time.monotonic() + 200
+        while not all(path.exists() for path in parts):
+            assert all(process.poll() is None for process in started)
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        for process in started:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    reached = [Part.read(path).reached for path in parts]
+    assert 2 <= sum(part.records for part in reached) < 151
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [sys.executable, *launcher, *flags, "--resume"],
+        check=True,
+        capture_output=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert evaluate(data=data, out="whole", attacks="nearest,repeated", **{"attack-tokens": 100}) == 0
+    for name in ("metrics.json", "sequences.jsonl"):
+        assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
