@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sgfast.model.adapters import adapter_layers
-from sgfast.utils.files import replacing
+from sgfast.utils.files import replacing, synchronize
 
 NOISE_LAYER_FILE = "noise_layer.safetensors"
 STAGING_FOLDER = ".incomplete"
@@ -140,12 +140,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def publish(staged: Path, final: Path) -> None:
     """Put a written folder under its name, when everything in it has reached the disk."""
     for path in [*staged.rglob("*"), staged]:
-        _flush(path)
+        synchronize(path)
     if final.exists():  # a step that was saved before, by a run that went on from an earlier one
         discard(final)
     staged.rename(final)
     staged.parent.rmdir()
-    _flush(final.parent)
+    synchronize(final.parent)
 
 
 def sweep(folder: Path) -> None:
@@ -159,14 +159,6 @@ def discard(folder: Path) -> None:
     doomed = folder.parent / f"{STAGING_FOLDER}-{folder.name}"
     folder.rename(doomed)
     shutil.rmtree(doomed)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:

@@ -13,6 +13,7 @@ from sgfast.model.decoder import resolve_layer_index
 from sgfast.model.noise_loss import check_interpolation
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.arguments import check_log_scale, check_real
+from sgfast.ops import validation
 
 Normalizers = Mapping[str, Tensor | float]
 
@@ -215,6 +216,7 @@ def _check_loss_arguments(loss_mask: Tensor, attended: Tensor, normalizers: Norm
         raise ValueError(
             f"loss_mask must have the shape of the tokens, {tuple(attended.shape)}; got {tuple(loss_mask.shape)}"
         )
+    validation.check_device("loss_mask", loss_mask, "the tokens", attended)
     unknown = set(normalizers or ()) - {"loss_tokens", "noise_tokens", "attended_tokens"}
     if unknown:
         allowed = "loss_tokens, noise_tokens and attended_tokens"

@@ -66,7 +66,7 @@ class _Accumulator:
             raise ValueError(f"{name} must have been made with the options {self._options}; it has {options}")
 
     def _add(self, counts: Tensor) -> None:
-        # The first update decides the device.
+        # An update decides the device.
         self._counts = self._counts.to(counts.device) + counts
 
     def _total(self, all_processes: bool) -> Tensor:
@@ -265,7 +265,8 @@ class PrivacyMetrics(_Accumulator):
         """Add tokens by their ranks: what ``token_ranks`` returned."""
         ranks = ranks.flatten()
         # In place of an index of −1, which there is none of, the first with a weight of 0.
-        self._add(torch.zeros_like(self._counts).scatter_add_(0, ranks.clamp(min=0), (ranks >= 0).to(torch.int64)))
+        counts = torch.zeros_like(self._counts, device=ranks.device)
+        self._add(counts.scatter_add_(0, ranks.clamp(min=0), (ranks >= 0).to(torch.int64)))
 
     def per_sequence(self, ranks: Tensor) -> dict[str, Tensor]:
         """Return what ``compute`` does for each sequence alone, from ranks (..., T): means (...) in float64.

@@ -100,7 +100,8 @@ class Consumer:
         """What it asked for of what ran: the rest, logits above all, may be large."""
         if not self.reads(half):
             return _NOTHING
-        outputs = Outputs(outputs.layers, outputs.logits if self.logits else None)
+        layers = {index: output for index, output in outputs.layers.items() if index in self.layers}
+        outputs = Outputs(layers, outputs.logits if self.logits else None)
         return outputs if half == "noisy" or self.clean_graph else outputs.detach()
 
     @property

@@ -29,7 +29,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        _synchronize(temporary)
+        synchronize(temporary)
         # mkstemp makes files for their owner alone; a file that is handed out gets the usual permissions.
         mask = os.umask(0)
         os.umask(mask)
@@ -38,11 +38,13 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        _synchronize(target.parent)
+    synchronize(target.parent)
 
 
-def _synchronize(path: Path) -> None:
+def synchronize(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened
+        return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(descriptor)

@@ -98,6 +98,27 @@ def test_normalizers_make_the_parts_of_a_batch_add_up(name, make_noisy_model, ba
     assert total == pytest.approx(whole.item(), rel=1e-5)
 
 
+def test_a_loss_mask_on_another_device_is_refused(make_noisy_model, batch):
+    factory, arguments = CASES["distillation"]
+    noisy_model = make_noisy_model().train()
+    loss_function, _, _ = factory(noisy_model, **arguments)
+    noisy_model(**batch)
+    with pytest.raises(ValueError, match="loss_mask and the tokens must be on one device; got meta and cpu"):
+        loss_function(batch["loss_mask"].to("meta"))
+
+
+def test_each_loss_keeps_the_outputs_that_it_reads_and_no_others(make_noisy_model, batch):
+    noisy_model = make_noisy_model()
+    first = noisy_model.attach(layers=frozenset({1}))
+    second = noisy_model.attach(layers=frozenset({0, 2}), logits=True)
+    noisy_model(**batch)
+    for consumer, layers in ((first, {1}), (second, {0, 2})):
+        capture = consumer.take("the test")
+        for half in (capture.clean, capture.noisy):
+            assert half.layers.keys() == layers
+            assert (half.logits is None) == (consumer is first)
+
+
 def test_normalizers_may_be_numbers_of_any_kind(make_noisy_model, batch):
     noisy_model = make_noisy_model().train()
     factory, arguments = CASES["distillation"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgfast.metrics import PrivacyMetrics, UtilityMetrics
 from sgfast.metrics.utility import sequence_utility
@@ -249,6 +250,14 @@ def test_errors():
         UtilityMetrics().update(noisy, clean, mask[:, :3])
     with pytest.raises(ValueError, match="input_ids must have shape"):
         UtilityMetrics().update(noisy, clean, mask, torch.zeros(2, 3, dtype=torch.int64))
+
+
+def test_ranks_from_a_gpu_are_added_to_counts_that_began_on_a_cpu():
+    with FakeTensorMode():
+        metrics = PrivacyMetrics(torch.zeros(V, D))
+        metrics.add(torch.zeros(2, 3, dtype=torch.int64, device="cuda"))
+        metrics.add(torch.zeros(2, 3, dtype=torch.int64))
+        assert metrics.rank_counts().shape == (V,)
 
 
 def _accumulate_a_shard(rank, processes, directory):
