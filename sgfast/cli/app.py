@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sgfast.cli.bench_options import bench
+
 app = typer.Typer(
     name="sgfast",
     help="Train, measure and use Stained Glass Transforms.",
@@ -12,6 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench)
 
 
 @app.callback()
