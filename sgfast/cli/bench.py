@@ -165,7 +165,7 @@ def costs_table(task: str, records: Sequence[dict[str, Any]]) -> Table:
             f"{record['peak_bytes'] / 2**20:.1f}",
             *(f"{record[name]:{form}}" if name in record else "" for name, form in _OPTIONAL_COLUMNS),
         ]
-        table.add_row(_size_of(record), record["implementation"], *cells)
+        table.add_row(_size_of(record), record["implementation"].removesuffix(" PyTorch"), *cells)
     return table
 
 
@@ -176,7 +176,8 @@ def growth_table(rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         costs = ("milliseconds_exponent", "milliseconds_cliff", "peak_bytes_exponent", "peak_bytes_cliff")
         varied = f"{row['sweep']} {row['from']}-{row['to']}"
-        table.add_row(varied, row["task"], row["implementation"], *(f"{row[cost]:.2f}" for cost in costs))
+        by = row["implementation"].removesuffix(" PyTorch")
+        table.add_row(varied, row["task"], by, *(f"{row[cost]:.2f}" for cost in costs))
     return table
 
 
