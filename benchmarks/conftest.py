@@ -14,6 +14,7 @@ from sgfast.benchmarking.results import write_result
 
 Table = list[dict[str, Any]]
 _tables = pytest.StashKey[dict[str, Table]]()
+_run = pytest.StashKey[tuple[dict[str, Any], float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -44,7 +45,7 @@ def device(pytestconfig: pytest.Config) -> str:
 
 
 @pytest.fixture
-def run_task(benchmark: Any, table: Table, small: bool) -> Callable[[Task, str], None]:
+def run_task(benchmark: Any, pytestconfig: pytest.Config, table: Table, small: bool) -> Callable[[Task, str], None]:
     """Time an implementation of a task by pytest-benchmark, measure the rest, and note it all."""
 
     def run(task: Task, implementation: str) -> None:
@@ -67,6 +68,7 @@ def run_task(benchmark: Any, table: Table, small: bool) -> Callable[[Task, str],
         record = measure(task, implementation, benchmark.stats.stats.median)
         benchmark.extra_info.update(record)
         table.append(record)
+        _write(pytestconfig)  # what is measured stays, whatever ends the run
 
     return run
 
@@ -85,11 +87,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    out, device = session.config.getoption("--out"), session.config.getoption("--device")
-    if out is None:
+    _write(session.config)
+
+
+def _write(config: pytest.Config) -> None:
+    out, device = config.getoption("--out"), config.getoption("--device")
+    if out is None or not any(config.stash[_tables].values()):
         return
-    described, copied = environment(device), copy_gb_per_s(device)
-    for name, rows in session.config.stash[_tables].items():
+    if _run not in config.stash:
+        config.stash[_run] = environment(device), copy_gb_per_s(device)
+    described, copied = config.stash[_run]
+    out.mkdir(parents=True, exist_ok=True)
+    for name, rows in config.stash[_tables].items():
         if rows:
             write_result(out / f"{name}-{device}.json", described, rows, copy_gb_per_s=copied)
 

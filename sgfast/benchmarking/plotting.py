@@ -36,7 +36,7 @@ def plot_growth(path: Path, records: Sequence[dict[str, Any]], title: str) -> bo
             axes.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
             sizes = sorted({one[axis] for one in swept})
             axes.set_xticks(sizes, [_short(size) for size in sizes], fontsize=8, rotation=45)
-            axes.minorticks_off()
+            axes.xaxis.minorticks_off()
             if row == len(_COSTS) - 1:
                 axes.set_xlabel(f"{_AXES[axis]}  ({_held(swept, axis)})", fontsize=9)
             axes.grid(alpha=0.3)

@@ -136,7 +136,7 @@ def _plain_distillation(noisy_model: NoiseMaskedNoisyTransformerModel, input_ids
     body = noisy_model.base_model.model
     x = body.embed_tokens(input_ids)
     mean, std = noisy_model.noise_layer.estimate(x, attention_mask=torch.ones_like(input_ids))
-    transformed = plain.apply_noise(x, mean, std)
+    transformed = plain.apply_noise(x, mean, std).to(x.dtype)
 
     def layer(embeddings: Tensor) -> Tensor:
         outputs = body(inputs_embeds=embeddings, use_cache=False, output_hidden_states=True)
