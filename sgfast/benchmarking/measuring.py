@@ -97,17 +97,29 @@ def _run(function: Callable[..., Outputs], inputs: Sequence[Tensor], differentia
 
 def median_seconds(function: Callable[[], Any], device: torch.device, budget: float = 0.4) -> float:
     """The median of at least three rounds after a first one; on a GPU with cold caches."""
-    function()
-    times: list[float] = []
+    return interleaved_seconds({"": function}, device, budget)[""]
+
+
+def interleaved_seconds(
+    functions: Mapping[str, Callable[[], Any]], device: torch.device, budget: float = 0.4
+) -> dict[str, float]:
+    """Medians of functions that take turns, so that what else the machine does slows all of them alike."""
+    for function in functions.values():
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
     flushed = torch.empty(_FLUSHED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    while len(times) < 3 or (sum(times) < budget and len(times) < 100):
-        flushed.zero_()
-        _synchronize(device)
-        started = time.perf_counter()
-        result = function()  # noqa: F841  # freeing it is not the computation
-        _synchronize(device)
-        times.append(time.perf_counter() - started)
-    return median(times)
+    for turn in range(100):
+        if turn >= 3 and sum(map(sum, times.values())) >= budget * len(functions):
+            break
+        for name, function in functions.items():
+            flushed.zero_()
+            _synchronize(device)
+            started = time.perf_counter()
+            result = function()  # freeing it is not the computation
+            _synchronize(device)
+            times[name].append(time.perf_counter() - started)
+            del result
+    return {name: median(one) for name, one in times.items()}
 
 
 def peak_bytes(function: Callable[[], Result], device: torch.device) -> tuple[int, Result]:

@@ -1,11 +1,12 @@
 """One size after the other, everything else held: the records that tables and plots are made of."""
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from sgfast.benchmarking.measuring import Task, measure
+from sgfast.benchmarking.measuring import Task, interleaved_seconds, measure
 
 #: How far apart the two sides are drawn, in units of the logits, for accuracy against noise.
 NOISES = (0.001, 0.01, 0.05, 0.3, 1.0)
@@ -53,8 +54,9 @@ def run(
         on_progress(done, where)
         try:
             for task in make_tasks(**sizes, **settings):
-                for implementation in task.implementations:
-                    yield {"sweep": axis, **measure(task, implementation, budget=budget)}
+                runs = {name: functools.partial(task.run, name) for name in task.implementations}
+                for name, seconds in interleaved_seconds(runs, task.device, budget).items():
+                    yield {"sweep": axis, **measure(task, name, seconds)}
         except (MemoryError, RuntimeError) as error:
             if "memory" not in str(error).lower():
                 raise

@@ -119,13 +119,13 @@ def under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:
 
 
 def _step(model: torch.nn.Module, loss: Callable[[Tensor], Tensor], impl: str | None) -> Callable[..., Outputs]:
-    """Loss and backward to a module's parameters; gradients start from nothing, as after ``zero_grad``."""
+    """Loss and backward to a module's parameters; gradients go, as an optimizer lets them."""
 
     def step(input_ids: Tensor) -> Outputs:
-        model.zero_grad()
         with torch.enable_grad(), use_impl(impl or "auto"):  # type: ignore[arg-type]
             value = loss(input_ids)
             value.backward()  # type: ignore[no-untyped-call]
+        model.zero_grad()
         return (value.detach().reshape(1),)
 
     return step
