@@ -110,8 +110,9 @@ def _pyplot() -> Any:
 def _finish(figure: Any, labelled: Any, title: str, path: Path) -> None:
     """Legend above the panels, the environment below them."""
     handles, labels = labelled.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="upper center", ncols=2, fontsize=8, frameon=False)
-    figure.tight_layout(rect=(0, 0.05, 1, 0.98 - 0.028 * ((len(labels) + 1) // 2)))
+    columns = 2 if figure.get_size_inches()[0] > 7 else 1
+    figure.legend(handles, labels, loc="upper center", ncols=columns, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.05, 1, 0.98 - 0.028 * -(-len(labels) // columns)))
     figure.text(0.01, 0.01, title, fontsize=7, color="0.4", wrap=True)
     figure.savefig(path, format="png", dpi=110)
     _pyplot().close(figure)
