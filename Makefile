@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 ARGS ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint bench bench-smoke clean
 
 # Train a transform on a real language model, measure it, save it, use it as a client.
 # Options: make demo ARGS="--steps 400 --out my-run"
@@ -13,8 +13,21 @@ demo: $(VENV)/installed
 	$(BIN)/sgfast demo --out demo-output $(ARGS)
 
 # Everything CI runs.
-test: lint
+test: lint bench-smoke
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+# Every benchmark at sizes that take a second: that they run, and nothing about speed.
+bench-smoke: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q benchmarks/bench_*.py --small
+
+# All benchmarks of this machine's CPU, to benchmarks/results, and docs/benchmarks.md from all that is there. Half an
+# hour; with a GPU run `python -m benchmarks.gpu` as well.
+bench: $(VENV)/installed
+	$(BIN)/python -m pytest -q benchmarks/bench_*.py --out benchmarks/results $(ARGS)
+	for family in divergences hidden noise train; do \
+	    $(BIN)/sgfast bench $$family --device cpu --out benchmarks/results/growth-cpu || exit 1; \
+	done
+	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -1,126 +1,76 @@
-"""Time and memory of the presets beside TextBrewer's own losses: forward and backward to both sides.
+"""The presets beside TextBrewer's own losses: forward and backward to both sides.
 
-    python -m benchmarks.bench_presets [--device cuda] [--dtype bfloat16] [--scale 1]
+    python -m pytest benchmarks/bench_presets.py [--small] [--device cuda] [--out benchmarks/results]
 
-``kept`` is what autograd holds between forward and backward besides the inputs; ``peak`` (on a GPU) what is allocated
-at most besides inputs and gradients. Times are medians. TextBrewer computes in the inputs' dtype, sgfast in float32.
+TextBrewer computes in the inputs' dtype, sgfast in float32. On a CPU ``hidden_mse`` and ``cos`` pay for the four
+distances that the fused operation computes at once; ``fsp`` and ``nst`` compute their Gram matrices again in backward
+in place of keeping them.
 """
 
-import argparse
-import time
 from collections.abc import Callable
-from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.loss.presets import KD_LOSS_MAP, MATCH_LOSS_MAP
 from tests.loss.presets import real
 
-REPEATS = 5
+# Batch, heads, length, width, classes.
+SIZES, SMALL_SIZES = (2, 8, 512, 768, 32000), (2, 2, 16, 32, 200)
+MATCHING = [name for name in MATCH_LOSS_MAP if name not in ("gram", "mmd")]
+CASES = [
+    *((f"kd {name}", False) for name in ("ce", "mse")),
+    *((name, masked) for name in MATCHING for masked in (False, True) if not (masked and name == "pkd")),
+]
 
 
-class Row(NamedTuple):
-    """One loss, ours or TextBrewer's."""
-
-    milliseconds: float
-    kept: int
-    peak: int | None
-
-
-def kept_bytes(loss: Callable[..., Tensor], *sides: Any) -> int:
-    """Bytes that autograd keeps for backward, the inputs apart."""
-    flat = [one for side in sides for one in (side if isinstance(side, list) else [side])]
-    inputs = {one.untyped_storage().data_ptr() for one in flat}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in inputs:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        value = loss(*sides)  # noqa: F841  # while it lives, so does what it keeps
-    return sum(kept.values())
-
-
-def measure(loss: Callable[..., Tensor], *sides: Any) -> Row:
-    """Run forward and backward a few times."""
-    flat = [one for side in sides for one in (side if isinstance(side, list) else [side])]
-    on_gpu = flat[0].is_cuda
-    times, peak = [], None
-    for _ in range(REPEATS + 1):
-        if on_gpu:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-        started = time.perf_counter()
-        gradients = torch.autograd.grad(loss(*sides), flat, allow_unused=True)
-        if on_gpu:
-            torch.cuda.synchronize()
-            own = sum(one.nbytes for one in gradients if one is not None)
-            peak = torch.cuda.max_memory_allocated() - before - own
-        times.append(time.perf_counter() - started)
-        del gradients
-    return Row(1e3 * median(times[1:]), kept_bytes(loss, *sides), peak)
-
-
-def cases(
-    device: str, dtype: torch.dtype, scale: int
-) -> list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], Any, Any]]:
-    """Name, our loss, TextBrewer's, student and teacher."""
-    batch, heads, length, width, classes = 2 * scale, 8, 512, 768, 32000
+def preset_task(name: str, masked: bool, sizes: tuple[int, ...], device: str) -> Task:
+    """One loss, ours and TextBrewer's; ``masked`` leaves out a quarter of the first text."""
+    batch, heads, length, width, classes = sizes
+    pair = name in ("fsp", "nst")
+    shape = (batch, heads, length, length) if name.startswith("attention") else (batch, length, width)
+    losses = {"sgfast": MATCH_LOSS_MAP.get(name), "TextBrewer": real.match_loss(name) if name in MATCHING else None}
+    if name.startswith("kd "):
+        shape, kind = (batch, length // 2, classes), name.removeprefix("kd ")
+        losses = {"sgfast": KD_LOSS_MAP[kind], "TextBrewer": real.KD_LOSS_MAP[kind]}
+    generator = torch.Generator().manual_seed(0)
+    inputs = tuple(torch.randn(shape, generator=generator).to(device) for _ in range(4 if pair else 2))
     mask = torch.ones(batch, length, device=device)
     mask[0, length * 3 // 4 :] = 0
+    further: tuple[Tensor | None, ...] = () if name.startswith("kd ") else (mask if masked else None,)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device, dtype=torch.float32).to(dtype).requires_grad_()
+    def by(loss: Any) -> Callable[..., Outputs]:
+        def run(*tensors: Tensor) -> Outputs:
+            sides = (list(tensors[:2]), list(tensors[2:])) if pair else tensors
+            return (loss(*sides, *further).reshape(1),)
 
-    found = []
-    for name in ("ce", "mse"):
-        sides = (draw(batch, length // 2, classes), draw(batch, length // 2, classes))
-        found.append((f"kd {name}", KD_LOSS_MAP[name], real.KD_LOSS_MAP[name], *sides))
-    for name in MATCH_LOSS_MAP:
-        if name in ("gram", "mmd"):
-            continue
-        for masked in (False, True) if name != "pkd" else (False,):
-            shape = (batch, heads, length, length) if name.startswith("attention") else (batch, length, width)
-            pair = name in ("fsp", "nst")
-            sides = [[draw(*shape), draw(*shape)] if pair else draw(*shape) for _ in range(2)]
-            given = mask if masked else None
+        return run
 
-            def with_mask(loss: Callable[..., Tensor], given: Tensor | None = given) -> Callable[..., Tensor]:
-                return lambda student, teacher: loss(student, teacher, given)
-
-            label = f"{name}{', mask' if masked else ''}"
-            found.append((label, with_mask(MATCH_LOSS_MAP[name]), with_mask(real.match_loss(name)), *sides))
-    return found
-
-
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description="Time and memory of the presets beside TextBrewer's")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--scale", type=int, default=1, help="multiplies the batch of 2")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    on_gpu = arguments.device != "cpu"
-    where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{where}, torch {torch.__version__}, {arguments.dtype}, batch {2 * arguments.scale}\n")
-    heading = ["loss", "sgfast ms", "TextBrewer ms", "sgfast kept KiB", "TextBrewer kept KiB"]
-    heading += ["sgfast peak MiB", "TextBrewer peak MiB"] if on_gpu else []
-    print(f"| {' | '.join(heading)} |\n|{'---|' * len(heading)}")
-    for name, ours, theirs, student, teacher in cases(
-        arguments.device, getattr(torch, arguments.dtype), arguments.scale
-    ):
-        rows = [measure(loss, student, teacher) for loss in (ours, theirs)]
-        cells = [name, *(f"{row.milliseconds:.1f}" for row in rows), *(f"{row.kept / 2**10:.0f}" for row in rows)]
-        cells += [f"{row.peak / 2**20:.0f}" for row in rows if row.peak is not None]
-        print(f"| {' | '.join(cells)} |", flush=True)
+    bytes_in = sum(one.nbytes for one in inputs)
+    return Task(
+        "presets",
+        name + (", mask" if masked else ""),
+        {"batch": batch, "shape": "x".join(map(str, shape[1:]))},
+        inputs,
+        {one: by(loss) for one, loss in losses.items()},
+        len(inputs),
+        3 * bytes_in,
+        sum(one.numel() for one in inputs),
+        by(losses["TextBrewer"]),
+        head=_all,
+    )
 
 
-if __name__ == "__main__":
-    main()
+def _all(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return inputs
+
+
+@pytest.mark.parametrize(("name", "masked"), CASES)
+@pytest.mark.parametrize("implementation", ["TextBrewer", "sgfast"])
+def test_presets(
+    run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, name: str, masked: bool
+) -> None:
+    run_task(preset_task(name, masked, SMALL_SIZES if small else SIZES, device), implementation)

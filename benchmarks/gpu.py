@@ -1,128 +1,153 @@
-"""The GPU programme: test every kernel on the GPU, time it against its floor and against torch.compile.
+"""The GPU programme: everything that only a GPU can tell, in one run and one JSON file.
 
-    python -m benchmarks.gpu
+    python -m benchmarks.gpu [--only kernels,divergences] [--minutes 8] [--out benchmarks/results]
 
-Writes ``results/<date>-<device>.json``. Without a GPU it says so and exits 0. Times are medians with cold caches; a
-launch's floor is the bytes that must move (``sgfast_kernels.cases``), set against what a plain copy reaches here.
+Parts, each in a process of its own with a time limit, so that one that fails or hangs takes no other with it:
+
+============ ==========================================================================================================
+copy         what a plain copy reaches: the ceiling that every other figure is set against
+tests        the numerical tests of the kernels, on the GPU
+large        tensors of more than 2^31 elements: the last rows' results are those of the last rows alone
+sanitizer    compute-sanitizer's memcheck and racecheck over every kernel at small shapes, where it is installed
+kernels      every kernel: percent of its floor, of the copy, and beside torch.compile while the time lasts
+divergences  the public operation at [8192, 151936] in bfloat16 beside eager PyTorch, torch.compile, Liger-Kernel
+growth       time and memory against vocabulary, tokens and top-k
+============ ==========================================================================================================
+
+What a part has found when its time is up stays. Writes ``results/gpu-<device>-<date>.json``; the exit status is 1 if a
+part failed. Without a GPU it says so and exits 0. The parts themselves are in ``benchmarks.gpu_parts``.
 """
 
+import argparse
+import contextlib
 import datetime
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.baselines import BASELINES
+from sgfast.benchmarking.environment import environment
+from sgfast.utils.files import replacing
 
-_ROOT = Path(__file__).parents[1]
-_RESULTS = Path(__file__).parent / "results"
-
-
-def run_tests() -> str:
-    """Run the numerical tests of the kernels on the GPU; return pytest's last line."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "triton", "tests/ops"],
-        cwd=_ROOT,
-        env=environment | {"SGFAST_TEST_DEVICE": "cuda"},
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    if process.returncode:
-        print(process.stdout)
-    return process.stdout.strip().splitlines()[-1]
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
 
 
-def assert_equal_results(
-    function: Callable[..., Any], baseline: Callable[..., Any], arguments: Sequence[Any], jumps: float = 0.0
-) -> None:
-    """Check that two functions compute the same, up to the rounding of sums and of bfloat16.
+class Part(NamedTuple):
+    """A process that writes what it finds, as it finds it, to the file named by its last argument."""
 
-    A share ``jumps`` of the elements may differ by more: an intermediate rounded or clamped the other way.
-    """
-    for one, other in zip(function(*arguments), baseline(*arguments), strict=True):
-        if one is None and other is None:
-            continue
-        if jumps > 0 and one.shape == other.shape:
-            close = torch.isclose(one, other, rtol=1e-2, atol=1e-4)
-            assert (~close).float().mean() <= jumps
-            other = torch.where(close, other, one)
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
+    name: str
+    command: Sequence[str]
+    seconds: float
 
 
-def time_cases(device: str, median_ms: Callable[[Callable[[], Any]], float]) -> list[dict[str, Any]]:
-    """Check each case against its baseline and time both."""
-    from sgfast_kernels.cases import CASES
+def _part(name: str, seconds: float) -> Part:
+    return Part(name, [sys.executable, "-m", "benchmarks.gpu_parts", name], seconds)
 
-    timings = []
-    for case in CASES:
-        arguments = case.arguments(case.rows, device)
-        torch._dynamo.reset()
-        baseline = torch.compile(BASELINES[case.function.__name__])
-        assert_equal_results(case.function, baseline, arguments, case.jumps)
-        kernel_ms = median_ms(lambda case=case, arguments=arguments: case.function(*arguments))
-        compiled_ms = median_ms(lambda baseline=baseline, arguments=arguments: baseline(*arguments))
-        floor_bytes = case.rows * case.width * case.floor
-        timings.append(
-            {
-                "case": case.name,
-                "rows": case.rows,
-                "ms": kernel_ms,
-                "torch_compile_ms": compiled_ms,
-                "floor_gb_per_s": floor_bytes / kernel_ms / 1e6,
-            }
+
+# The limits add up to less than eight minutes. The tests come last: they take what the others leave.
+PARTS = [
+    _part("copy", 30),
+    _part("kernels", 110),
+    _part("divergences", 70),
+    _part("large", 40),
+    _part("sanitizer", 55),
+    _part("growth", 30),
+    _part("tests", 240),
+]
+
+
+def run_parts(parts: Sequence[Part], minutes: float) -> dict[str, dict[str, Any]]:
+    """Run the parts one after the other; a part's entry has its ``seconds``, and ``error`` if it did not end well."""
+    deadline = time.monotonic() + 60 * minutes
+    found = {}
+    for part in parts:
+        limit = min(part.seconds, deadline - time.monotonic())
+        print(f"{part.name}: at most {max(limit, 0):.0f} s", flush=True)
+        found[part.name] = run_part(part, limit) if limit > 1 else {"error": "no time was left", "seconds": 0.0}
+        state = found[part.name].get("error", "done").splitlines()[-1]
+        print(f"{part.name}: {state}, {found[part.name]['seconds']:.0f} s", flush=True)
+    return found
+
+
+def run_part(part: Part, limit: float) -> dict[str, Any]:
+    """Run one part; what it wrote before it failed is kept."""
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        file, log = Path(folder) / "found.json", Path(folder) / "log"
+        error = None
+        with log.open("w") as stream:
+            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+            # A session of its own: a time limit must end the part's own children too.
+            process = subprocess.Popen(
+                [*part.command, str(file)],
+                cwd=ROOT,
+                env=environment | {"SGFAST_PART_SECONDS": f"{limit:.0f}"},
+                stderr=stream,
+                start_new_session=True,
+            )
+            try:
+                status = process.wait(limit)
+                error = f"exit status {status}" if status else None
+            except subprocess.TimeoutExpired:
+                error = f"not done after {limit:.0f} s"
+            finally:
+                _end(process)
+        found: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+        if error is not None:
+            last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-15:])
+            found["error"] = "\n".join(one for one in (last, found.get("error"), error) if one)
+            print(found["error"], flush=True)
+    return found | {"seconds": round(time.monotonic() - started, 1)}
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def write_result(folder: Path, described: Mapping[str, Any], parts: Mapping[str, dict[str, Any]]) -> Path:
+    """One file for the run; records of all parts together, as the other result files have them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = [record for part in parts.values() for record in part.pop("records", [])]
+    name = str(described["device"]).replace(" ", "-")
+    file = folder / f"gpu-{name}-{described['date'][:16].replace(':', '')}.json"
+    with replacing(file) as temporary:
+        temporary.write_text(
+            json.dumps({"environment": described, "parts": parts, "records": records}, indent=1) + "\n"
         )
-    return timings
+    return file
 
 
-def copy_gb_per_s(device: str, median_ms: Callable[[Callable[[], Any]], float]) -> float:
-    """Bytes read and written per second by a copy of a gigabyte: the ceiling that counts."""
-    source = torch.empty(2**30, dtype=torch.uint8, device=device)
-    destination = torch.empty_like(source)
-    return 2 * source.numel() / median_ms(lambda: destination.copy_(source)) / 1e6
-
-
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run the programme; return the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="parts, separated by commas")
+    parser.add_argument("--minutes", type=float, default=7.8, help="for everything; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args(arguments)
+    names = [part.name for part in PARTS]
+    wanted = options.only.split(",") if options.only else names
+    if unknown := set(wanted) - set(names):
+        parser.error(f"--only must be among {', '.join(names)}; got {', '.join(sorted(unknown))}")
     if not torch.cuda.is_available():
         print("no GPU here: nothing was run")
         return 0
-    import triton
-    from triton.testing import do_bench
-
-    def median_ms(function: Callable[[], Any]) -> float:
-        return float(do_bench(function, return_mode="median"))
-
-    name = torch.cuda.get_device_name()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=_ROOT, capture_output=True, text=True).stdout.strip()
-    now = datetime.datetime.now(datetime.UTC)
-    result = {
-        "device": name,
-        "capability": torch.cuda.get_device_capability(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit,
-        "date": now.isoformat(timespec="seconds"),
-        "tests": run_tests(),
-        "copy_gb_per_s": copy_gb_per_s("cuda", median_ms),
-        "timings": time_cases("cuda", median_ms),
-    }
-    _RESULTS.mkdir(exist_ok=True)
-    file = _RESULTS / f"{now:%Y-%m-%d}-{name.replace(' ', '-')}.json"
-    file.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"{name}: {result['tests']}; a copy reaches {result['copy_gb_per_s']:.0f} GB/s")
-    for timing in result["timings"]:
-        print(
-            f"{timing['case']:36s} {timing['ms']:7.3f} ms, {timing['floor_gb_per_s']:6.0f} GB/s of floor, "
-            f"torch.compile {timing['torch_compile_ms'] / timing['ms']:5.2f} times as long"
-        )
-    print(f"written to {file.relative_to(_ROOT)}")
-    failed = " failed" in str(result["tests"]) or " error" in str(result["tests"])
+    described = environment("cuda") | {"capability": list(torch.cuda.get_device_capability())}
+    described["started"] = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    parts = run_parts([part for part in PARTS if part.name in wanted], options.minutes)
+    file = write_result(options.out, described, parts)
+    failed = [name for name, part in parts.items() if "error" in part]
+    print(f"written to {file}" + (f"; failed: {', '.join(failed)}" if failed else "; every part is done"))
     return 1 if failed else 0
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sgfast.cli.bench_options import bench
 from sgfast.evaluation.settings import Precision, TextAs
 from sgfast.utils.records import TextUnit
 
@@ -15,6 +16,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(bench)
 
 
 @app.callback()

@@ -6,7 +6,7 @@ Run by test_gates.py in a process of its own: ``TRITON_INTERPRET=1 python -m pyt
 import pytest
 from sgfast_kernels.cases import CASES
 
-from benchmarks import gpu
+from benchmarks import gpu_parts
 from benchmarks.baselines import BASELINES
 from tests.gates import strict
 
@@ -20,4 +20,4 @@ pytestmark = pytest.mark.triton
 def test_baseline(case, order):
     with strict.program_order(order):
         baseline = BASELINES[case.function.__name__]
-        gpu.assert_equal_results(case.function, baseline, case.arguments(5, "cpu"), case.jumps)
+        gpu_parts.assert_equal_results(case.function, baseline, case.arguments(5, "cpu"), case.jumps)

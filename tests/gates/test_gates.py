@@ -38,7 +38,7 @@ def run(*arguments: str, **variables: str) -> str:
 
 @needs_triton
 def test_kernels_in_the_strict_interpreter():
-    own = ["tests/gates/planted_bugs.py", "tests/gates/interpreted_cases.py"]
+    own = [f"tests/gates/{name}.py" for name in ("planted_bugs", "interpreted_cases", "interpreted_growth")]
     run("-m", "pytest", "-q", "-n", "2", "-m", "triton", *own, "tests/ops", TRITON_INTERPRET="1")
 
 

@@ -1,0 +1,23 @@
+"""Whole training steps of a small Llama beside plain PyTorch: a transform, and a student of a teacher.
+
+    python -m pytest benchmarks/bench_training.py [--small] [--device cuda] [--out benchmarks/results]
+
+Every loss factory beside plain PyTorch, each in a process of its own: ``python -m benchmarks.training_step``.
+"""
+
+from collections.abc import Callable
+
+import pytest
+
+from sgfast.benchmarking.families import EAGER
+from sgfast.benchmarking.measuring import Task
+from sgfast.benchmarking.training import training_tasks
+
+
+@pytest.mark.parametrize("task", range(2), ids=["transform", "student"])
+@pytest.mark.parametrize("implementation", [EAGER, "sgfast"])
+def test_training(
+    run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, task: int
+) -> None:
+    tokens, vocab = (8, 256) if small else (128, 32000)
+    run_task(training_tasks(tokens=tokens, vocab=vocab, device=device)[task], implementation)

@@ -1,0 +1,1 @@
+"""Measurements of time, memory and accuracy: what ``sgfast bench`` and the repository's benchmarks are made of."""

@@ -1,0 +1,178 @@
+"""The tasks of the operations that ``sgfast bench`` measures: divergences, hidden distances, noise."""
+
+import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from sgfast import ops
+from sgfast.benchmarking import plain
+from sgfast.benchmarking.measuring import Outputs, Task
+from sgfast.ops import dispatch
+
+METRICS = ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger")
+EAGER, COMPILED, LIGER = "eager PyTorch", "torch.compile", "Liger-Kernel"
+SEED = 7
+
+
+def ours(impl: str) -> str:
+    """The label of one of sgfast's implementations."""
+    return "sgfast" if impl == "auto" else f"sgfast {impl}"
+
+
+def divergence_tasks(
+    *,
+    tokens: int,
+    vocab: int,
+    top_k: int | None = None,
+    noise: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    impls: Sequence[str] = ("auto",),
+) -> list[Task]:
+    """Four metrics of [tokens, vocab] logits, and Jensen–Shannon with its gradient to the noisy side.
+
+    Clean logits are normal with standard deviation 3; noisy ones are they plus ``noise`` times a normal draw. Under
+    ``top_k`` the metrics are truncated and Jensen–Shannon has one atom for the tail, their uses' own choices.
+    """
+    clean, noisy = _pair(tokens, vocab, 3.0, noise, dtype, device)
+    tasks = []
+    for kinds, support, gradient in ((METRICS, "truncate", False), (("jensen_shannon",), "tail", True)):
+        name = "four metrics" if len(kinds) == 4 else "jensen_shannon with gradient"
+
+        def ours_by(impl: str, kinds: Sequence[str] = kinds, support: str = support) -> Callable[..., Outputs]:
+            def run(x: Tensor, y: Tensor) -> Outputs:
+                found = ops.divergences(x, y, kinds, top_k=top_k, support=support, impl=impl)  # type: ignore[arg-type]
+                return tuple(found.values())
+
+            return run
+
+        def by_formula(x: Tensor, y: Tensor, kinds: Sequence[str] = kinds, support: str = support) -> Outputs:
+            if top_k is None:
+                return tuple(plain.divergences(x, y, kinds).values())
+            return tuple(plain.top_k_divergences(x, y, kinds, top_k, support).values())
+
+        def oracle(x: Tensor, y: Tensor, kinds: Sequence[str] = kinds, support: str = support) -> Outputs:
+            if top_k is None:
+                return by_formula(x, y, kinds, support)
+            return tuple(plain.top_k_divergences(x, y, kinds, top_k, support, ties_in_order=True).values())
+
+        implementations = contenders(ours_by, by_formula, impls, device)
+        others = {LIGER} if top_k is None or dtype == torch.float32 else {LIGER, EAGER, COMPILED}
+        if gradient and top_k is None and importlib.util.find_spec("liger_kernel"):
+            implementations[LIGER] = _liger_jensen_shannon
+        moved = 2 + (gradient and (2 if top_k else 3))
+        tasks.append(
+            Task(
+                "divergences",
+                name,
+                {"tokens": tokens, "vocab": vocab, "top_k": top_k, "noise": noise},
+                (noisy, clean),
+                implementations,
+                int(gradient),
+                moved * noisy.nbytes,
+                noisy.numel(),
+                oracle,
+                incomparable=frozenset(others),
+            )
+        )
+    return tasks
+
+
+def hidden_tasks(
+    *,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    impls: Sequence[str] = ("auto",),
+) -> list[Task]:
+    """The four distances of [tokens, width] hidden states, and with the gradient to the noisy side."""
+    clean, noisy = _pair(tokens, width, 1.0, 0.3, dtype, device)
+
+    def ours_by(impl: str) -> Callable[..., Outputs]:
+        return lambda x, y: ops.hidden_distances(x, y, impl=impl)  # type: ignore[arg-type]
+
+    return [
+        Task(
+            "hidden",
+            "distances with gradient" if gradient else "distances",
+            {"tokens": tokens, "width": width},
+            (noisy, clean),
+            contenders(ours_by, plain.hidden_distances, impls, device),
+            int(gradient),
+            (5 if gradient else 2) * noisy.nbytes,
+            noisy.numel(),
+            plain.hidden_distances,
+        )
+        for gradient in (False, True)
+    ]
+
+
+def noise_tasks(
+    *,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    impls: Sequence[str] = ("auto",),
+) -> list[Task]:
+    """Noise on [tokens, width] embeddings, mean and std for each element, and with the gradients to all three."""
+    generator = torch.Generator().manual_seed(0)
+    operands = [torch.randn(tokens, width, generator=generator) for _ in range(3)]
+    input, mean, std = (one.to(device, dtype) for one in (*operands[:2], operands[2].abs()))
+
+    def ours_by(impl: str) -> Callable[..., Outputs]:
+        return lambda x, m, s: (ops.apply_noise(x, m, s, seed=SEED, impl=impl),)  # type: ignore[arg-type]
+
+    def by_formula(x: Tensor, m: Tensor, s: Tensor) -> Outputs:
+        return (plain.apply_noise(x, m, s),)
+
+    def on_the_same_draw(x: Tensor, m: Tensor, s: Tensor) -> Outputs:
+        return (x + m + s * ops.standard_normal(x.shape, SEED, dtype=x.dtype, device=x.device),)
+
+    return [
+        Task(
+            "noise",
+            "apply_noise with gradients" if gradient else "apply_noise",
+            {"tokens": tokens, "width": width},
+            (input, mean, std),
+            contenders(ours_by, by_formula, impls, device),
+            3 if gradient else 0,
+            (8 if gradient else 4) * input.nbytes,
+            input.numel(),
+            on_the_same_draw,
+            incomparable=frozenset({EAGER, COMPILED}),
+        )
+        for gradient in (False, True)
+    ]
+
+
+def contenders(
+    ours_by: Callable[[str], Callable[..., Outputs]],
+    by_formula: Callable[..., Outputs],
+    impls: Iterable[str],
+    device: str,
+) -> dict[str, Callable[..., Outputs]]:
+    """Eager PyTorch, that through torch.compile (on a GPU, or where ours is compiled too), and ours."""
+    impls = list(impls)
+    found = {EAGER: by_formula}
+    if "compile" in impls or torch.device(device).type != "cpu":
+        found[COMPILED] = dispatch.compiled(by_formula)
+    return found | {ours(impl): ours_by(impl) for impl in impls}
+
+
+def _pair(rows: int, width: int, scale: float, noise: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Clean and noisy, drawn on the device: a large vocabulary's logits take long to copy there."""
+    generator = torch.Generator(device).manual_seed(0)
+    clean = torch.randn(rows, width, generator=generator, device=device).mul_(scale)
+    noisy = torch.randn(rows, width, generator=generator, device=device).mul_(noise).add_(clean)
+    return clean.to(dtype), noisy.to(dtype)
+
+
+def _liger_jensen_shannon(student: Tensor, teacher: Tensor) -> Outputs:
+    """Liger-Kernel's own function, one sum over all: what its chunked loss differentiates."""
+    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
+
+    return (LigerFusedLinearJSDFunction.distillation_loss_fn(student.float(), teacher.float(), beta=0.5).reshape(1),)

@@ -1,0 +1,196 @@
+"""``sgfast bench``: how fast, how much memory, how exact, here."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from sgfast.benchmarking import families, sweeps, training
+from sgfast.benchmarking.environment import environment, statement
+from sgfast.benchmarking.growth import growth
+from sgfast.benchmarking.measuring import copy_gb_per_s
+from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
+from sgfast.benchmarking.results import write_result
+from sgfast.ops.dispatch import IMPLEMENTATIONS
+
+Axes = Mapping[str, Sequence[int]]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What is measured when nothing is asked for: under two minutes on two cores of a laptop.
+_DEFAULT_AXES: dict[str, dict[str, list[int]]] = {
+    "divergences": {
+        "vocab": [1000, 4000, 16000, 32000, 65536, 131072, 262144],
+        "tokens": [1, 8, 32, 256],
+        "top_k": [1, 10, 100, 1000],
+    },
+    "hidden": {"tokens": [1, 16, 256, 4096], "width": [64, 512, 4096, 16384]},
+    "noise": {"tokens": [1, 16, 256, 4096], "width": [64, 512, 4096, 16384]},
+    "train": {"tokens": [16, 64, 256], "vocab": [1000, 8000, 32000]},
+}
+_BASES = {
+    "divergences": {"tokens": 32, "vocab": 32000},
+    "hidden": {"tokens": 256, "width": 4096},
+    "noise": {"tokens": 256, "width": 4096},
+    "train": {"tokens": 64, "vocab": 8000},
+}
+_TASKS: dict[str, Callable[..., Any]] = {
+    "divergences": families.divergence_tasks,
+    "hidden": families.hidden_tasks,
+    "noise": families.noise_tasks,
+    "train": training.training_tasks,
+}
+_OPTIONAL_COLUMNS = (("kept_bytes_per_element", ".2f"), ("value_error", ".0e"), ("gradient_error", ".0e"))
+_LEGEND = """ms: median. GB/s: the bytes that must move over the time; a plain copy reaches {:.1f} here. MiB: the most
+allocated at once beyond the inputs. kept: bytes per element that autograd holds for backward. error, grad: the largest
+of the first rows against float64 (values absolute, gradient rows relative)."""
+
+
+def run_bench(
+    family: str,
+    *,
+    axes: Mapping[str, str | None],
+    dtype: str,
+    impl: str,
+    device: str | None,
+    seconds: float,
+    out: Path,
+) -> None:
+    """Measure, print a table, write JSON and plots. Wrong input raises ValueError before anything is measured."""
+    device = checked_device(device)
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    impls = parse_impls(impl)
+    sizes = {
+        name: _DEFAULT_AXES[family][name] if text is None else parse_sizes(name, text) for name, text in axes.items()
+    }
+    # Where one size is asked for and nothing else, that is measured, not sweeps around it.
+    base = {name: sweeps.base_of(sizes[name], wanted) for name, wanted in _BASES[family].items()}
+    asked = {name: sizes[name] for name, text in axes.items() if text is not None}
+    planned = sweeps.points(asked or sizes, base)
+    if max(sizes.get("top_k", [0])) > base.get("vocab", 0) and "top_k" in (asked or sizes):
+        raise ValueError(f"--top-k must be at most the vocabulary, {base['vocab']}; got {max(sizes['top_k'])}")
+    out.mkdir(parents=True, exist_ok=True)
+    described = environment(device)
+    console, progress_console = Console(), Console(stderr=True)
+    progress_console.print(statement(described), highlight=False)
+    settings = {"dtype": DTYPES[dtype], "device": device, "impls": impls}
+    columns = (
+        TextColumn(family),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.description}"),
+    )
+    with Progress(*columns, console=progress_console) as progress:
+        bar = progress.add_task("", total=len(planned) + 1)
+
+        def on_progress(done: int, doing: str) -> None:
+            progress.update(bar, completed=done, description=doing)
+
+        copied = copy_gb_per_s(device)
+        records = list(sweeps.run(_TASKS[family], planned, budget=seconds, on_progress=on_progress, **settings))
+        if family == "divergences":
+            on_progress(len(planned), "accuracy")
+            records += sweeps.run_accuracy(_TASKS[family], base["vocab"], **settings)
+        on_progress(len(planned) + 1, "")
+    timed = [record for record in records if "milliseconds" in record]
+    for task in dict.fromkeys(record["task"] for record in timed):
+        console.print(costs_table(f"{family}: {task}", [record for record in timed if record["task"] == task]))
+    console.print(" ".join(_LEGEND.format(copied).split()), highlight=False)
+    grown = growth(records)
+    if grown:
+        console.print(growth_table(grown))
+    written = [out / f"{family}.json"]
+    write_result(written[0], described, records, copy_gb_per_s=copied)
+    title = statement(described)
+    for name, plot in (("growth", plot_growth), ("accuracy", plot_accuracy)):
+        path = out / f"{family}-{name}.png"
+        if plot(path, records, title):
+            written.append(path)
+    console.print(statement(described), highlight=False)
+    console.print(f"in {out}: {', '.join(path.name for path in written)}", highlight=False)
+
+
+def parse_sizes(name: str, text: str) -> list[int]:
+    """Whole numbers from 1 on, separated by commas.
+
+    Example:
+        >>> parse_sizes("vocab", "1000,32_000")
+        [1000, 32000]
+    """
+    try:
+        sizes = [int(part) for part in text.split(",")]
+    except ValueError:
+        sizes = [0]
+    if min(sizes) < 1:
+        raise ValueError(
+            f"--{name.replace('_', '-')} must be whole numbers from 1 on, separated by commas; got {text!r}"
+        )
+    return sorted(set(sizes))
+
+
+def parse_impls(text: str) -> list[str]:
+    """Implementations, separated by commas, each once."""
+    impls = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for impl in impls:
+        if impl not in IMPLEMENTATIONS:
+            raise ValueError(f"--impl must be among {', '.join(IMPLEMENTATIONS)}, separated by commas; got {impl!r}")
+    return impls
+
+
+def checked_device(device: str | None) -> str:
+    """The device asked for, or the GPU where there is one."""
+    if device not in (None, "cpu", "cuda"):
+        raise ValueError(f"--device must be cpu or cuda; got {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: PyTorch finds no GPU here")
+    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def costs_table(task: str, records: Sequence[dict[str, Any]]) -> Table:
+    """One line for each size and implementation of a task."""
+    table = _table(task, ("size", "by"), ("ms", "/eager", "GB/s", "MiB", "kept", "error", "grad"))
+    eager_ms = 1.0
+    for record in records:
+        if record["implementation"] == families.EAGER:
+            eager_ms = record["milliseconds"]
+        cells = [
+            f"{record['milliseconds']:.3g}",
+            f"{record['milliseconds'] / eager_ms:.2f}",
+            f"{record['floor_gb_per_s']:.2f}" if record.get("floor_gb_per_s") else "",
+            f"{record['peak_bytes'] / 2**20:.1f}",
+            *(f"{record[name]:{form}}" if name in record else "" for name, form in _OPTIONAL_COLUMNS),
+        ]
+        table.add_row(_size_of(record), record["implementation"].removesuffix(" PyTorch"), *cells)
+    return table
+
+
+def growth_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Fitted exponents: cost ~ size to that power."""
+    title = "cost ~ size ^ exponent; cliff: largest rise of the cost per unit of size"
+    table = _table(title, ("varied", "task", "by"), ("time ^", "cliff", "MiB ^", "cliff"))
+    for row in rows:
+        costs = ("milliseconds_exponent", "milliseconds_cliff", "peak_bytes_exponent", "peak_bytes_cliff")
+        varied = f"{row['sweep']} {row['from']}-{row['to']}"
+        by = row["implementation"].removesuffix(" PyTorch")
+        table.add_row(varied, row["task"], by, *(f"{row[cost]:.2f}" for cost in costs))
+    return table
+
+
+def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
+    """As narrow as its cells: it fits a terminal of 80 columns."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in texts:
+        table.add_column(heading)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _size_of(record: dict[str, Any]) -> str:
+    sizes = " x ".join(str(record[name]) for name in ("tokens", "vocab", "width") if record.get(name))
+    return sizes + (f" k={record['top_k']}" if record.get("top_k") else "")
