@@ -19,7 +19,7 @@ from sgfast.training.configuration import (
     read_yaml,
     with_overrides,
 )
-from sgfast.training.data import TokenizedRecords
+from sgfast.training.data import TokenizedRecords, check_trainable
 from sgfast.training.plot import plot_history
 from sgfast.training.record import RECORD_FILE, check_continues, components_in, ends, write_record
 from sgfast.training.run import History, train
@@ -46,7 +46,7 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
     examples = TokenizedRecords(
         records, models.tokenizer_wrapper, max_length=configuration.max_length, text_as=configuration.text_as
     )
-    examples[0]  # a tokenizer without a chat template is refused here, before anything is written
+    check_trainable(examples)
     loss = build_loss(models, configuration.loss_name, configuration.loss_options)
     configuration.out.mkdir(parents=True, exist_ok=True)
     data, scale = {"records": len(records), "sha256": digest}, models.noisy_model.noise_layer.scale
