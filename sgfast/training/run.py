@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
 
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.trainer import SgtTrainer
@@ -137,7 +138,8 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
 @contextmanager
 def _stopping(watch: _Watch) -> Iterator[None]:
     """Let the first Ctrl-C stop the training after the step it interrupts."""
-    if threading.current_thread() is not threading.main_thread():
+    # Of several processes, each may hear of it in another step: one would save a checkpoint that the others never join.
+    if PartialState().num_processes > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
 
