@@ -288,6 +288,13 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(found[-1])
         elif resume_from_checkpoint and not checkpoint.is_whole(Path(resume_from_checkpoint)):
             raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint")
+        if resume_from_checkpoint and self.args.max_steps > 0:
+            path = Path(resume_from_checkpoint)
+            state = transformers.TrainerState.load_from_json(str(path / transformers.trainer.TRAINER_STATE_NAME))
+            if state.global_step >= self.args.max_steps:  # Trainer would take one step more
+                self.state = state
+                self._load_from_checkpoint(str(path))
+                return transformers.trainer_utils.TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:

@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.trainer import SgtTrainer
-from sgfast.huggingface.trainer_checkpoint import checkpoints, load_trained
+from sgfast.huggingface.trainer_checkpoint import checkpoints
 from sgfast.loss.factory import LossFunctions
 from sgfast.training.building import Models
 from sgfast.training.configuration import Configuration
@@ -62,11 +62,6 @@ def train(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     newest = next(reversed(checkpoints(folder)), None) if resume else None
-    if newest is not None:
-        state = transformers.TrainerState.load_from_json(str(newest / transformers.trainer.TRAINER_STATE_NAME))
-        if state.global_step >= configuration.steps:  # where transformers' loop would take one more
-            load_trained(trainer.model, newest)
-            return history_of(state.log_history), True
     with _stopping(watch):
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finished = trainer.state.global_step >= configuration.steps
