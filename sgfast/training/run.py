@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import transformers
 from accelerate import PartialState
+from safetensors import SafetensorError
 
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.trainer import SgtTrainer
@@ -47,11 +48,12 @@ def train(
 
     Raises:
         ValueError: the loss is no longer finite, or a checkpoint does not fit the model.
+        OSError: a checkpoint cannot be written.
         KeyboardInterrupt: interrupted a second time.
     """
     folder = configuration.out / CHECKPOINTS
     watch = _Watch(models, on_step)
-    trainer = SgtTrainer(
+    trainer = _Trainer(
         models.student or models.noisy_model,
         _training_arguments(configuration),
         loss=loss,
@@ -99,6 +101,17 @@ def _training_arguments(configuration: Configuration) -> transformers.TrainingAr
         disable_tqdm=True,
         report_to="none",
     )
+
+
+class _Trainer(SgtTrainer):
+    """Says in one line that a checkpoint cannot be written; to torch and safetensors a full disk is no OSError."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            step, folder = self.state.global_step, self.args.output_dir
+            raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
 
 
 class _Watch(transformers.TrainerCallback):  # type: ignore[misc]

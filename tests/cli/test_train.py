@@ -8,6 +8,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -267,6 +268,28 @@ def test_wrong_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
         assert message in lines[0], captured.err
         assert "Traceback" not in captured.err + captured.out
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", [torch, safetensors.torch])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(train, tmp_path, monkeypatch, capsys, module):
+    """torch and safetensors report it by an error of their own."""
+    name = "save" if module is torch else "save_file"
+    write, full = getattr(module, name), RuntimeError if module is torch else safetensors.SafetensorError
+
+    def fill(values, path, *arguments, **options):
+        if "checkpoint-2" in str(path):
+            raise full("no room\n  on the disk")
+        return write(values, path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fill)
+        assert train("out", "--set", "save_steps=1") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sgfast:")]
+    assert len(errors) == 1
+    assert "the checkpoint of step 2 cannot be written to" in errors[0]
+    assert "no room on the disk" in errors[0]
+    assert train("out", "--set", "save_steps=1", "--resume") == 0
+    assert [step["step"] for step in record_of(tmp_path / "out")["history"]] == [1, 2, 3, 4]
 
 
 def test_a_loss_that_explodes_ends_the_run(train, tmp_path, capsys):
