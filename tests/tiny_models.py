@@ -20,15 +20,16 @@ def tiny_causal_lm(family: str, **overrides: Any) -> tuple[Any, type, str]:
         "num_hidden_layers": LAYERS,
         "num_attention_heads": 2,
         "pad_token_id": 0,
+        "max_position_embeddings": 64,
         **overrides,
     }
     if family == "gpt2":
-        config = transformers.GPT2Config(**settings, n_positions=64)
+        config = transformers.GPT2Config(**settings)
         return transformers.GPT2LMHeadModel(config).eval(), transformers.GPT2Model, "transformer.wte"
     name = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gemma2": "Gemma2"}.get(
         family, "Phi3"
     )
-    settings = {"num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64, **settings}
+    settings |= {"num_key_value_heads": 2, "intermediate_size": 32}
     if family in ("qwen3", "gemma2"):
         settings["head_dim"] = 8
     config = getattr(transformers, f"{name}Config")(**settings)

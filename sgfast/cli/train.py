@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -19,7 +21,7 @@ from sgfast.training.configuration import (
     read_yaml,
     with_overrides,
 )
-from sgfast.training.data import TokenizedRecords
+from sgfast.training.data import TokenizedRecords, check_trainable
 from sgfast.training.plot import plot_history
 from sgfast.training.record import RECORD_FILE, check_continues, components_in, ends, write_record
 from sgfast.training.run import History, train
@@ -30,14 +32,17 @@ TRANSFORM_FILE, PLOT_FILE, ADAPTER_FOLDER = "transform.safetensors", "training.p
 
 
 def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[str], resume: bool) -> None:
-    """Train; wrong input raises ValueError before anything is written, Ctrl-C keeps what was trained."""
+    """Train; wrong input raises ValueError before anything is written, Ctrl-C keeps what was trained.
+
+    Of several processes (torchrun, accelerate launch) all train, and the first one writes and reports.
+    """
     configuration = _configuration(config, flags, overrides)
-    console = Console(stderr=True)
+    processes = PartialState(cpu=not torch.accelerator.is_available())
+    console = Console(stderr=True, quiet=not processes.is_main_process)
     records = IndexedRecords(configuration.data, text_unit=configuration.text_unit)
-    if len(records) < configuration.batch_size:
-        raise ConfigurationError(
-            f"{configuration.data} holds {len(records)} records, fewer than a batch of {configuration.batch_size}"
-        )
+    batch = configuration.batch_size * processes.num_processes
+    if len(records) < batch:
+        raise ConfigurationError(f"{configuration.data} holds {len(records)} records, fewer than a batch of {batch}")
     digest = data_digest(configuration.data)
     check_continues(configuration, digest, resume)
     console.print(f"data: {configuration.data}, {len(records)} records", highlight=False)
@@ -46,12 +51,15 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
     examples = TokenizedRecords(
         records, models.tokenizer_wrapper, max_length=configuration.max_length, text_as=configuration.text_as
     )
-    examples[0]  # a tokenizer without a chat template is refused here, before anything is written
+    check_trainable(examples)
     loss = build_loss(models, configuration.loss_name, configuration.loss_options)
-    configuration.out.mkdir(parents=True, exist_ok=True)
     data, scale = {"records": len(records), "sha256": digest}, models.noisy_model.noise_layer.scale
-    write_record(configuration, data, scale)  # a run that is killed is known by it
+    if processes.is_main_process:
+        configuration.out.mkdir(parents=True, exist_ok=True)
+        write_record(configuration, data, scale)  # a run that is killed is known by it
     history, finished = _follow(console, configuration, models, loss, examples, resume)
+    if not processes.is_main_process:
+        return
     _save(configuration, models)
     write_record(configuration, data, scale, history, finished=finished)
     with replacing(configuration.out / PLOT_FILE) as temporary:

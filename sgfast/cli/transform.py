@@ -22,6 +22,8 @@ def run_transform(
     """Transform one prompt or a file of records. Nothing is written unless all of it can be."""
     if (prompt is None) == (data is None):
         raise ValueError("give --prompt or --data, one of them")
+    if any(source and source.exists() and out.exists() and out.samefile(source) for source in (file, data)):
+        raise ValueError(f"--out {out} is what is read: it would be replaced")
     # Before the transform, which takes longer to load: this checks every line.
     records = None if data is None else IndexedRecords(data, text_unit=text_unit)
     client = StainedGlassTransformForText.from_pretrained(file)

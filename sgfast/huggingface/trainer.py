@@ -292,6 +292,13 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint")
         # Of steps that an earlier call, ended or interrupted, did not come to log.
         self._component_sums, self._windows = {}, 0
+        if resume_from_checkpoint and self.args.max_steps > 0:
+            path = Path(resume_from_checkpoint)
+            state = transformers.TrainerState.load_from_json(str(path / transformers.trainer.TRAINER_STATE_NAME))
+            if state.global_step >= self.args.max_steps:  # Trainer would take one step more
+                self.state = state
+                self._load_from_checkpoint(str(path))
+                return transformers.trainer_utils.TrainOutput(state.global_step, 0.0, {})
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _get_output_dir(self, trial: Any) -> str:

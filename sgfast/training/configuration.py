@@ -29,6 +29,7 @@ Precision = Literal["float32", "bfloat16"]
 _NOT_SETTINGS_OF_THE_LAYER = ("config_path", "transformer_type", "seed")
 _OLDER_NAME = "distillation_layer_distance_loss_weight"
 _CURRENT_NAME = "distillation_layer_cosine_distance_loss_weight"
+_DEFAULT_LOSS = "distillation"
 _POSITIVE = ("learning_rate", "max_gradient_norm")
 _AT_LEAST_ONE = ("steps", "batch_size", "accumulation", "max_length", "save_steps")
 
@@ -57,7 +58,7 @@ class Configuration:
     text_unit: TextUnit = "line"
     text_as: TextAs = "message"
     ignore_prompt_loss: bool = False
-    loss: dict[str, Any] = field(default_factory=lambda: {"name": "distillation"})
+    loss: dict[str, Any] = field(default_factory=lambda: {"name": _DEFAULT_LOSS})
     noise_layer: dict[str, Any] = field(default_factory=dict)
     lora: LoraOptions | None = None
     steps: int = 300
@@ -110,6 +111,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: list[Any] = []
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # ``<<``, which the safe loader resolves
             key = self.construct_object(key_node, deep=True)
             if key in seen:
                 raise yaml.constructor.ConstructorError(
@@ -174,7 +177,7 @@ def configuration_from(settings: Mapping[str, Any]) -> Configuration:
     if "data" not in settings:
         raise ConfigurationError("give data, a text or JSONL file to train on (--data FILE, or `data:` in the YAML)")
     values = _checked_values(settings, typing.get_type_hints(Configuration), "")
-    values["loss"] = _checked_loss(values.get("loss", {"name": "distillation"}))
+    values["loss"] = _checked_loss(values.get("loss", {}))
     values["noise_layer"] = _checked_noise_layer(values.get("noise_layer", {}))
     is_jigsaw = values["loss"]["name"] == "jigsaw"
     if values.get("lora") is not None and not is_jigsaw:
@@ -209,9 +212,7 @@ def loss_hints(factory: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _checked_loss(given: Mapping[str, Any]) -> dict[str, Any]:
-    name = given.get("name")
-    if name is None:
-        raise ConfigurationError(f"loss needs a name, one of {', '.join(FACTORIES)}")
+    name = _DEFAULT_LOSS if given.get("name") is None else given["name"]
     name = {factory.__name__: short for short, factory in FACTORIES.items()}.get(name, name)
     if name not in FACTORIES:
         raise ConfigurationError(f"loss.name must be one of {', '.join(FACTORIES)}; got {name!r}")
@@ -261,13 +262,17 @@ def _check_ranges(configuration: Configuration) -> None:
 def _checked_values(
     given: Mapping[Any, Any], hints: Mapping[str, Any], where: str, of_what: str = ""
 ) -> dict[str, Any]:
-    """Each value brought to its hint's type."""
+    """Each value brought to its hint's type. Null is a key without a value, unless it is one of the key's values."""
     prefix = f"{where}." if where else ""
     for key in given:
         if key not in hints:
             closest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
             raise ConfigurationError(f"unknown key {prefix}{key}{of_what}: the closest valid key is {prefix}{closest}")
-    return {key: _brought_to(hints[key], value, prefix + key) for key, value in given.items()}
+    return {
+        key: _brought_to(hints[key], value, prefix + key)
+        for key, value in given.items()
+        if value is not None or type(None) in typing.get_args(hints[key])
+    }
 
 
 def _brought_to(hint: Any, value: Any, name: str) -> Any:

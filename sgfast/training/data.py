@@ -56,6 +56,25 @@ class TokenizedRecords(Dataset[dict[str, Tensor]]):
         return {name: tensor[0] for name, tensor in rows.items()}
 
 
+def check_trainable(examples: TokenizedRecords) -> None:
+    """Check that there is something to learn; usually the first record tells.
+
+    Raises:
+        RecordError: no record has a token to transform, or none has one that counts; or an example is refused.
+    """
+    missing = {
+        "noise_mask": "to transform (what users and the system say)",
+        "loss_mask": "that counts in the loss (with ignore_prompt_loss only what the assistant says)",
+    }
+    for index in range(len(examples)):
+        example = examples[index]
+        missing = {mask: what for mask, what in missing.items() if not example[mask].any()}
+        if not missing:
+            return
+    path, kept, what = examples.records.path, examples.max_length, next(iter(missing.values()))
+    raise RecordError(f"{path}: no record has a token {what} among its first {kept} tokens (max_length)")
+
+
 def as_chat(record: Record) -> list[dict[str, str]]:
     """A record's messages, or its text as the message of a user."""
     return record.messages or [{"role": "user", "content": record.text or ""}]

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
 
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.trainer import SgtTrainer
-from sgfast.huggingface.trainer_checkpoint import checkpoints, load_trained
+from sgfast.huggingface.trainer_checkpoint import checkpoints
 from sgfast.loss.factory import LossFunctions
 from sgfast.training.building import Models
 from sgfast.training.configuration import Configuration
@@ -46,11 +48,12 @@ def train(
 
     Raises:
         ValueError: the loss is no longer finite, or a checkpoint does not fit the model.
+        OSError: a checkpoint cannot be written.
         KeyboardInterrupt: interrupted a second time.
     """
     folder = configuration.out / CHECKPOINTS
     watch = _Watch(models, on_step)
-    trainer = SgtTrainer(
+    trainer = _Trainer(
         models.student or models.noisy_model,
         _training_arguments(configuration),
         loss=loss,
@@ -61,11 +64,6 @@ def train(
     )
     trainer.remove_callback(transformers.PrinterCallback)
     newest = next(reversed(checkpoints(folder)), None) if resume else None
-    if newest is not None:
-        state = transformers.TrainerState.load_from_json(str(newest / transformers.trainer.TRAINER_STATE_NAME))
-        if state.global_step >= configuration.steps:  # where transformers' loop would take one more
-            load_trained(trainer.model, newest)
-            return history_of(state.log_history), True
     with _stopping(watch):
         trainer.train(resume_from_checkpoint=None if newest is None else str(newest))
     finished = trainer.state.global_step >= configuration.steps
@@ -105,6 +103,17 @@ def _training_arguments(configuration: Configuration) -> transformers.TrainingAr
     )
 
 
+class _Trainer(SgtTrainer):
+    """Says in one line that a checkpoint cannot be written; to torch and safetensors a full disk is no OSError."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            step, folder = self.state.global_step, self.args.output_dir
+            raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
+
+
 class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
     """Reports every step, adds sigma to its values, and stops the training when asked to."""
 
@@ -137,7 +146,8 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
 @contextmanager
 def _stopping(watch: _Watch) -> Iterator[None]:
     """Let the first Ctrl-C stop the training after the step it interrupts."""
-    if threading.current_thread() is not threading.main_thread():
+    # Of several processes, each may hear of it in another step: one would save a checkpoint that the others never join.
+    if PartialState().num_processes > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return
 

@@ -5,8 +5,10 @@ import os
 import random
 import signal
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
@@ -183,6 +185,36 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train, tmp_path, monkeypa
     assert last == pytest.approx(expected, rel=1e-6)
 
 
+def _in_two(rank, meeting, directory, *options):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+    with open(f"{directory}/{rank}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
+        codes = []
+        for arguments in (["--steps", "2"], ["--steps", "3", "--resume"], ["--steps", "3", "--batch-size", "8"]):
+            try:
+                main(["train", *options, *arguments])
+            except SystemExit as error:
+                codes.append(error.code)
+    assert codes == [0, 0, 2]  # 14 records are no batch of 2 times 8
+
+
+def test_two_processes_write_and_report_once(tmp_path, model_folder, text_file):
+    options = ["--set", "loss.distillation_layer_index=1", "--max-length", "32", "--batch-size", "2"]
+    options += ["--data", str(text_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
+    torch.multiprocessing.spawn(_in_two, (str(tmp_path / "meeting"), str(tmp_path), *options), nprocs=2)
+    logs = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
+    assert logs[0].count("means over the first") == 2
+    assert "2/2" in logs[0]
+    assert "loading" not in logs[1]
+    assert "2/2" not in logs[1]
+    assert "means" not in logs[1]
+    assert all("holds 14 records, fewer than a batch of 16" in log for log in logs)
+    assert sorted(os.listdir(tmp_path / "out")) == WRITTEN
+    record = record_of(tmp_path / "out")
+    assert [step["step"] for step in record["history"]] == [1, 2, 3]
+    assert record["history"][0]["epoch"] == pytest.approx(1 / 3)  # 7 batches of 2: 3 steps of both, one is left out
+
+
 def test_resume_needs_the_run_that_was_begun(train, tmp_path, text_file, capsys):
     assert train("out", "--resume", steps=2) == 0  # with nothing there it starts afresh
     other = tmp_path / "other.txt"
@@ -236,6 +268,28 @@ def test_wrong_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
         assert message in lines[0], captured.err
         assert "Traceback" not in captured.err + captured.out
         assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("module", [torch, safetensors.torch])
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(train, tmp_path, monkeypatch, capsys, module):
+    """torch and safetensors report it by an error of their own."""
+    name = "save" if module is torch else "save_file"
+    write, full = getattr(module, name), RuntimeError if module is torch else safetensors.SafetensorError
+
+    def fill(values, path, *arguments, **options):
+        if "checkpoint-2" in str(path):
+            raise full("no room\n  on the disk")
+        return write(values, path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, name, fill)
+        assert train("out", "--set", "save_steps=1") == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("sgfast:")]
+    assert len(errors) == 1
+    assert "the checkpoint of step 2 cannot be written to" in errors[0]
+    assert "no room on the disk" in errors[0]
+    assert train("out", "--set", "save_steps=1", "--resume") == 0
+    assert [step["step"] for step in record_of(tmp_path / "out")["history"]] == [1, 2, 3, 4]
 
 
 def test_a_loss_that_explodes_ends_the_run(train, tmp_path, capsys):

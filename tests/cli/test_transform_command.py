@@ -165,3 +165,12 @@ def test_wrong_input_is_one_line_and_writes_nothing(save_client, records, transf
         assert not (tmp_path / "sent.safetensors").exists()
     assert transform(tmp_path / "none", "--data", records) == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_what_is_read_is_not_overwritten(save_client, records, transform, tmp_path, capsys):
+    file = save_client(1.0)
+    for out in (file, records):
+        before = out.read_bytes()
+        assert transform(file, "--data", records, out=out) == 2
+        assert "is what is read: it would be replaced" in capsys.readouterr().err
+        assert out.read_bytes() == before

@@ -88,6 +88,18 @@ def test_a_resumed_training_is_the_straight_one_bit_for_bit(make, tmp_path):
         assert len(reported) == 1
 
 
+def test_a_finished_training_takes_no_step_more(tmp_path):
+    straight, resumed = model(), model()
+    training = training_of(straight, tmp_path / "run")
+    training.train()
+    steps = training.state.global_step
+    again = training_of(resumed, tmp_path / "again")
+    output = again.train(str(tmp_path / "run" / f"checkpoint-{steps}"))
+    assert output.global_step == again.state.global_step == steps
+    assert [record["step"] for record in again.state.log_history if "loss" in record] == list(range(1, steps + 1))
+    assert_same(values_of(resumed), values_of(straight))
+
+
 def test_what_a_checkpoint_holds(tmp_path):
     student = model("student")
     training = training_of(student, tmp_path, max_steps=1)

@@ -91,6 +91,28 @@ def test_the_older_name_of_the_cosine_weight():
     assert module._OLDER_NAME not in configuration.loss_options
 
 
+def test_a_key_without_a_value_has_its_default_at_every_depth():
+    expected = configuration_from({"data": "x", "loss": {"name": "jigsaw", "alpha": 0.25}})
+    loss = {"name": "jigsaw", "alpha": 0.25, "std_log_ratio_loss_weight": None}
+    nothing = {"steps": None, "noise_layer": {"scale": None, "value_range": None}, "lora": {"r": None}}
+    given = configuration_from({"data": "x", "loss": loss, **nothing})
+    assert (given.loss, given.lora, given.steps) == (expected.loss, expected.lora, expected.steps)
+    assert given.noise_layer == {"value_range": None}
+    assert configuration_from({"data": "x", "loss": {"alpha": 0.25, "name": None}}).loss == {
+        "name": "distillation",
+        **DEFAULT_OPTIONS["distillation"],
+        "alpha": 0.25,
+    }
+    # Of a value that may be null, null is a value: the last layer.
+    layer = configuration_from({"data": "x", "loss": {"distillation_layer_index": None}}).loss
+    assert layer["distillation_layer_index"] is None
+
+
+def test_yaml_merges(write):
+    settings = read_yaml(write("a: &common {steps: 1, seed: 2}\nb:\n  <<: *common\n  steps: 3\n"))
+    assert settings["b"] == {"steps": 3, "seed": 2}
+
+
 def test_no_seed_is_recorded():
     configuration = configuration_from({"data": "x", "seed": 271828})
     assert configuration.seed == 271828
@@ -107,7 +129,6 @@ def test_no_seed_is_recorded():
         ({3: 1}, "unknown key 3: the closest valid key is "),
         ({"loss": {"name": "distillation", "alpa": 1}}, "unknown key loss.alpa of the loss distillation: the closest "),
         ({"loss": {"name": "destillation"}}, "loss.name must be one of distillation, .*; got 'destillation'"),
-        ({"loss": {"alpha": 0.5}}, "loss needs a name, one of distillation, "),
         ({"loss": 3}, r"loss must be settings \(`name: value`\); got 3"),
         ({"loss": {"name": "distillation", "alpha": "high"}}, "loss.alpha must be a finite number; got 'high'"),
         ({"loss": {"name": "distillation", "alpha": True}}, "loss.alpha must be a finite number; got True"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sgfast.huggingface import NoiseMaskCollator, TokenizerWrapper
-from sgfast.training.data import TokenizedRecords
+from sgfast.training.data import TokenizedRecords, check_trainable
 from sgfast.utils.records import IndexedRecords, RecordError
 from tests.tiny_tokenizer import TEMPLATE, tiny_tokenizer
 
@@ -50,6 +50,19 @@ def test_long_records_are_cut(examples):
     assert cut.keys() == whole.keys()
     for name, values in cut.items():
         assert torch.equal(values, whole[name][:7])
+
+
+def test_data_without_anything_to_learn_is_refused(examples):
+    answer, question = {"messages": CHAT[1:]}, {"text": "the class"}
+    check_trainable(examples(answer, question, {"messages": CHAT}))  # one token of each kind, anywhere
+    for lines, options, message in (
+        ([answer, answer], {}, r"no record has a token to transform \(.*\) among its first 64 tokens"),
+        ([question, {"messages": CHAT}], {"max_length": 2}, "no record has a token to transform"),
+        ([question, question], {}, "no record has a token that counts in the loss"),
+        ([question, {"messages": CHAT}], {"max_length": 9}, "that counts in the loss .* its first 9 tokens"),
+    ):
+        with pytest.raises(RecordError, match=message):
+            check_trainable(examples(*lines, **options))
 
 
 def test_examples_make_batches(examples):
