@@ -27,13 +27,42 @@ def top_k_indices(logits: Tensor, k: int) -> Tensor:
     return last - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)
 
 
+def _top_k_set(logits: Tensor, k: int) -> Tensor:
+    """`top_k_indices` in some order. A CPU selects among floats, which is much faster, and then looks for ties."""
+    if logits.device.type != "cpu" or torch.compiler.is_compiling():
+        return top_k_indices(logits, k)
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    values, indices = logits.topk(k, dim=-1)
+    reaching = (logits >= values[:, -1:]).sum(-1)
+    # More than k logits reach the smallest one selected: which of its equals were taken is torch.topk's whim. To list
+    # an eighth of a row would take more memory than its keys; and a NaN is reached by nothing.
+    crowded = (reaching > k + logits.shape[-1] // 8) | values[:, 0].isnan()
+    tied = (reaching > k) & ~crowded
+    if tied.any():
+        indices[tied] = _first_of_ties(logits[tied], values[tied], indices[tied])
+    if crowded.any():
+        indices[crowded] = top_k_indices(logits[crowded], k)
+    return indices
+
+
+def _first_of_ties(logits: Tensor, values: Tensor, indices: Tensor) -> Tensor:
+    """The selection (rows, k), by descending value, with the lowest indices among those equal to its smallest value."""
+    smallest = values[:, -1:]
+    row, column = (logits == smallest).nonzero(as_tuple=True)
+    rank = torch.arange(len(row)) - torch.searchsorted(row, row)
+    place = (values > smallest).sum(-1)[row] + rank
+    taken = place < values.shape[-1]
+    indices[row[taken], place[taken]] = column[taken]
+    return indices
+
+
 def union_of_top_k(noisy: Tensor, clean: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Union of both sides' top-k: ascending indices (rows, min(2k, V)) and which of them are valid.
 
     Padding repeats the row's last valid index, so that every entry is an index of the union.
     """
     size = noisy.shape[-1]
-    both = torch.cat([top_k_indices(noisy, k), top_k_indices(clean, k)], dim=-1).sort(dim=-1).values
+    both = torch.cat([_top_k_set(noisy, k), _top_k_set(clean, k)], dim=-1).sort(dim=-1).values
     repeated = torch.zeros_like(both, dtype=torch.bool)
     repeated[:, 1:] = both[:, 1:] == both[:, :-1]
     union = both.masked_fill(repeated, size).sort(dim=-1).values[:, : min(2 * k, size)]

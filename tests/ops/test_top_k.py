@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 import sgfast
-from sgfast.ops import divergences, top_k_support
+from sgfast.ops import divergences, top_k_support, topk
 from sgfast.ops.divergence_terms import KINDS
 from tests.gates import registration
 from tests.gates.implementations import DEVICE, RUNS_TRITON
@@ -90,6 +90,21 @@ def test_support_of_tie_heavy_logits(impl, dtype, width, k):
         assert row[mask].tolist() == expected
         assert mask.tolist() == sorted(mask.tolist(), reverse=True)
         assert (row[~mask] == expected[-1]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_selection_of_a_cpu_is_that_of_the_keys(dtype):
+    # Few ties, crowds of them, zeros of both signs, infinities and NaN, in rows beside each other.
+    noisy, _ = pair(12, 2000, noise=1.0, dtype=dtype)
+    noisy[1:4] = (noisy[1:4] * 8).round()
+    noisy[4], noisy[4, ::2] = 0.0, -0.0
+    noisy[5, 40:] = -torch.inf
+    noisy[6, :50] = torch.inf
+    noisy[7, [3, 1900]], noisy[8] = torch.nan, torch.nan
+    noisy[9] = torch.where(noisy[9] < 0, noisy[9], -0.0)
+    for k in (1, 2, 7, 64, 1999, 2000):
+        expected = topk.top_k_indices(noisy, k).sort(-1).values
+        assert torch.equal(topk._top_k_set(noisy, k).sort(-1).values, expected), k
 
 
 @each_fast_implementation
