@@ -104,7 +104,7 @@ def _launch(
 ) -> tuple[Tensor, Tensor]:
     """Packed selections (Q, count), ascending, and counts (shares, 2, Q)."""
     rows, width = queries.shape
-    tile = _tile(rows, count)
+    tile = _tile(rows, count, 16 if limits is None else 8)
     query_tiles, table_tiles = triton.cdiv(rows, tile["BQ"]), triton.cdiv(table.shape[0], tile["BV"])
     shares = max(1, min(_PROGRAMS // max(query_tiles, 1), table_tiles))
     span = triton.cdiv(table_tiles, shares) * tile["BV"]
@@ -138,11 +138,14 @@ def _launch(
     return packed.flatten(1).topk(count, largest=False).values, counts
 
 
-def _tile(rows: int, count: int) -> dict[str, int]:
-    """Queries, table rows and columns of a tile: 16 pairs a thread, whose operands fill its registers."""
+def _tile(rows: int, count: int, pairs: int) -> dict[str, int]:
+    """Queries, table rows and columns of a tile: so many pairs a thread, whose operands fill its registers.
+
+    Ranks have limits and counts besides, and of 16 pairs some compilers spill a few.
+    """
     table_rows = max(64, count)
-    queries = min(4096 // table_rows, max(16, triton.next_power_of_2(rows)))
-    return {"BQ": queries, "BV": table_rows, "BD": 16, "num_warps": queries * table_rows // 512}
+    queries = min(256 * pairs // table_rows, max(16, triton.next_power_of_2(rows)))
+    return {"BQ": queries, "BV": table_rows, "BD": 16, "num_warps": queries * table_rows // (32 * pairs)}
 
 
 def _values(packed: Tensor) -> Tensor:
