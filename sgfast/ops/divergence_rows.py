@@ -81,7 +81,7 @@ def _probabilities(
     # Compiled code computes them anew: the larger probability is one exponential, the smaller that times e^−|d|.
     noisy_is_larger = log_ratio > 0
     exponent = torch.where(noisy_is_larger, noisy.logits - noisy.maximum, clean.logits - clean.maximum)
-    larger = (exponent * inverse_temperature).exp() / torch.where(noisy_is_larger, noisy.sum, clean.sum)
+    larger = (exponent * inverse_temperature).exp() * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
     root = (log_ratio.abs() * -0.5).exp()
     smaller = larger * (root * root)
     return torch.where(noisy_is_larger, larger, smaller), torch.where(noisy_is_larger, smaller, larger)
@@ -113,6 +113,11 @@ def _atoms(
     return Atoms(p, q, log_ratio, log_p, settings.kinds), noisy, clean
 
 
+def _nan_rows(noisy: _Side, clean: _Side) -> Tensor:
+    """NaN where a side's sum is, else 0, (rows, 1). Inductor takes a product with 0 for 0, so it has to be chosen."""
+    return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
+
+
 def forward_rows(
     noisy: Tensor,
     clean: Tensor,
@@ -141,7 +146,7 @@ def forward_rows(
         row_scalars[2:] = clean_side.maximum, clean_side.sum
         atoms, *over_support = _atoms(noisy_side, clean_side, inverse_temperature, settings, indices, valid)
         # A row with a NaN (or with two infinities of one sign) has a NaN sum; its terms may have lost it.
-        nan = sum(0 * side.sum.squeeze(-1) for side in over_support)
+        nan = _nan_rows(*over_support).squeeze(-1)
         truncated = settings.support == "truncate"
         for kind in settings.divergences:
             values.append(divergence(kind, atoms, settings.beta, settings.skew, truncated) + nan)
@@ -177,7 +182,7 @@ def backward_rows(
     if settings.divergences:
         sides = noisy_side, _side(clean, inverse_temperature, dtype, kept and kept[2:4])
         atoms, *over_support = _atoms(*sides, inverse_temperature, settings, indices, valid)
-        nan = sum(0 * side.sum for side in over_support)
+        nan = _nan_rows(*over_support)
         weights = [kind_upstream[:, None] * inverse_temperature + nan for kind_upstream in upstream]
         for i in (0, 1):
             if sides_wanted[i]:

@@ -19,6 +19,7 @@ The arithmetic is written for the CPU, where every operation is a pass over memo
 much as ten products there, so signs enter through copysign, and 0 · inf = 0 through nan_to_num.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -118,11 +119,11 @@ def one_minus_exp(exponent: Tensor) -> Tensor:
     """1 − e^x of a new tensor x ≤ 0, with all its digits."""
     if not torch.compiler.is_compiling():
         return exponent.expm1_().neg_()
-    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 the series takes over: x(1 + x/2 (1 + x/3 (1 + …))).
+    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 the series takes over: x(1 + x(1/2! + x(1/3! + …))).
     terms = 7 if exponent.dtype == torch.float32 else 14
-    series = exponent * (1 / terms) + 1
-    for n in range(terms - 1, 1, -1):
-        series = series * exponent * (1 / n) + 1
+    series = exponent * (1 / math.factorial(terms)) + 1 / math.factorial(terms - 1)
+    for n in range(terms - 2, 0, -1):
+        series = series * exponent + 1 / math.factorial(n)
     return torch.where(exponent > -0.25, -exponent * series, 1 - exponent.exp())
 
 
