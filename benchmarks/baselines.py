@@ -128,7 +128,7 @@ def _divergence_topk_forward(
     indices, valid = topk.unpack_union(union)
     settings = divergence_rows.Settings(tuple(kinds), support, beta, skew)
     inverse_temperature = 1 / temperature[:, None]
-    values = divergence_rows.forward_rows(noisy, clean, inverse_temperature, settings, indices, valid)
+    values, _ = divergence_rows.forward_rows(noisy, clean, inverse_temperature, settings, indices, valid)
     sides = [divergence_rows._side(side, inverse_temperature, torch.float32) for side in (noisy, clean)]
     atoms, *inside = divergence_rows._atoms(*sides, inverse_temperature, settings, indices, valid)
     scalars = [masses[0, 0], inside[0].sum[:, 0], masses[1, 0], inside[1].sum[:, 0]]

@@ -193,8 +193,9 @@ def compiled(body: _Function) -> _Function:
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            # One compiled version per dtype and setting is intended; the default limit of 8 is for accidents.
-            with torch._dynamo.config.patch(recompile_limit=512):
+            # One compiled version per dtype and setting is intended; the default limit of 8 is for accidents. Numbers
+            # among the settings are constants: as symbols their sums round differently, and guards on them fail.
+            with torch._dynamo.config.patch(recompile_limit=512, specialize_float=True):
                 return function(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:
             compiler = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("clang++")

@@ -25,12 +25,13 @@ With hard labels one more, always over the whole vocabulary and at temperature 1
 
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
-logits again. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the terms and partials in
-forms that keep their digits. The Triton kernels, of ``sgfast_kernels``, are ``lse``, ``divergence`` and
-``divergence_backward``; with ``top_k``, ``topk``, ``divergence_topk`` and ``divergence_topk_backward``.
+logits again; sums over a row are kept. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the
+terms and partials in forms that keep their digits. The Triton kernels, of ``sgfast_kernels``, are ``lse``,
+``divergence`` and ``divergence_backward``; with ``top_k``, ``topk``, ``divergence_topk`` and
+``divergence_topk_backward``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,16 +39,10 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
+from sgfast.ops.divergence_chunks import make_settings, no_support, read_labels, read_logits, row_chunks
 from sgfast.ops.divergence_options import Support, check_labels, check_options, row_temperature
 from sgfast.ops.divergence_reference import reference
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
-
-# Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
-_TEMPORARIES = 22
-# Those that compiled code writes to memory: a few, and one for each kind where there are many.
-_COMPILED_TEMPORARIES = 8
-# What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
-_LOGITS_PER_THREAD = 64 * 1024
 
 
 @torch.library.custom_op("sgfast::divergences", mutates_args=())
@@ -64,10 +59,13 @@ def _forward(
     skew: float,
     max_chunk_bytes: int,
     impl: str | None,
+    noisy_wanted: bool = True,
+    clean_wanted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Values (kinds, ...), the support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
 
-    The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the Triton backward: zeros where PyTorch ran.
+    The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the backward of the implementation that ran,
+    towards the sides wanted. PyTorch has none with top_k: zeros.
     """
     choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
     if choice.implementation == "triton":
@@ -81,25 +79,30 @@ def _forward(
     find_support = dispatch.implementation_of(topk.union_of_top_k, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
-    settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
+    settings = make_settings(kinds, top_k, support, beta, skew, labels, temperature)
     values = noisy.new_zeros((len(settings.kinds), *shape), dtype=dtype)
     kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
-    for chunk in _row_chunks(noisy, mask, dtype, choice, settings, max_chunk_bytes):
-        noisy_rows, clean_rows = (_read_logits(side, chunk, choice) for side in (noisy, clean))
-        indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else _no_support(noisy)
-        chunk_values = body(
+    row_scalars = values.new_zeros(_row_scalars_shape(noisy, kinds, top_k))
+    for chunk in row_chunks(noisy, mask, dtype, choice, settings, max_chunk_bytes):
+        noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
+        indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else no_support(noisy)
+        chunk_values, chunk_scalars = body(
             noisy_rows,
             clean_rows,
             1 / rows.read_scalars(temperature, chunk),
             settings,
             indices,
             valid,
-            _read_labels(labels, chunk),
+            read_labels(labels, chunk),
+            (noisy_wanted, clean_wanted),
         )
         values.view(len(settings.kinds), -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
+        if chunk_scalars is not None:
+            scalars_view = row_scalars.view(row_scalars.shape[0], -1)
+            scalars_view[:, chunk] = rows.zero_masked(chunk_scalars.T, mask, chunk).T
         if top_k:
             kept_indices.view(-1, kept_indices.shape[-1])[chunk] = indices.masked_fill(~valid, -1).int()
-    return values, kept_indices, values.new_zeros(_row_scalars_shape(noisy, kinds, top_k))
+    return values, kept_indices, row_scalars
 
 
 @_forward.register_fake
@@ -116,6 +119,8 @@ def _(
     skew: float,
     max_chunk_bytes: int,
     impl: str | None,
+    noisy_wanted: bool = True,
+    clean_wanted: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shape, size = noisy.shape[:-1], noisy.shape[-1]
     values = noisy.new_empty((len(kinds.split(",")), *shape), dtype=rows.compute_dtype(noisy, clean))
@@ -160,16 +165,17 @@ def _backward(
     body = dispatch.implementation_of(write_gradients, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     size = noisy.shape[-1]
-    settings = _settings(kinds, top_k, support, beta, skew, labels, temperature)
+    settings = make_settings(kinds, top_k, support, beta, skew, labels, temperature)
     gradients = _empty_gradients(noisy, clean, wanted)
     if mask is not None:
         for gradient in gradients:
             gradient.zero_()
     flat_upstream = upstream.reshape(len(settings.kinds), -1)
+    flat_scalars = None if row_scalars is None or top_k else row_scalars.view(row_scalars.shape[0], -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
-    for chunk in _row_chunks(noisy, mask, dtype, choice, settings, max_chunk_bytes):
-        indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else _no_support(noisy)
-        noisy_rows, clean_rows = (_read_logits(side, chunk, choice) for side in (noisy, clean))
+    for chunk in row_chunks(noisy, mask, dtype, choice, settings, max_chunk_bytes):
+        indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else no_support(noisy)
+        noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
         # Without a mask a chunk is a slice of the gradient, which is written where it lies.
         targets = [
             (gradient[chunk] if mask is None else gradient.new_empty(noisy_rows.shape)) if side_wanted else None
@@ -184,7 +190,8 @@ def _backward(
             valid,
             flat_upstream[:, chunk],
             targets,
-            _read_labels(labels, chunk),
+            read_labels(labels, chunk),
+            None if flat_scalars is None else flat_scalars[:, chunk],
         )
         for gradient, target in zip(flat_gradients, targets, strict=True):
             if mask is not None and target is not None:
@@ -215,14 +222,6 @@ def _(
     return _empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
 
 
-def _settings(
-    kinds: str, top_k: int, support: str, beta: float, skew: float, labels: Tensor | None, temperature: Tensor
-) -> Settings:
-    # Only a CPU can look at the temperature without waiting for a queue.
-    unit_temperature = labels is not None and temperature.device.type == "cpu" and bool((temperature == 1).all())
-    return Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew, unit_temperature)
-
-
 def _check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
     """Refuse a label outside the vocabulary; on a GPU, where looking would stop the queue, its row becomes NaN."""
     if labels.device.type != "cpu":
@@ -235,10 +234,6 @@ def _check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
         )
 
 
-def _read_labels(labels: Tensor | None, chunk: Tensor | slice) -> Tensor | None:
-    return None if labels is None else rows.read_scalars(labels, chunk)
-
-
 def _empty_gradients(noisy: Tensor, clean: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
     first, second = (
         side.new_empty(side.shape if side_wanted else 0)
@@ -247,57 +242,26 @@ def _empty_gradients(noisy: Tensor, clean: Tensor, wanted: tuple[bool, bool]) ->
     return first, second
 
 
-def _row_chunks(
-    logits: Tensor,
-    mask: Tensor | None,
-    dtype: torch.dtype,
-    choice: dispatch.Choice,
-    settings: Settings,
-    max_chunk_bytes: int,
-) -> Iterator[Tensor | slice]:
-    """Chunks whose temporaries stay within the caller's bound, and are fewer where that is faster.
-
-    Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
-    enough to do.
-    """
-    size, temporaries = logits.shape[-1], _TEMPORARIES
-    if choice.implementation == "compile":
-        temporaries = max(_COMPILED_TEMPORARIES, 4 + len(settings.kinds))
-    row_bytes = size * max(dtype.itemsize * temporaries, topk.TEMPORARY_BYTES_PER_LOGIT)
-    if logits.device.type == "cpu" and choice.implementation == "torch":
-        max_chunk_bytes = min(max_chunk_bytes, _LOGITS_PER_THREAD * torch.get_num_threads() * row_bytes // size)
-    if logits.device.type == "cpu":
-        rows.keep_freed_memory(max_chunk_bytes)
-    return rows.row_chunks(logits.shape[:-1], mask, row_bytes, max_chunk_bytes)
-
-
-def _read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:
-    found = rows.read_rows(logits, chunk)
-    if choice.implementation == "compile":
-        torch._dynamo.mark_static(found, 1)  # loops of a known length are twice as fast
-    return found
-
-
-def _no_support(like: Tensor) -> tuple[Tensor, Tensor]:
-    return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    noisy, clean, labels, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs
-    ctx.impl = dispatch.pinned(impl)
+    noisy, clean, labels, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs[:12]
+    ctx.impl, ctx.sides_expected = dispatch.pinned(impl), inputs[12:]
     _, kept_indices, row_scalars = output
     ctx.mark_non_differentiable(kept_indices, row_scalars)
     ctx.set_materialize_grads(False)  # of those two they would be as large
     choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=ctx.options[1], mask=mask))
-    kept_scalars = row_scalars if choice.implementation == "triton" else None
+    # PyTorch's are of use to the same implementation only: not where backward's may be another than forward's.
+    useful = choice.implementation == "triton" or (ctx.impl is not None and not ctx.options[1])
+    kept_scalars = row_scalars if useful else None
     ctx.save_for_backward(noisy, clean, labels, kept_indices, kept_scalars, mask, temperature)
 
 
 def _gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if upstream is None:
-        return (None,) * 12
+        return (None,) * 14
     noisy, clean, labels, kept_indices, row_scalars, mask, temperature = ctx.saved_tensors
     noisy_wanted, clean_wanted = ctx.needs_input_grad[:2]
+    if (noisy_wanted and not ctx.sides_expected[0]) or (clean_wanted and not ctx.sides_expected[1]):
+        row_scalars = None
     noisy_gradient, clean_gradient = _backward(
         noisy,
         clean,
@@ -315,7 +279,7 @@ def _gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Te
         noisy_wanted,
         clean_wanted,
     )
-    constants = (None,) * 10
+    constants = (None,) * 12
     return noisy_gradient if noisy_wanted else None, clean_gradient if clean_wanted else None, *constants
 
 
@@ -332,7 +296,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[
 
     def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
         dtype = rows.compute_dtype(noisy, clean)
-        support_indices = topk.unpack_union(kept_indices) if top_k else _no_support(noisy)
+        support_indices = topk.unpack_union(kept_indices) if top_k else no_support(noisy)
         if mask is None:
             return reference(noisy.to(dtype), clean.to(dtype), settings, *support_indices, temperature, labels)
         # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
@@ -405,8 +369,8 @@ def divergences(
     Returns:
         For each kind (and for ``label_cross_entropy`` with ``labels``), values of shape (...) in float32 (float64 if
         an input is), differentiable with respect to both sides; gradients are in the inputs' dtypes. Kept for
-        backward beyond the inputs: with ``top_k`` 2k int32 indices a row; where Triton runs, 4 float32 scalars (8 with
-        ``top_k``) and 2 per kind a row.
+        backward beyond the inputs: 4 float32 scalars and 2 per kind a row; with ``top_k`` 2k int32 indices a row, and
+        those scalars and 4 more where Triton runs.
 
     Raises:
         TypeError: an argument's type.
@@ -430,6 +394,7 @@ def divergences(
         mask = labels >= 0 if mask is None else mask & (labels >= 0)
         top_k = None
     dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
+    sides_wanted = (torch.is_grad_enabled() and side.requires_grad for side in (noisy_logits, clean_logits))
     values, *_ = _forward(
         noisy_logits,
         clean_logits,
@@ -443,5 +408,6 @@ def divergences(
         float(skew),
         validation.chunk_bytes(max_chunk_bytes),
         impl,
+        *sides_wanted,
     )
     return dict(zip(names, values.unbind(0), strict=True))

@@ -54,7 +54,7 @@ def _forward(
     values = noisy.new_zeros((len(settings.kinds), *noisy.shape[:-1]), dtype=dtype)
     for chunk in rows.row_chunks(noisy.shape[:-1], mask, _row_bytes(noisy, dtype), max_chunk_bytes):
         support_rows = rows.read_rows(support_mask, chunk)
-        chunk_values = body(
+        chunk_values, _ = body(
             rows.read_rows(noisy, chunk),
             rows.read_rows(clean, chunk),
             1 / rows.read_scalars(temperature, chunk),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import rows
-from sgfast.ops.divergence_terms import Atoms, divergence, nan_to_zero, partials
+from sgfast.ops.divergence_terms import Atoms, divergence, finite_rows, may_be_infinite, nan_to_zero, partial_derivative
 
 # The name under which hard labels' cross-entropy travels among the kinds, always the last.
 LABEL_KIND = "label_cross_entropy"
@@ -41,13 +41,16 @@ class _Side(NamedTuple):
     sum: Tensor
 
 
-def _side(logits: Tensor, inverse_temperature: Tensor | float, dtype: torch.dtype) -> _Side:
+def _side(
+    logits: Tensor, inverse_temperature: Tensor | float, dtype: torch.dtype, kept: Sequence[Tensor] | None = None
+) -> _Side:
+    """One side of the rows; its maximum and sum, unless they were kept, are taken from the logits."""
     logits = logits.to(dtype)
-    maximum = logits.amax(-1, keepdim=True)
+    maximum, total = kept or (logits.amax(-1, keepdim=True), None)
     # exp2 is the cheapest exponential; where its argument is large, and its rounding felt, the weight is next to 0.
     # log2 e is written out: torch.compile would take a constant of the module for an input.
     weights = (logits - maximum).mul_(inverse_temperature * 1.4426950408889634).exp2_()
-    total = weights.sum(-1, keepdim=True)
+    total = weights.sum(-1, keepdim=True) if total is None else total
     return _Side(logits, weights.mul_(1 / total), maximum, total)
 
 
@@ -78,7 +81,7 @@ def _probabilities(
     # Compiled code computes them anew: the larger probability is one exponential, the smaller that times e^−|d|.
     noisy_is_larger = log_ratio > 0
     exponent = torch.where(noisy_is_larger, noisy.logits - noisy.maximum, clean.logits - clean.maximum)
-    larger = (exponent * inverse_temperature).exp() / torch.where(noisy_is_larger, noisy.sum, clean.sum)
+    larger = (exponent * inverse_temperature).exp() * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
     root = (log_ratio.abs() * -0.5).exp()
     smaller = larger * (root * root)
     return torch.where(noisy_is_larger, larger, smaller), torch.where(noisy_is_larger, smaller, larger)
@@ -110,6 +113,11 @@ def _atoms(
     return Atoms(p, q, log_ratio, log_p, settings.kinds), noisy, clean
 
 
+def _nan_rows(noisy: _Side, clean: _Side) -> Tensor:
+    """NaN where a side's sum is, else 0, (rows, 1). Inductor takes a product with 0 for 0, so it has to be chosen."""
+    return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
+
+
 def forward_rows(
     noisy: Tensor,
     clean: Tensor,
@@ -118,24 +126,37 @@ def forward_rows(
     indices: Tensor,
     valid: Tensor,
     labels: Tensor | None = None,
-) -> Tensor:
-    """(rows, V) twice → values (kinds, rows); the reciprocal of the temperature is (rows, 1)."""
+    sides_wanted: tuple[bool, bool] = (False, False),
+) -> tuple[Tensor, Tensor | None]:
+    """(rows, V) twice → values (kinds, rows); the reciprocal of the temperature is (rows, 1).
+
+    Where a gradient will be wanted, over the whole vocabulary, also the row scalars it needs, (4 + 2·kinds, rows).
+    """
     dtype = rows.compute_dtype(noisy, clean)
     noisy_side = _side(noisy, inverse_temperature, dtype)
-    values = []
+    none = torch.zeros_like(noisy_side.sum)
+    values, label_values = [], []
+    row_scalars, label_scalars = [noisy_side.maximum, noisy_side.sum, none, none], []
     if labels is not None:
-        values.append(_label_cross_entropy(_at_temperature_1(noisy_side, settings), labels))
+        at_temperature_1 = _at_temperature_1(noisy_side, settings)
+        label_values.append(_label_cross_entropy(at_temperature_1, labels))
+        label_scalars += [at_temperature_1.sum, none]
     if settings.divergences:
         clean_side = _side(clean, inverse_temperature, dtype)
+        row_scalars[2:] = clean_side.maximum, clean_side.sum
         atoms, *over_support = _atoms(noisy_side, clean_side, inverse_temperature, settings, indices, valid)
         # A row with a NaN (or with two infinities of one sign) has a NaN sum; its terms may have lost it.
-        nan = sum(0 * side.sum.squeeze(-1) for side in over_support)
+        nan = _nan_rows(*over_support).squeeze(-1)
         truncated = settings.support == "truncate"
-        values = [
-            *(divergence(kind, atoms, settings.beta, settings.skew, truncated) + nan for kind in settings.divergences),
-            *values,
-        ]
-    return torch.stack(values)
+        for kind in settings.divergences:
+            values.append(divergence(kind, atoms, settings.beta, settings.skew, truncated) + nan)
+            for side, wanted in enumerate(sides_wanted):
+                # Uncompiled, a partial only to be summed would cost more than its sum does in backward.
+                kept = wanted and torch.compiler.is_compiling()
+                row_scalars.append(_partial(kind, side, atoms, settings).sum(-1, keepdim=True) if kept else none)
+    scalars_wanted = any(sides_wanted) and settings.support == "full"
+    kept_scalars = torch.cat(row_scalars + label_scalars, -1).T if scalars_wanted else None
+    return torch.stack(values + label_values), kept_scalars
 
 
 def backward_rows(
@@ -148,30 +169,57 @@ def backward_rows(
     upstream: Tensor,
     sides_wanted: tuple[bool, bool],
     labels: Tensor | None = None,
+    row_scalars: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients (rows, V) to the sides wanted, in the arithmetic's dtype; ``upstream`` is (kinds, rows)."""
+    """Gradients (rows, V) to the sides wanted, in the arithmetic's dtype; ``upstream`` is (kinds, rows).
+
+    ``row_scalars`` are those of the same implementation's `forward_rows`; what is not given is computed again.
+    """
     dtype = rows.compute_dtype(noisy, clean)
-    sides = [_side(side, inverse_temperature, dtype) for side in (noisy, clean)]
-    atoms, *over_support = _atoms(sides[0], sides[1], inverse_temperature, settings, indices, valid)
-    nan = sum(0 * side.sum for side in over_support)
-    totals: list[Tensor | None] = [None, None]
-    for kind, kind_upstream in zip(settings.divergences, upstream, strict=False):
-        truncated, weight = settings.support == "truncate", kind_upstream[:, None] * inverse_temperature + nan
-        found = partials(kind, atoms, settings.beta, settings.skew, truncated, sides_wanted)
-        for side, partial in enumerate(found):
-            if partial is not None:
-                total = totals[side]
-                totals[side] = partial * weight if total is None else total.addcmul_(partial, weight)
+    kept = None if row_scalars is None else row_scalars[:, :, None].unbind(0)
+    noisy_side = _side(noisy, inverse_temperature, dtype, kept and kept[0:2])
     gradients: list[Tensor | None] = [None, None]
-    for side, probability in enumerate((atoms.p, atoms.q)):
-        total = totals[side]
-        if total is not None:
-            gradients[side] = _logit_gradient(sides[side], probability, total, settings, indices)
-        elif sides_wanted[side]:  # labels alone
-            gradients[side] = torch.zeros_like(sides[side].probabilities)
+    if settings.divergences:
+        sides = noisy_side, _side(clean, inverse_temperature, dtype, kept and kept[2:4])
+        atoms, *over_support = _atoms(*sides, inverse_temperature, settings, indices, valid)
+        nan = _nan_rows(*over_support)
+        weights = [kind_upstream[:, None] * inverse_temperature + nan for kind_upstream in upstream]
+        for i in (0, 1):
+            if sides_wanted[i]:
+                sums = kept[4 + i :: 2] if kept and torch.compiler.is_compiling() else None
+                partial, partial_sum = _weighted_partial(i, atoms, settings, weights, sums)
+                probability = (atoms.p, atoms.q)[i]
+                gradients[i] = _logit_gradient(sides[i], probability, partial, partial_sum, settings, indices)
+    else:  # labels alone
+        gradients = [
+            torch.zeros_like(logits, dtype=dtype) if wanted else None
+            for logits, wanted in zip((noisy, clean), sides_wanted, strict=True)
+        ]
     if labels is not None and gradients[0] is not None:
-        _add_label_gradient(gradients[0], _at_temperature_1(sides[0], settings), labels, upstream[-1])
+        at_temperature_1 = _at_temperature_1(noisy_side, settings, None if kept is None else kept[-2])
+        _add_label_gradient(gradients[0], at_temperature_1, labels, upstream[-1])
     return gradients
+
+
+def _partial(kind: str, side: int, atoms: Atoms, settings: Settings) -> Tensor:
+    return partial_derivative(kind, side, atoms, settings.beta, settings.skew, settings.support == "truncate")
+
+
+def _weighted_partial(
+    side: int, atoms: Atoms, settings: Settings, weights: Sequence[Tensor], sums: Sequence[Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Σ over kinds of weight · partial towards one side, a new tensor, and its row sum; from each partial's if kept."""
+    total, total_sum = None, torch.zeros_like(weights[0])
+    for i, kind in enumerate(settings.divergences):
+        partial = _partial(kind, side, atoms, settings)
+        partial_sum = None if sums is None else sums[i]
+        if may_be_infinite(kind, side, settings.skew):
+            partial, partial_sum = finite_rows(partial, partial_sum)
+        if partial_sum is not None:
+            total_sum = total_sum + weights[i] * partial_sum
+        total = partial * weights[i] if total is None else total.addcmul_(partial, weights[i])
+    assert total is not None
+    return total, total.sum(-1, keepdim=True) if sums is None else total_sum
 
 
 def write_gradients(
@@ -184,11 +232,12 @@ def write_gradients(
     upstream: Tensor,
     targets: Sequence[Tensor | None],
     labels: Tensor | None = None,
+    row_scalars: Tensor | None = None,
 ) -> None:
     """`backward_rows`, written to one target a side (None if not wanted): compiled code then needs no other copy."""
     sides_wanted = (targets[0] is not None, targets[1] is not None)
     gradients = backward_rows(
-        noisy, clean, inverse_temperature, settings, indices, valid, upstream, sides_wanted, labels
+        noisy, clean, inverse_temperature, settings, indices, valid, upstream, sides_wanted, labels, row_scalars
     )
     for target, gradient in zip(targets, gradients, strict=True):
         if target is not None and gradient is not None:
@@ -196,10 +245,14 @@ def write_gradients(
 
 
 def _logit_gradient(
-    side: _Side, atom_probabilities: Tensor, partial: Tensor, settings: Settings, indices: Tensor
+    side: _Side,
+    atom_probabilities: Tensor,
+    partial: Tensor,
+    partial_sum: Tensor,
+    settings: Settings,
+    indices: Tensor,
 ) -> Tensor:
     """From partials with respect to the atoms' log-probabilities, a new tensor, to the gradient of the logits."""
-    partial_sum = partial.sum(-1, keepdim=True)
     if settings.support == "full":
         return partial.addcmul_(atom_probabilities, -partial_sum)
     if settings.support == "truncate":
@@ -214,8 +267,11 @@ def _logit_gradient(
     return outside.scatter_add_(-1, indices, partial[:, :-1] - atom_probabilities[:, :-1] * partial_sum)
 
 
-def _at_temperature_1(side: _Side, settings: Settings) -> _Side:
-    return side if settings.unit_temperature else _side(side.logits, 1.0, side.logits.dtype)
+def _at_temperature_1(side: _Side, settings: Settings, kept_sum: Tensor | None = None) -> _Side:
+    if settings.unit_temperature:
+        return side
+    kept = None if kept_sum is None else (side.maximum, kept_sum)
+    return _side(side.logits, 1.0, side.logits.dtype, kept)
 
 
 def _label_cross_entropy(noisy: _Side, labels: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ The arithmetic is written for the CPU, where every operation is a pass over memo
 much as ten products there, so signs enter through copysign, and 0 · inf = 0 through nan_to_num.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -118,11 +119,11 @@ def one_minus_exp(exponent: Tensor) -> Tensor:
     """1 − e^x of a new tensor x ≤ 0, with all its digits."""
     if not torch.compiler.is_compiling():
         return exponent.expm1_().neg_()
-    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 the series takes over: x(1 + x/2 (1 + x/3 (1 + …))).
+    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 the series takes over: x(1 + x(1/2! + x(1/3! + …))).
     terms = 7 if exponent.dtype == torch.float32 else 14
-    series = exponent * (1 / terms) + 1
-    for n in range(terms - 1, 1, -1):
-        series = series * exponent * (1 / n) + 1
+    series = exponent * (1 / math.factorial(terms)) + 1 / math.factorial(terms - 1)
+    for n in range(terms - 2, 0, -1):
+        series = series * exponent + 1 / math.factorial(n)
     return torch.where(exponent > -0.25, -exponent * series, 1 - exponent.exp())
 
 
@@ -199,10 +200,32 @@ def partials(
     A row whose divergence is infinite (q > 0 where p = 0, or the reverse) gives 0 on the side where the partial is
     infinite: a step in that direction does not exist.
     """
-    kind = _without_skew(kind, skew)
-    to_p = _partial_to_p(kind, atoms, beta, skew, not truncated) if sides_wanted[0] else None
-    to_q = _partial_to_q(kind, atoms, beta, skew, not truncated) if sides_wanted[1] else None
-    return to_p, to_q
+    found: list[Tensor | None] = [None, None]
+    for side in (0, 1):
+        if sides_wanted[side]:
+            partial = partial_derivative(kind, side, atoms, beta, skew, truncated)
+            found[side] = finite_rows(partial)[0] if may_be_infinite(kind, side, skew) else partial
+    return found[0], found[1]
+
+
+def partial_derivative(kind: str, side: int, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
+    """One kind's partial with respect to log p (side 0) or log q (side 1), a new tensor; infinite ones as they are."""
+    towards = (_partial_to_p, _partial_to_q)[side]
+    return towards(_without_skew(kind, skew), atoms, beta, skew, not truncated)
+
+
+def may_be_infinite(kind: str, side: int, skew: float) -> bool:
+    """Whether this partial is infinite where one probability is 0 and the other is not."""
+    return _without_skew(kind, skew) in (("reverse_kl", "jeffreys"), ("forward_kl", "jeffreys", "cross_entropy"))[side]
+
+
+def finite_rows(partial: Tensor, row_sum: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Partials and their row sums, both 0 in rows whose sum is infinite. A CPU looks first: such rows are rare."""
+    row_sum = partial.sum(-1, keepdim=True) if row_sum is None else row_sum
+    infinite = row_sum.abs() == torch.inf
+    if partial.device.type == "cpu" and not torch.compiler.is_compiling() and not infinite.any():
+        return partial, row_sum
+    return partial.masked_fill(infinite, 0), row_sum.masked_fill(infinite, 0)
 
 
 def _partial_to_p(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
@@ -211,16 +234,16 @@ def _partial_to_p(kind: str, atoms: Atoms, beta: float, skew: float, linear: boo
             return atoms.difference if linear else -atoms.q
         case "reverse_kl":
             partial = nan_to_zero(atoms.p * atoms.log_ratio)
-            return finite_rows(partial if linear else partial.add_(atoms.p))
+            return partial if linear else partial.add_(atoms.p)
         case "skew_forward_kl":
             partial = _mixture_share(atoms, "p", skew).mul_(atoms.difference).mul_((1 - skew) ** 2)
             return partial if linear else partial.sub_(atoms.p, alpha=1 - skew)
         case "skew_reverse_kl":
             partial = _mixture_share(atoms, "p", 1 - skew).mul_(atoms.difference).mul_((skew - 1) * skew)
             partial = partial.add_(_times_log_mixture(atoms, "p", 1 - skew, -1.0))
-            return finite_rows(partial if linear else partial.add_(atoms.p, alpha=1 - skew))
+            return partial if linear else partial.add_(atoms.p, alpha=1 - skew)
         case "jeffreys":
-            return finite_rows(nan_to_zero(atoms.p * atoms.log_ratio).add_(atoms.difference))
+            return nan_to_zero(atoms.p * atoms.log_ratio).add_(atoms.difference)
         case "jensen_shannon":
             return _times_log_mixture(atoms, "p", beta, beta - 1)
         case "total_variation":
@@ -236,18 +259,18 @@ def _partial_to_q(kind: str, atoms: Atoms, beta: float, skew: float, linear: boo
     match kind:
         case "forward_kl":
             partial = nan_to_zero(atoms.q * atoms.log_ratio).neg_()
-            return finite_rows(partial if linear else partial.add_(atoms.q))
+            return partial if linear else partial.add_(atoms.q)
         case "reverse_kl":
             return -atoms.difference if linear else -atoms.p
         case "skew_forward_kl":
             partial = _mixture_share(atoms, "q", skew).mul_(atoms.difference).mul_((1 - skew) * skew)
             partial = partial.add_(_times_log_mixture(atoms, "q", skew, -1.0))
-            return finite_rows(partial if linear else partial.add_(atoms.q, alpha=1 - skew))
+            return partial if linear else partial.add_(atoms.q, alpha=1 - skew)
         case "skew_reverse_kl":
             partial = _mixture_share(atoms, "q", 1 - skew).mul_(atoms.difference).mul_(-((1 - skew) ** 2))
             return partial if linear else partial.sub_(atoms.q, alpha=1 - skew)
         case "jeffreys":
-            return finite_rows(nan_to_zero(atoms.q * atoms.log_ratio).add_(atoms.difference).neg_())
+            return nan_to_zero(atoms.q * atoms.log_ratio).add_(atoms.difference).neg_()
         case "jensen_shannon":
             return _times_log_mixture(atoms, "q", beta, -beta)
         case "total_variation":
@@ -257,7 +280,7 @@ def _partial_to_q(kind: str, atoms: Atoms, beta: float, skew: float, linear: boo
             return squares.sub_(atoms.difference).mul_(0.25)
         case "cross_entropy":
             assert atoms.log_p is not None
-            return finite_rows(nan_to_zero(atoms.q * atoms.log_p).neg_())
+            return nan_to_zero(atoms.q * atoms.log_p).neg_()
     raise AssertionError(kind)
 
 
@@ -266,11 +289,3 @@ def _mixture_share(atoms: Atoms, side: str, weight: float) -> Tensor:
     sign = -1 if side == "p" else 1
     share = (atoms.shrinkage + sign * atoms.signed_shrinkage).mul_(-0.5).add_(1)
     return share.div_(atoms.mixture(weight))
-
-
-def finite_rows(partial: Tensor) -> Tensor:
-    """Rows whose sum is infinite, all 0. A CPU looks first, because such rows are rare."""
-    infinite = partial.sum(-1, keepdim=True).isinf()
-    if partial.device.type == "cpu" and not torch.compiler.is_compiling() and not infinite.any():
-        return partial
-    return partial.masked_fill(infinite, 0)

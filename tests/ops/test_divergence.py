@@ -10,7 +10,7 @@ from torch import Tensor
 
 import sgfast
 from sgfast.ops import divergence as divergence_module
-from sgfast.ops import divergences, top_k_support
+from sgfast.ops import divergence_chunks, divergences, top_k_support
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings, backward_rows, forward_rows
 from sgfast.ops.divergence_terms import KINDS
 from sgfast.ops.topk import TEMPORARY_BYTES_PER_LOGIT, union_of_top_k
@@ -383,9 +383,10 @@ def test_nothing_per_logit_is_kept_for_backward():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         divergences(noisy, clean, KINDS)
-        assert sum(kept) <= 8 * 16
+        row_scalars = 16 * (4 + 2 * len(KINDS)) * 4
+        assert sum(kept) <= row_scalars + 8 * 16
         divergences(noisy, clean, KINDS, top_k=10, support="tail")
-        assert sum(kept) <= 16 * 16 + 16 * 20 * 4
+        assert sum(kept) <= row_scalars + 16 * 16 + 16 * 20 * 4
 
 
 def test_retained_graph_gives_the_same_gradient_twice():
@@ -503,7 +504,7 @@ def test_only_row_scalars_are_kept_for_backward(impl):
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         divergences(noisy, clean, KINDS, impl=impl)
-    assert sum(kept) <= (16 * (4 + 2 * len(KINDS)) * 4 + 4 if impl == "triton" else 4)
+    assert sum(kept) <= 16 * (4 + 2 * len(KINDS)) * 4 + 4
 
 
 def all_kinds(noisy: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
@@ -520,6 +521,39 @@ def masked_case(rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 @registration.each_check([registration.Case("masked", all_kinds, masked_case)])
 def test_registration_of_the_whole_vocabulary(check, case):
     check(case)
+
+
+@pytest.mark.parametrize("impl", ["torch", "compile"])
+def test_kept_row_scalars_give_the_gradient_that_is_had_without(impl):
+    """Also in rows whose divergence is infinite or NaN, with labels, a mask, and a temperature that is not theirs."""
+    noisy, clean = pair(6, 50)
+    noisy[0, :7] = clean[1, :7] = noisy[2, 9] = clean[2, 9] = -torch.inf
+    noisy[3, 0] = torch.nan
+    labels, mask = torch.tensor([0, 1, -1, 3, 4, 5]), torch.arange(6) != 4
+    options = (",".join((*KINDS, LABEL_KIND)), 0, "tail", mask, torch.linspace(0.5, 2, 6), 0.3, 0.2, 4000, impl)
+    values, kept_indices, row_scalars = torch.ops.sgfast.divergences(noisy, clean, labels, *options, True, True)
+    assert values[:, 3].isnan().all()
+    upstream = torch.rand_like(values)
+    kept, again = (
+        torch.ops.sgfast.divergences_backward(noisy, clean, labels, upstream, kept_indices, one, *options, True, True)
+        for one in (row_scalars, None)
+    )
+    for gradient, expected in zip(kept, again, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert gradient[[0, 1, 2, 5]].isfinite().all()
+        assert gradient[3].isnan().all()
+        assert (gradient[4] == 0).all()
+
+
+def test_row_scalars_are_for_the_sides_a_gradient_was_expected_of():
+    """A side that starts to need a gradient after forward, as in a graph exported for inference, gets its own."""
+    noisy, clean = (side.requires_grad_() for side in pair(3, 40))
+    options = ("jeffreys,forward_kl", 0, "tail", None, torch.ones(3), 0.5, 0.1, 10_000, "compile")
+    expected, actual = (
+        torch.autograd.grad(torch.ops.sgfast.divergences(noisy, clean, None, *options, *sides)[0].sum(), (noisy, clean))
+        for sides in ((True, True), (True, False))
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.triton
@@ -644,7 +678,7 @@ def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support):
     with LiveBytes() as counted:
         forward_rows(noisy, clean, temperature, settings, indices, valid, labels)
         backward_rows(noisy, clean, temperature, settings, indices, valid, upstream, (True, True), labels)
-    assert counted.peak <= noisy.numel() * 4 * divergence_module._TEMPORARIES
+    assert counted.peak <= noisy.numel() * 4 * divergence_chunks.TEMPORARIES
 
 
 @pytest.mark.parametrize("masked", [False, True])

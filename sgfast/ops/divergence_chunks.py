@@ -1,0 +1,67 @@
+"""How `divergences` walks the rows of its logits in PyTorch: how many at a time, and what is read of each chunk."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, rows, topk
+from sgfast.ops.divergence_rows import Settings
+
+# Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
+TEMPORARIES = 22
+# Those that compiled code writes to memory: a few, and one for each kind where there are many.
+_COMPILED_TEMPORARIES = 8
+# What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
+_LOGITS_PER_THREAD = 64 * 1024
+
+
+def make_settings(
+    kinds: str, top_k: int, support: str, beta: float, skew: float, labels: Tensor | None, temperature: Tensor
+) -> Settings:
+    """The settings of a chunk's arithmetic."""
+    # Only a CPU can look at the temperature without waiting for a queue.
+    unit_temperature = labels is not None and temperature.device.type == "cpu" and bool((temperature == 1).all())
+    return Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew, unit_temperature)
+
+
+def row_chunks(
+    logits: Tensor,
+    mask: Tensor | None,
+    dtype: torch.dtype,
+    choice: dispatch.Choice,
+    settings: Settings,
+    max_chunk_bytes: int,
+) -> Iterator[Tensor | slice]:
+    """Chunks whose temporaries stay within the caller's bound, and are fewer where that is faster.
+
+    Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
+    enough to do.
+    """
+    size, temporaries = logits.shape[-1], TEMPORARIES
+    if choice.implementation == "compile":
+        temporaries = max(_COMPILED_TEMPORARIES, 4 + len(settings.kinds))
+    row_bytes = size * max(dtype.itemsize * temporaries, topk.TEMPORARY_BYTES_PER_LOGIT)
+    if logits.device.type == "cpu" and choice.implementation == "torch":
+        max_chunk_bytes = min(max_chunk_bytes, _LOGITS_PER_THREAD * torch.get_num_threads() * row_bytes // size)
+    if logits.device.type == "cpu":
+        rows.keep_freed_memory(max_chunk_bytes)
+    return rows.row_chunks(logits.shape[:-1], mask, row_bytes, max_chunk_bytes)
+
+
+def read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:
+    """A chunk's rows (rows, V), in place where the strides allow."""
+    found = rows.read_rows(logits, chunk)
+    if choice.implementation == "compile":
+        torch._dynamo.mark_static(found, 1)  # loops of a known length are twice as fast
+    return found
+
+
+def no_support(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and their validity where the support is the whole vocabulary."""
+    return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
+
+
+def read_labels(labels: Tensor | None, chunk: Tensor | slice) -> Tensor | None:
+    """A chunk's labels, (rows, 1)."""
+    return None if labels is None else rows.read_scalars(labels, chunk)
