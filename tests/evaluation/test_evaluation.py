@@ -387,6 +387,7 @@ def test_damaged_state_is_one_line(tmp_path):
     (progress.folder / "1-0.safetensors").write_bytes(b"nothing")
     with pytest.raises(EvaluationError, match="is damaged: remove"):
         progress.parts()
-    (progress.folder / "run.json").write_text("{")
-    with pytest.raises(EvaluationError, match="is damaged: remove"):
-        progress.read_run()
+    for content in ("{", "[]", "{}"):
+        (progress.folder / "run.json").write_text(content)
+        with pytest.raises(EvaluationError, match="is damaged: remove"):
+            progress.read_run()
