@@ -50,7 +50,7 @@ def run_evaluate(settings: Sequence[Settings], *, out: Path, resume: bool, attac
     if settings[0].parquet:
         check_parquet()
     with joined() as processes:
-        console = Console(stderr=True, quiet=processes.rank > 0)
+        console = Console(stderr=True, quiet=processes.rank > 0, markup=False)
         try:
             _evaluate_all(settings, processes, console, resume, attacks_are_chosen)
         except (InterruptedEvaluationError, KeyboardInterrupt):
@@ -131,7 +131,7 @@ def _show(settings: Sequence[Settings], out: Path) -> None:
     results = {name: read_metrics(one.out) for name, one in zip(names, settings, strict=True)}
     if len(results) > 1:
         plot_comparison(out / COMPARISON_PLOT, results)
-    console = Console()
+    console = Console(markup=False)  # names of files may have brackets
     console.print(_table(results))
     for name, metrics in results.items():
         for attack, reason in metrics["left_out"].items():
@@ -164,10 +164,16 @@ def _labelled(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[
         groups = [
             metrics[group] if group in metrics else metrics["attacks"].get(group, {}) for metrics in results.values()
         ]
-        rows.append((label, [form.format(found[name]) if found.get(name) is not None else "" for found in groups]))
+        rows.append((label, [_cell(found, name, form) for found in groups]))
     repeated = [metrics["attacks"].get("repeated", {}).get("failure_rates", {}) for metrics in results.values()]
     if draws := next((list(rates)[-1] for rates in repeated if rates), None):
         place = 1 + [label for label, _ in rows].index("true token not among the nearest 100")
         values = [f"{rates[draws]:.1%}" if rates else "" for rates in repeated]
         rows.insert(place, (f"nearest neighbour fails, mean of {draws} draws", values))
     return rows
+
+
+def _cell(found: Mapping[str, Any], name: str, form: str) -> str:
+    if found.get(name) is None:
+        return ""
+    return form.format(found[name]) + ("" if found.get("are_bounds", True) else " (estimate)")

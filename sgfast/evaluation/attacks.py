@@ -111,11 +111,11 @@ class SampleAttacks:
         return {name: value for name, value in result.items() if name != "held_out_sequences"}
 
     def _information(self, on_record: Callable[[], None]) -> dict[str, Any]:
-        """How far the transformed distributions of some tokens can be told apart; see `information_bounds`."""
+        """How far the transformed distributions of different tokens can be told apart; see `information_bounds`."""
         tokens = self._survey.sampled_tokens
         chosen = torch.zeros(tokens, dtype=torch.bool)
         chosen[torch.randperm(tokens, generator=self._generator(_CANDIDATES))[:CANDIDATES]] = True
-        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        parts: list[tuple[Tensor, ...]] = []
         first = 0
         for sample in self._samples(on_record):
             positions = sample.used.nonzero().squeeze(-1)
@@ -127,9 +127,11 @@ class SampleAttacks:
             mean = embeddings[positions].double() + transformed.mean[positions].double()
             suppressed = transformed.suppressed
             seen = torch.ones_like(mean, dtype=torch.bool) if suppressed is None else ~suppressed[positions]
-            parts.append((mean, transformed.std[positions].double(), seen))
-        mean, std, seen = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        return _readings(mean, std, seen)
+            parts.append((sample.input_ids[positions], mean, transformed.std[positions].double(), seen))
+        input_ids, mean, std, seen = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        # Each token once: an attacker who takes one place of a token for another has read the token all the same.
+        places = list({token: place for place, token in enumerate(input_ids.tolist())}.values())
+        return _readings(mean[places], std[places], seen[places])
 
 
 def _readings(mean: Tensor, std: Tensor, seen: Tensor) -> dict[str, Any]:

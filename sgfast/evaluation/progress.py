@@ -60,7 +60,7 @@ class Progress:
             return None
         except ValueError as error:
             raise EvaluationError(f"{path} is damaged: remove {self.folder} to start afresh") from error
-        if not isinstance(run, dict):
+        if not (isinstance(run, dict) and "identity" in run):
             raise EvaluationError(f"{path} is damaged: remove {self.folder} to start afresh")
         return run
 

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ def parse_bytes(text: str) -> int:
     """Read a number of bytes with a unit.
 
     Raises:
-        EvaluationError: not a positive number, or an unknown unit.
+        EvaluationError: not a positive number below 2^63 bytes, or an unknown unit.
 
     Example:
         >>> parse_bytes("2GiB"), parse_bytes("1.5 KiB"), parse_bytes("500MB")
@@ -77,8 +78,8 @@ def parse_bytes(text: str) -> int:
     if match is None or not (unit in _UNITS or unit in _DECIMAL_UNITS):
         raise EvaluationError(f"--memory-budget must be a size such as 512MiB or 2GiB; got {text!r}")
     factor = 10 ** _DECIMAL_UNITS[unit] if unit in _DECIMAL_UNITS else 2 ** _UNITS[unit]
-    if (size := int(float(match[1]) * factor)) < 1:
-        raise EvaluationError(f"--memory-budget must be positive; got {text!r}")
+    if not 1 <= (size := int(Decimal(match[1]) * factor)) < 2**63:
+        raise EvaluationError(f"--memory-budget must be positive and less than 2^63 bytes; got {text!r}")
     return size
 
 

@@ -163,6 +163,25 @@ def test_ctrl_c_ends_after_a_record_and_resume_goes_on(evaluate, tmp_path, monke
     assert measured == list(range(13))
 
 
+def test_names_with_brackets_are_shown_as_they_are(evaluate, data_file, tmp_path, capsys):
+    data = tmp_path / "[draft].jsonl"
+    data.write_bytes(data_file.read_bytes())
+    assert evaluate(data=data, out="[v2]", attacks="none") == 0
+    printed = capsys.readouterr().out
+    assert "[draft].jsonl: 13 records" in printed
+    assert f"in {tmp_path / '[v2]'}: " in printed
+
+
+def test_the_table_calls_estimates_by_their_name(evaluate, base_model, tmp_path, capsys):
+    masked = save_transform(base_model, tmp_path / "masked.safetensors", percent_to_mask=0.25)
+    assert evaluate("--transform", masked, attacks="information") == 0
+    upper = [
+        metrics_of(tmp_path / "out" / name)["attacks"]["information"]["kl_upper"] for name in ("transform", "masked")
+    ]
+    line = next(line for line in capsys.readouterr().out.splitlines() if "one embedding tells at most" in line)
+    assert [cell.strip() for cell in line.split("│")[2:4]] == [f"{upper[0]:.4g}", f"{upper[1]:.4g} (estimate)"]
+
+
 def test_parquet_needs_its_library(evaluate, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert evaluate("--parquet") == 2

@@ -218,6 +218,21 @@ def test_attacks_on_a_sample(base_model, settings, tmp_path):
     assert weak["attacks"]["information"]["bhattacharyya_lower"] > information["bhattacharyya_lower"]
 
 
+def test_readings_are_about_tokens_however_often_they_occur(base_model, settings, tmp_path):
+    """Where the nearest row is always right, no reading may say that every attack errs."""
+    weak = save_transform(base_model, tmp_path / "weak.safetensors", scale=(1e-5, 2e-5))
+    data = tmp_path / "repetitive.txt"
+    data.write_text("the class\n" * 9)
+    metrics = run(base_model, settings(transform=weak, data=data, attacks=("nearest", "information"), text_as="plain"))
+    assert metrics["data"]["transformed_tokens"] == 9 * 2
+    assert metrics["privacy"]["nearest_neighbor_failure_rate"] == 0
+    information = metrics["attacks"]["information"]
+    assert information["candidates"] == 2
+    assert information["bhattacharyya_lower"] == pytest.approx(math.log(2))
+    assert information["fano_error_bound"] == 0
+    assert information["pac_success_bound"] == pytest.approx(1)
+
+
 def test_suppressed_features_leave_the_bounds_without_readings(base_model, settings, tmp_path):
     file = save_transform(base_model, tmp_path / "masked.safetensors", percent_to_mask=0.25)
     information = run(base_model, settings(transform=file, attacks=("information",)))["attacks"]["information"]
@@ -338,7 +353,7 @@ def _suffices(budget):
         return False
 
 
-@pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "1XB"])
+@pytest.mark.parametrize("text", ["", "much", "-1GiB", "0", "1XB", "8388608TiB", "9" * 400])
 def test_sizes_that_are_none(text):
     with pytest.raises(EvaluationError, match="--memory-budget must be"):
         parse_bytes(text)
@@ -372,6 +387,7 @@ def test_damaged_state_is_one_line(tmp_path):
     (progress.folder / "1-0.safetensors").write_bytes(b"nothing")
     with pytest.raises(EvaluationError, match="is damaged: remove"):
         progress.parts()
-    (progress.folder / "run.json").write_text("{")
-    with pytest.raises(EvaluationError, match="is damaged: remove"):
-        progress.read_run()
+    for content in ("{", "[]", "{}"):
+        (progress.folder / "run.json").write_text(content)
+        with pytest.raises(EvaluationError, match="is damaged: remove"):
+            progress.read_run()
