@@ -143,7 +143,7 @@ def _tile(rows: int, count: int, pairs: int) -> dict[str, int]:
 
     Ranks have limits and counts besides, and of 16 pairs some compilers spill a few.
     """
-    table_rows = max(64, count)
+    table_rows = max(4 * pairs, count)
     queries = min(256 * pairs // table_rows, max(16, triton.next_power_of_2(rows)))
     return {"BQ": queries, "BV": table_rows, "BD": 16, "num_warps": queries * table_rows // (32 * pairs)}
 
