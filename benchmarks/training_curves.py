@@ -4,7 +4,7 @@ Trains a transform over SmolLM2-135M-Instruct by each loss, from one start on on
 of ``sgfast train``, with a strength weight raised and, where there is an alpha, with alpha lowered. Writes
 ``benchmarks/results/training-curves.json`` and ``.png``.
 
-    python -m benchmarks.training_curves [--steps 60] [--out benchmarks/results]
+    python -m benchmarks.training_curves [--steps 300] [--out benchmarks/results]
 
 The batches are small, the base model in bfloat16: some ten minutes on one idle core. The curves show directions, not
 good transforms.
