@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from sgfast.cli.bench_options import bench
-from sgfast.evaluation.settings import Precision, TextAs
-from sgfast.utils.records import TextUnit
+from sgfast.evaluation.settings import Precision
+from sgfast.utils.records import TextAs, TextUnit
 
 app = typer.Typer(
     name="sgfast",

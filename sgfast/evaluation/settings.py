@@ -7,15 +7,13 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
-from sgfast.utils.records import TextUnit
+from sgfast.utils.records import TextAs, TextUnit
 
 # By rank of the true token, for every transformed token; the others on a sample of the tokens, after the file.
 RANK_ATTACKS = ("nearest", "farthest", "transformation")
 SAMPLE_ATTACKS = ("repeated", "learned", "information")
 ATTACKS = RANK_ATTACKS + SAMPLE_ATTACKS
 
-# A text as the message of a user, or as it is.
-TextAs = Literal["message", "plain"]
 Precision = Literal["float32", "bfloat16"]
 
 _UNITS = {"": 0, "B": 0, "K": 10, "KIB": 10, "M": 20, "MIB": 20, "G": 30, "GIB": 30, "T": 40, "TIB": 40}

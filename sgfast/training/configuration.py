@@ -19,9 +19,8 @@ import yaml
 
 from sgfast.noise_layer.arguments import check_scale, check_value_range
 from sgfast.noise_layer.transformer_cloak import TransformerCloak
-from sgfast.training.data import TextAs
 from sgfast.training.objectives import DEFAULT_OPTIONS, FACTORIES, MODEL_ARGUMENTS
-from sgfast.utils.records import TextUnit
+from sgfast.utils.records import TextAs, TextUnit
 
 Precision = Literal["float32", "bfloat16"]
 

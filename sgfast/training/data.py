@@ -1,14 +1,10 @@
 """Records as training examples: token ids with the masks of what is hidden and of what counts."""
 
-from typing import Literal
-
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
-from sgfast.utils.records import IndexedRecords, Record, RecordError
-
-TextAs = Literal["message", "plain"]
+from sgfast.utils.records import IndexedRecords, Record, RecordError, TextAs
 
 
 class TokenizedRecords(Dataset[dict[str, Tensor]]):

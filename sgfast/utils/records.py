@@ -17,6 +17,8 @@ from typing import Any, Literal, NamedTuple, overload
 
 TextUnit = Literal["line", "paragraph"]
 TEXT_UNITS: tuple[TextUnit, ...] = ("line", "paragraph")
+# A text as the message of a user, or as it is.
+TextAs = Literal["message", "plain"]
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROLES = ("system", "user", "assistant")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
