@@ -10,7 +10,15 @@ from rich.table import Table
 
 from sgfast.evaluation.plot import COMPARISON_PLOT, plot_comparison
 from sgfast.evaluation.processes import Processes, joined
-from sgfast.evaluation.report import check_continues, check_parquet, identity_of, read_metrics
+from sgfast.evaluation.report import (
+    PARQUET_FILE,
+    SEQUENCES_FILE,
+    check_continues,
+    check_parquet,
+    identity_of,
+    read_metrics,
+    write_parquet,
+)
 from sgfast.evaluation.run import InterruptedEvaluationError, evaluate
 from sgfast.evaluation.settings import Settings
 from sgfast.evaluation.subject import load_model, load_subject
@@ -68,11 +76,12 @@ def _evaluate_all(
     settings: Sequence[Settings], processes: Processes, console: Console, resume: bool, attacks_are_chosen: bool
 ) -> None:
     identities = [identity_of(one) for one in settings]
-    begun = [
-        (one, identity)
-        for one, identity in zip(settings, identities, strict=True)
-        if not check_continues(one, identity, resume)
-    ]
+    begun = []
+    for one, identity in zip(settings, identities, strict=True):
+        if not check_continues(one, identity, resume):
+            begun.append((one, identity))
+        elif one.parquet and processes.rank == 0:  # it may be asked for since
+            write_parquet(one.out / PARQUET_FILE, one.out / SEQUENCES_FILE)
     if not begun:
         return
     console.print(f"loading {settings[0].model or PACKAGED_MODEL}", highlight=False)

@@ -188,6 +188,17 @@ def test_parquet_needs_its_library(evaluate, monkeypatch, capsys):
     assert "--parquet needs pyarrow" in capsys.readouterr().err
 
 
+def test_parquet_of_a_finished_evaluation_may_be_asked_for_later(evaluate, tmp_path, monkeypatch):
+    from sgfast.cli import evaluate as command
+
+    copied = []
+    monkeypatch.setattr(command, "check_parquet", lambda: None)
+    monkeypatch.setattr(command, "write_parquet", lambda path, lines: copied.append((path, lines.read_text())))
+    assert evaluate(attacks="none") == 0
+    assert evaluate("--resume", "--parquet", attacks="none") == 0
+    assert copied == [(tmp_path / "out" / "sequences.parquet", (tmp_path / "out" / "sequences.jsonl").read_text())]
+
+
 def processes_of_two(command, port):
     """What torchrun starts, without it: so that each can be killed."""
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
