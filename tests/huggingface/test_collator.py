@@ -34,7 +34,11 @@ def tokenizer():
     return tiny_tokenizer()
 
 
-@pytest.mark.parametrize("kind", [list, torch.tensor, numpy.array, lambda values: torch.tensor(values)[None]], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [list, torch.tensor, numpy.array, lambda values: torch.tensor(values)[None]],
+    ids=["list", "tensor", "array", "row"],
+)
 def test_right_padding(tokenizer, kind):
     batch = NoiseMaskCollator(tokenizer)(
         [{name: kind(values) for name, values in row.items()} for row in (LONG, SHORT)]
