@@ -14,7 +14,6 @@ import gc
 import json
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,7 +21,8 @@ from torch import Tensor
 
 from sgfast.metrics import get_utility_metrics_factory
 from sgfast.metrics.utility import sequence_utility_from_hidden
-from sgfast.model.capture import Capture
+from sgfast.model.capture import Capture, Consumer, Outputs
+from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 
 MIB = 2**20
 
@@ -53,15 +53,35 @@ def random_logits(rows: int, length: int, vocabulary: int, seed: int) -> Tensor:
     return logits.view(rows, length, vocabulary)
 
 
+class Vocabulary(torch.nn.Module):
+    """As much of a language model as says how large its vocabulary is."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(size, 1)
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embedding
+
+
+class LogitsAtHand(NoiseMaskedNoisyTransformerModel):
+    """A noisy model whose last forward left these logits: a real one would take memory of its own."""
+
+    def __init__(self, clean: Tensor, noisy: Tensor) -> None:
+        torch.nn.Module.__init__(self)
+        self.base_model = Vocabulary(clean.shape[-1])
+        self.logits = clean, noisy
+
+    def attach(self, **needs: Any) -> Consumer:
+        mask = torch.ones(self.logits[0].shape[:2], dtype=torch.bool)
+        consumer = Consumer(frozenset(), **needs)
+        consumer.offer(Capture(mask, mask, None, *(Outputs({}, side) for side in self.logits)))
+        return consumer
+
+
 def factory(logits: tuple[Tensor, Tensor], num_logits: int | None, sizes: tuple[int | None, int | None]) -> Any:
     """The metric of a model whose last forward left these logits."""
-    mask = torch.ones(logits[0].shape[:2], dtype=torch.bool)
-    consumer = SimpleNamespace(take=lambda _: Capture(mask, mask, None, {}, logits))
-    embedding = SimpleNamespace(weight=torch.empty(logits[0].shape[-1], 1))
-    model: Any = SimpleNamespace(
-        attach=lambda **_: consumer, base_model=SimpleNamespace(get_input_embeddings=lambda: embedding)
-    )
-    return get_utility_metrics_factory(model, num_logits, *sizes)
+    return get_utility_metrics_factory(LogitsAtHand(*logits), num_logits, *sizes)
 
 
 def of_logits(rows: int, length: int, vocabulary: int) -> None:

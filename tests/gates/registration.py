@@ -52,8 +52,13 @@ def check_schema(case: Case) -> None:
 def check_gradients(case: Case) -> None:
     """First and second derivatives against finite differences, in float64."""
     leaves = tuple(_leaves(case, dtype=torch.float64, rows=3))
-    torch.autograd.gradcheck(case.function, leaves, eps=1e-6, atol=1e-6)
-    torch.autograd.gradgradcheck(case.function, leaves, eps=1e-6, atol=1e-5)
+
+    def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
+        # gradcheck counts outputs of integers where it takes their slots, and not where it fills them.
+        return tuple(output for output in _tuple(case.function(*tensors)) if output.is_floating_point())
+
+    torch.autograd.gradcheck(differentiable, leaves, eps=1e-6, atol=1e-6)
+    torch.autograd.gradgradcheck(differentiable, leaves, eps=1e-6, atol=1e-5)
 
 
 def check_compiled(case: Case) -> None:
