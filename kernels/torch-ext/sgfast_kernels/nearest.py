@@ -141,9 +141,10 @@ def _launch(
 def _tile(rows: int, count: int, pairs: int) -> dict[str, int]:
     """Queries, table rows and columns of a tile: so many pairs a thread, whose operands fill its registers.
 
-    Ranks have limits and counts besides, and of 16 pairs some compilers spill a few.
+    Ranks have limits and counts besides, and of 16 pairs some compilers spill a few. With half the pairs a tile has
+    twice the table rows: every tile of them reads the queries again.
     """
-    table_rows = max(4 * pairs, count)
+    table_rows = max(1024 // pairs, count)
     queries = min(256 * pairs // table_rows, max(16, triton.next_power_of_2(rows)))
     return {"BQ": queries, "BV": table_rows, "BD": 16, "num_warps": queries * table_rows // (32 * pairs)}
 
