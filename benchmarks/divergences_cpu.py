@@ -2,7 +2,7 @@
 
     python -m benchmarks.divergences_cpu [--output benchmarks/results/divergences-cpu.md] [--threads 1 2]
 
-Milliseconds, the fastest of a few rounds after a warm-up that compiles. Run it on a machine with nothing else to do:
+Milliseconds, the fastest of ten rounds after a warm-up that compiles. Run it on a machine with nothing else to do:
 with two threads every operation waits for the slower one.
 """
 
@@ -42,14 +42,16 @@ JOBS = {"four metrics": _four_metrics, "jensen_shannon with gradient": _jensen_s
 
 
 def _milliseconds(
-    job: Callable[[Function, Tensor, Tensor], None], function: Function, noisy: Tensor, clean: Tensor, rounds: int
-) -> float:
-    times = []
+    job: Callable[[Function, Tensor, Tensor], None], noisy: Tensor, clean: Tensor, rounds: int
+) -> dict[str, float]:
+    """The fastest of all rounds; within a round one implementation after the other, as the machine's speed changes."""
+    times: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
     for _ in range(rounds + 1):  # the first compiles
-        start = time.perf_counter()
-        job(function, noisy, clean)
-        times.append(time.perf_counter() - start)
-    return 1e3 * min(times[1:])
+        for name, function in IMPLEMENTATIONS.items():
+            start = time.perf_counter()
+            job(function, noisy, clean)
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * min(found[1:]) for name, found in times.items()}
 
 
 def measure(threads: list[int], rounds: int) -> list[str]:
@@ -63,9 +65,7 @@ def measure(threads: list[int], rounds: int) -> list[str]:
         for name, job in JOBS.items():
             for count in threads:
                 torch.set_num_threads(count)
-                cells = [
-                    f"{_milliseconds(job, function, noisy, clean, rounds):.1f}" for function in IMPLEMENTATIONS.values()
-                ]
+                cells = [f"{found:.1f}" for found in _milliseconds(job, noisy, clean, rounds).values()]
                 shape = f"[{rows}, {width}] {str(dtype).removeprefix('torch.')}"
                 lines.append(f"| {shape} | {name} | {count} | {' | '.join(cells)} |")
     return lines
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
     text = "\n".join(
         [
