@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import divergence_rows, hidden, noise, philox, topk
-from sgfast.ops.divergence_terms import KINDS, Atoms, divergence, partials
+from sgfast.ops.divergence_terms import KINDS, Atoms, divergence, finite_rows, may_be_infinite, partial_derivative
 
 
 def _hidden_forward(noisy: Tensor, clean: Tensor, mask: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -43,6 +43,12 @@ def _atoms(noisy: Tensor, clean: Tensor, temperature: Tensor, scalars: Sequence[
     return Atoms(log_p.exp(), log_q.exp(), (log_p - log_q).nan_to_num(0.0), log_p, KINDS)
 
 
+def _partials(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> list[Tensor]:
+    """One kind's partials with respect to log p and log q."""
+    found = [partial_derivative(kind, side, atoms, beta, skew, truncated) for side in (0, 1)]
+    return [finite_rows(one)[0] if may_be_infinite(kind, side, skew) else one for side, one in enumerate(found)]
+
+
 def _divergence_forward(
     noisy: Tensor,
     clean: Tensor,
@@ -63,7 +69,7 @@ def _divergence_forward(
             sums += [(noisy.float() - noisy.float().amax(-1, keepdim=True)).exp().sum(-1), torch.zeros_like(taken)]
         else:
             values.append(divergence(kind, atoms, beta, skew, False))
-            sums += [partial.sum(-1) for partial in partials(kind, atoms, beta, skew, False)]
+            sums += [partial.sum(-1) for partial in _partials(kind, atoms, beta, skew, False)]
     return torch.where(mask, torch.stack(values), 0), torch.where(mask, torch.stack([*lse, *sums]), 0)
 
 
@@ -90,7 +96,7 @@ def _divergence_backward(
             at_label = torch.arange(noisy.shape[-1], device=noisy.device) == labels[:, None]
             label_gradient = upstream[i][:, None] * (weights - at_label.float())
             continue
-        for side, partial in enumerate(partials(kind, atoms, beta, skew, False)):
+        for side, partial in enumerate(_partials(kind, atoms, beta, skew, False)):
             probability, taken_off = (atoms.p, atoms.q)[side], row_scalars[4 + 2 * i + side][:, None]
             totals[side] = totals[side] + upstream[i][:, None] * (partial - probability * taken_off)
     return tuple(
@@ -137,7 +143,7 @@ def _divergence_topk_forward(
         weights = ((outside - largest[:, None]) / temperature[:, None]).exp().sum(-1)
         scalars += [largest, weights] if support == "tail" else [torch.zeros_like(weights)] * 2
     for kind in kinds:
-        both = partials(kind, atoms, beta, skew, support == "truncate")
+        both = _partials(kind, atoms, beta, skew, support == "truncate")
         for probability, partial in zip((atoms.p, atoms.q), both, strict=True):
             total = partial.sum(-1)
             at_tail = partial[:, -1] - probability[:, -1] * total

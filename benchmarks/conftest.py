@@ -50,7 +50,7 @@ def run_task(benchmark: Any, pytestconfig: pytest.Config, table: Table, small: b
 
     def run(task: Task, implementation: str) -> None:
         if implementation not in task.implementations:
-            pytest.skip(f"{implementation} is not here, or has no {task.name}")
+            pytest.skip(f"{implementation} is not installed, or has no {task.name}")
         if small and "compile" in implementation:
             pytest.skip("compiling takes longer than --small may")
 

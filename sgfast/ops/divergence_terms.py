@@ -192,24 +192,11 @@ def _times_log_mixture(atoms: Atoms, side: str, weight: float, factor: float) ->
     return nan_to_zero(log_mixture.mul_(own)).mul_(factor)
 
 
-def partials(
-    kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool, sides_wanted: tuple[bool, bool] = (True, True)
-) -> tuple[Tensor | None, Tensor | None]:
-    """Partial derivatives of one kind's row sum with respect to log p and log q, (rows, atoms); None if not wanted.
-
-    A row whose divergence is infinite (q > 0 where p = 0, or the reverse) gives 0 on the side where the partial is
-    infinite: a step in that direction does not exist.
-    """
-    found: list[Tensor | None] = [None, None]
-    for side in (0, 1):
-        if sides_wanted[side]:
-            partial = partial_derivative(kind, side, atoms, beta, skew, truncated)
-            found[side] = finite_rows(partial)[0] if may_be_infinite(kind, side, skew) else partial
-    return found[0], found[1]
-
-
 def partial_derivative(kind: str, side: int, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
-    """One kind's partial with respect to log p (side 0) or log q (side 1), a new tensor; infinite ones as they are."""
+    """One kind's partial with respect to log p (side 0) or log q (side 1), (rows, atoms), a new tensor.
+
+    Infinite ones stay as they are: `finite_rows` is for them.
+    """
     towards = (_partial_to_p, _partial_to_q)[side]
     return towards(_without_skew(kind, skew), atoms, beta, skew, not truncated)
 
@@ -220,7 +207,10 @@ def may_be_infinite(kind: str, side: int, skew: float) -> bool:
 
 
 def finite_rows(partial: Tensor, row_sum: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Partials and their row sums, both 0 in rows whose sum is infinite. A CPU looks first: such rows are rare."""
+    """Partials and their row sums, both 0 in rows whose sum is infinite. A CPU looks first: such rows are rare.
+
+    There the divergence is infinite (q > 0 where p = 0, or the reverse): a step in that direction does not exist.
+    """
     row_sum = partial.sum(-1, keepdim=True) if row_sum is None else row_sum
     infinite = row_sum.abs() == torch.inf
     if partial.device.type == "cpu" and not torch.compiler.is_compiling() and not infinite.any():
