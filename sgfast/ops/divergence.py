@@ -39,10 +39,10 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
-from sgfast.ops.divergence_chunks import make_settings, no_support, read_labels, read_logits, row_chunks
+from sgfast.ops.divergence_chunks import forward_of, make_settings, no_support, read_labels, read_logits, row_chunks
 from sgfast.ops.divergence_options import Support, check_labels, check_options, row_temperature
 from sgfast.ops.divergence_reference import reference
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
+from sgfast.ops.divergence_rows import LABEL_KIND, Settings, write_gradients
 
 
 @torch.library.custom_op("sgfast::divergences", mutates_args=())
@@ -75,7 +75,7 @@ def _forward(
         return divergence_triton.forward(problem, labels)
     if labels is not None:
         _check_label_values(labels, mask, noisy.shape[-1])
-    body = dispatch.implementation_of(forward_rows, choice.implementation)
+    body = forward_of(choice.implementation)
     find_support = dispatch.implementation_of(topk.union_of_top_k, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
@@ -162,7 +162,7 @@ def _backward(
         found = divergence_triton.backward(problem, labels, upstream, kept_indices, row_scalars, wanted)
         noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
         return noisy_gradient, clean_gradient
-    body = dispatch.implementation_of(write_gradients, choice.implementation)
+    body = dispatch.implementation_of(write_gradients, choice.implementation, one_loop=True)
     dtype = rows.compute_dtype(noisy, clean)
     size = noisy.shape[-1]
     settings = make_settings(kinds, top_k, support, beta, skew, labels, temperature)

@@ -1,17 +1,17 @@
 """How `divergences` walks the rows of its logits in PyTorch: how many at a time, and what is read of each chunk."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, topk
-from sgfast.ops.divergence_rows import Settings
+from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, softmax_scalars
 
 # Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
 TEMPORARIES = 22
-# Those that compiled code writes to memory: a few, and one for each kind where there are many.
-_COMPILED_TEMPORARIES = 8
 # What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
 _LOGITS_PER_THREAD = 64 * 1024
 
@@ -38,15 +38,46 @@ def row_chunks(
     Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
     enough to do.
     """
-    size, temporaries = logits.shape[-1], TEMPORARIES
+    size = logits.shape[-1]
+    temporaries: float = TEMPORARIES
     if choice.implementation == "compile":
-        temporaries = max(_COMPILED_TEMPORARIES, 4 + len(settings.kinds))
-    row_bytes = size * max(dtype.itemsize * temporaries, topk.TEMPORARY_BYTES_PER_LOGIT)
+        temporaries = _compiled_temporaries(settings, dtype, mask)
+    row_bytes = math.ceil(size * dtype.itemsize * temporaries)
+    if settings.support != "full":
+        row_bytes = max(row_bytes, size * topk.TEMPORARY_BYTES_PER_LOGIT)
     if logits.device.type == "cpu" and choice.implementation == "torch":
         max_chunk_bytes = min(max_chunk_bytes, _LOGITS_PER_THREAD * torch.get_num_threads() * row_bytes // size)
     if logits.device.type == "cpu":
         rows.keep_freed_memory(max_chunk_bytes)
     return rows.row_chunks(logits.shape[:-1], mask, row_bytes, max_chunk_bytes)
+
+
+def _compiled_temporaries(settings: Settings, dtype: torch.dtype, mask: Tensor | None) -> float:
+    """How many temporaries compiled code writes to memory: none where one loop has all sums of a row."""
+    one_loop = settings.support == "full" and dtype == torch.float32 and settings.beta == 0.5
+    one_loop = one_loop and len(settings.kinds) <= 4 and not {LABEL_KIND, "cross_entropy"} & set(settings.kinds)
+    selected_rows = 0 if mask is None else 4  # both sides and their gradients
+    # Where there should be none, one that another version of PyTorch needs would be eight times what is allowed.
+    return selected_rows + (1 / 8 if one_loop else max(8, 4 + len(settings.kinds)))
+
+
+def forward_of(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """`forward_rows`; compiled, it is two programs, in each of which a row is read from the cache after the first time.
+
+    In one program the arithmetic between the passes, vectorized over rows, would part the passes: each over all rows.
+    """
+    if implementation != "compile":
+        return forward_rows
+    find_scalars = dispatch.compiled(softmax_scalars, one_loop=True)
+    find_values = dispatch.compiled(forward_rows, one_loop=True)
+
+    def run(
+        noisy: Tensor, clean: Tensor, inverse_temperature: Tensor, settings: Settings, *rest: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        kept = find_scalars(noisy, clean, inverse_temperature) if settings.divergences else None
+        return find_values(noisy, clean, inverse_temperature, settings, *rest, kept)
+
+    return run
 
 
 def read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:

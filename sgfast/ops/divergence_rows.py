@@ -73,18 +73,18 @@ def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.log1p((numerator - denominator) / denominator)
 
 
-def _probabilities(
-    noisy: _Side, clean: _Side, log_ratio: Tensor, inverse_temperature: Tensor, support: str
+def _ordered_probabilities(
+    noisy: _Side, clean: _Side, log_ratio: Tensor, inverse_temperature: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if not torch.compiler.is_compiling() or support != "full":
-        return noisy.probabilities, clean.probabilities
-    # Compiled code computes them anew: the larger probability is one exponential, the smaller that times e^−|d|.
+    """The larger of p and q is one exponential, the smaller that times e^−|d|: what compiled code computes anew.
+
+    With `exp`: Inductor takes that for costly and computes it once, where all sums over a row, then one loop, find it.
+    """
     noisy_is_larger = log_ratio > 0
     exponent = torch.where(noisy_is_larger, noisy.logits - noisy.maximum, clean.logits - clean.maximum)
     larger = (exponent * inverse_temperature).exp() * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
     root = (log_ratio.abs() * -0.5).exp()
-    smaller = larger * (root * root)
-    return torch.where(noisy_is_larger, larger, smaller), torch.where(noisy_is_larger, smaller, larger)
+    return larger, larger * (root * root)
 
 
 def _atoms(
@@ -95,10 +95,13 @@ def _atoms(
     if settings.support != "full":
         noisy, clean = (_gathered(side, indices, valid, settings.support) for side in whole)
     # Differences before sums: x − y is exact where the sides are close, and so is what is subtracted from it.
-    offset = (noisy.maximum - clean.maximum) * inverse_temperature + _log_quotient(noisy.sum, clean.sum)
-    log_ratio = (noisy.logits - clean.logits).mul_(inverse_temperature).sub_(offset)
+    offset = noisy.maximum - clean.maximum + _log_quotient(noisy.sum, clean.sum) / inverse_temperature
+    log_ratio = (noisy.logits - clean.logits).sub_(offset).mul_(inverse_temperature)
     log_ratio = nan_to_zero(log_ratio)
-    p, q = _probabilities(noisy, clean, log_ratio, inverse_temperature, settings.support)
+    p, q, ordered = noisy.probabilities, clean.probabilities, None
+    if torch.compiler.is_compiling() and settings.support == "full":
+        ordered = larger, smaller = _ordered_probabilities(noisy, clean, log_ratio, inverse_temperature)
+        p, q = torch.where(log_ratio > 0, larger, smaller), torch.where(log_ratio > 0, smaller, larger)
     log_p = None
     if "cross_entropy" in settings.kinds:
         log_p = (noisy.logits - noisy.maximum).mul_(inverse_temperature).sub_(noisy.sum.log())
@@ -110,12 +113,19 @@ def _atoms(
         log_ratio = torch.cat([log_ratio, nan_to_zero(_log_quotient(noisy_tail, clean_tail))], -1)
         if log_p is not None:
             log_p = torch.cat([log_p, noisy_tail.log()], -1)
-    return Atoms(p, q, log_ratio, log_p, settings.kinds), noisy, clean
+    return Atoms(p, q, log_ratio, log_p, settings.kinds, ordered), noisy, clean
 
 
 def _nan_rows(noisy: _Side, clean: _Side) -> Tensor:
     """NaN where a side's sum is, else 0, (rows, 1). Inductor takes a product with 0 for 0, so it has to be chosen."""
     return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
+
+
+def softmax_scalars(noisy: Tensor, clean: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, ...]:
+    """Maximum and sum of both sides' rows, (rows, 1)."""
+    dtype = rows.compute_dtype(noisy, clean)
+    sides = (_side(logits, inverse_temperature, dtype) for logits in (noisy, clean))
+    return tuple(scalar for side in sides for scalar in (side.maximum, side.sum))
 
 
 def forward_rows(
@@ -127,13 +137,16 @@ def forward_rows(
     valid: Tensor,
     labels: Tensor | None = None,
     sides_wanted: tuple[bool, bool] = (False, False),
+    kept: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(rows, V) twice → values (kinds, rows); the reciprocal of the temperature is (rows, 1).
+
+    ``kept`` are the `softmax_scalars`, where they are at hand.
 
     Where a gradient will be wanted, over the whole vocabulary, also the row scalars it needs, (4 + 2·kinds, rows).
     """
     dtype = rows.compute_dtype(noisy, clean)
-    noisy_side = _side(noisy, inverse_temperature, dtype)
+    noisy_side = _side(noisy, inverse_temperature, dtype, kept and kept[:2])
     none = torch.zeros_like(noisy_side.sum)
     values, label_values = [], []
     row_scalars, label_scalars = [noisy_side.maximum, noisy_side.sum, none, none], []
@@ -142,7 +155,7 @@ def forward_rows(
         label_values.append(_label_cross_entropy(at_temperature_1, labels))
         label_scalars += [at_temperature_1.sum, none]
     if settings.divergences:
-        clean_side = _side(clean, inverse_temperature, dtype)
+        clean_side = _side(clean, inverse_temperature, dtype, kept and kept[2:])
         row_scalars[2:] = clean_side.maximum, clean_side.sum
         atoms, *over_support = _atoms(noisy_side, clean_side, inverse_temperature, settings, indices, valid)
         # A row with a NaN (or with two infinities of one sign) has a NaN sum; its terms may have lost it.

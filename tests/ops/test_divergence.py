@@ -1,5 +1,6 @@
 """Divergences against a float64 oracle, SciPy, closed forms and the properties their definitions imply."""
 
+import itertools
 import math
 
 import pytest
@@ -225,8 +226,9 @@ def test_masked_rows_are_never_read(impl, support):
     mask = (torch.rand(6, 5, generator=torch.Generator().manual_seed(1)) > 0.4).to(DEVICE)
     k = None if support is None else 4
     options = {"top_k": k, "support": support or "truncate", "impl": impl}
-    # The selected rows alone: as many as are computed under the mask, so that compiled code sums in the same order.
-    expected = divergences(noisy[mask], clean[mask], KINDS, **options)
+    # The selected rows alone, and gradients wanted as below: the same compiled code, which sums in the same order.
+    selected = (side[mask].requires_grad_() for side in (noisy, clean))
+    expected = divergences(*selected, KINDS, **options)
     noisy[~mask], clean[~mask] = torch.nan, torch.inf
     noisy.requires_grad_()
     clean.requires_grad_()
@@ -679,6 +681,34 @@ def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support):
         forward_rows(noisy, clean, temperature, settings, indices, valid, labels)
         backward_rows(noisy, clean, temperature, settings, indices, valid, upstream, (True, True), labels)
     assert counted.peak <= noisy.numel() * 4 * divergence_chunks.TEMPORARIES
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        ["jensen_shannon"],
+        ["jeffreys", "jensen_shannon", "total_variation", "squared_hellinger"],
+        ["jensen_shannon", "cross_entropy", "skew_forward_kl", "skew_reverse_kl"],
+    ],
+)
+def test_compiled_temporaries_stay_within_what_chunks_are_planned_for(monkeypatch, kinds, wanted):
+    monkeypatch.setattr(divergence_chunks.rows, "keep_freed_memory", lambda size: None)  # nobody writes to that block
+    noisy, clean = (side.requires_grad_(wanted) for side in pair(24, 4000))
+
+    def step():
+        values = divergences(noisy, clean, kinds, impl="compile", max_chunk_bytes=2**30)
+        return torch.autograd.grad(sum(values.values()).sum(), (noisy, clean)) if wanted else ()
+
+    step()  # compiles
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        gradients = step()
+    changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = list(itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
+    given = sum(gradient.nbytes for gradient in gradients)
+    planned = divergence_chunks._compiled_temporaries(Settings(tuple(kinds), "full", 0.5, 0.1), torch.float32, None)
+    row_vectors = 24 * 4 * 64
+    assert given <= max(live) <= max(given, noisy.nbytes * planned) + row_vectors
 
 
 @pytest.mark.parametrize("masked", [False, True])
