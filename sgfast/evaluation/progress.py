@@ -89,7 +89,8 @@ class Progress:
 
     def next_run(self) -> int:
         """A number for the parts of another run."""
-        return 1 + max((int(path.stem.split("-")[0]) for path in self.folder.glob("*-*.*")), default=0)
+        # Not the hidden files that a process killed while it wrote leaves behind.
+        return 1 + max((int(path.stem.split("-")[0]) for path in self.folder.glob("[0-9]*-*.*")), default=0)
 
     def sequences(self) -> Iterator[str]:
         """The lines of all sequences in the records' order; one line of every part in memory."""

@@ -383,7 +383,9 @@ def test_damaged_state_is_one_line(tmp_path):
     writer.save({"utility": torch.zeros(3, dtype=torch.int64)})
     writer.close()
     assert [part.reached.tokens for part in progress.parts()] == [3]
+    (progress.folder / ".1-0.safetensors.killed").touch()  # what a process killed while it saves leaves
     assert progress.next_run() == 2
+    assert len(progress.parts()) == 1
     (progress.folder / "1-0.safetensors").write_bytes(b"nothing")
     with pytest.raises(EvaluationError, match="is damaged: remove"):
         progress.parts()
