@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import divergence_rows, hidden, noise, philox, topk
-from sgfast.ops.divergence_terms import KINDS, Atoms, divergence, finite_rows, may_be_infinite, partial_derivative
+from sgfast.ops.divergence_terms import KINDS, Atoms, finish, finite_rows, may_be_infinite, partial_derivative, row_sum
 
 
 def _hidden_forward(noisy: Tensor, clean: Tensor, mask: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -68,7 +68,7 @@ def _divergence_forward(
             values.append(noisy.float().logsumexp(-1) - taken)
             sums += [(noisy.float() - noisy.float().amax(-1, keepdim=True)).exp().sum(-1), torch.zeros_like(taken)]
         else:
-            values.append(divergence(kind, atoms, beta, skew, False))
+            values.append(finish(kind, row_sum(kind, atoms, beta, skew, False)[:, 0], beta, skew, False))
             sums += [partial.sum(-1) for partial in _partials(kind, atoms, beta, skew, False)]
     return torch.where(mask, torch.stack(values), 0), torch.where(mask, torch.stack([*lse, *sums]), 0)
 
@@ -134,7 +134,8 @@ def _divergence_topk_forward(
     indices, valid = topk.unpack_union(union)
     settings = divergence_rows.Settings(tuple(kinds), support, beta, skew)
     inverse_temperature = 1 / temperature[:, None]
-    values, _ = divergence_rows.forward_rows(noisy, clean, inverse_temperature, settings, indices, valid)
+    found = divergence_rows.forward_rows(noisy, clean, inverse_temperature, settings, indices, valid)
+    values, _ = divergence_rows.finish_values(found, settings)
     sides = [divergence_rows._side(side, inverse_temperature, torch.float32) for side in (noisy, clean)]
     atoms, *inside = divergence_rows._atoms(*sides, inverse_temperature, settings, indices, valid)
     scalars = [masses[0, 0], inside[0].sum[:, 0], masses[1, 0], inside[1].sum[:, 0]]

@@ -7,7 +7,6 @@ with two threads every operation waits for the slower one.
 """
 
 import argparse
-import platform
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from benchmarks import peers
 from benchmarks.bench_divergences import FOUR, SHAPES, Values
+from sgfast.benchmarking.environment import environment, statement
 from sgfast.ops import divergences
 
 Function = Callable[[Tensor, Tensor, tuple[str, ...]], Values]
@@ -71,12 +71,6 @@ def measure(threads: list[int], rounds: int) -> list[str]:
     return lines
 
 
-def _processor() -> str:
-    found = Path("/proc/cpuinfo")
-    lines = found.read_text().splitlines() if found.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     """Measure, print, and write the table where asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,9 +82,8 @@ def main() -> None:
         [
             "# The divergences on a CPU beside PyTorch, eager and compiled",
             "",
-            "`python -m benchmarks.divergences_cpu`: milliseconds, the fastest of "
-            f"{arguments.rounds} rounds in one run. {_processor()}, {torch.get_num_threads()} cores, "
-            f"torch {torch.__version__}.",
+            f"`python -m benchmarks.divergences_cpu`: milliseconds, the fastest of {arguments.rounds} rounds. "
+            + statement(environment("cpu")),
             "",
             *measure(arguments.threads, arguments.rounds),
             "",

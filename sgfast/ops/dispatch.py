@@ -181,12 +181,12 @@ def _triton_is_installed() -> bool:
 
 
 def implementation_of(body: _Function, implementation: str, one_loop: bool = False) -> _Function:
-    """Return ``body``, through torch.compile if the implementation is ``"compile"``; for ``one_loop`` see `compiled`."""
+    """Return ``body``, through torch.compile if the implementation is ``"compile"``; ``one_loop``: see `compiled`."""
     return compiled(body, one_loop) if implementation == "compile" else body
 
 
-# Inductor writes to memory what reads more than a few tensors, and reads it again in another loop: there they are mostly
-# scalars of the row. A product and a sum in one instruction round once, and take a tenth less time.
+# Inductor writes to memory what reads more than a few tensors, and reads it again in another loop: a waste where most
+# of them are scalars of a row. A product and a sum in one instruction round once, and take a tenth less time.
 _ONE_LOOP: dict[str, Any] = {
     "realize_reads_threshold": 10_000,
     "realize_acc_reads_threshold": 10_000,

@@ -40,9 +40,9 @@ from torch import Tensor
 from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
 from sgfast.ops.divergence_chunks import forward_of, make_settings, no_support, read_labels, read_logits, row_chunks
-from sgfast.ops.divergence_options import Support, check_labels, check_options, row_temperature
+from sgfast.ops.divergence_options import Support, check_label_values, check_labels, check_options, row_temperature
 from sgfast.ops.divergence_reference import reference
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, write_gradients
+from sgfast.ops.divergence_rows import LABEL_KIND, Settings, finish_values, write_gradients
 
 
 @torch.library.custom_op("sgfast::divergences", mutates_args=())
@@ -74,34 +74,27 @@ def _forward(
         )
         return divergence_triton.forward(problem, labels)
     if labels is not None:
-        _check_label_values(labels, mask, noisy.shape[-1])
+        check_label_values(labels, mask, noisy.shape[-1])
     body = forward_of(choice.implementation)
     find_support = dispatch.implementation_of(topk.union_of_top_k, choice.implementation)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
     settings = make_settings(kinds, top_k, support, beta, skew, labels, temperature)
-    values = noisy.new_zeros((len(settings.kinds), *shape), dtype=dtype)
     kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
-    row_scalars = values.new_zeros(_row_scalars_shape(noisy, kinds, top_k))
+    found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=dtype)
+    inverse_temperature, whole_vocabulary = 1 / temperature, no_support(noisy)
     for chunk in row_chunks(noisy, mask, dtype, choice, settings, max_chunk_bytes):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
-        indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else no_support(noisy)
-        chunk_values, chunk_scalars = body(
-            noisy_rows,
-            clean_rows,
-            1 / rows.read_scalars(temperature, chunk),
-            settings,
-            indices,
-            valid,
-            read_labels(labels, chunk),
-            (noisy_wanted, clean_wanted),
-        )
-        values.view(len(settings.kinds), -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
-        if chunk_scalars is not None:
-            scalars_view = row_scalars.view(row_scalars.shape[0], -1)
-            scalars_view[:, chunk] = rows.zero_masked(chunk_scalars.T, mask, chunk).T
+        indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else whole_vocabulary
+        scale = rows.read_scalars(inverse_temperature, chunk)
+        wanted = (noisy_wanted, clean_wanted)
+        chunk_found = body(noisy_rows, clean_rows, scale, settings, indices, valid, read_labels(labels, chunk), wanted)
+        found[chunk] = rows.zero_masked(chunk_found, mask, chunk)
         if top_k:
             kept_indices.view(-1, kept_indices.shape[-1])[chunk] = indices.masked_fill(~valid, -1).int()
+    values, row_scalars = (one.view(len(one), *shape) for one in finish_values(found, settings))
+    if top_k:
+        row_scalars = values.new_zeros(_row_scalars_shape(noisy, kinds, top_k))
     return values, kept_indices, row_scalars
 
 
@@ -166,13 +159,14 @@ def _backward(
     dtype = rows.compute_dtype(noisy, clean)
     size = noisy.shape[-1]
     settings = make_settings(kinds, top_k, support, beta, skew, labels, temperature)
-    gradients = _empty_gradients(noisy, clean, wanted)
+    gradients = rows.empty_gradients(noisy, clean, wanted)
     if mask is not None:
         for gradient in gradients:
             gradient.zero_()
     flat_upstream = upstream.reshape(len(settings.kinds), -1)
     flat_scalars = None if row_scalars is None or top_k else row_scalars.view(row_scalars.shape[0], -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
+    inverse_temperature = 1 / temperature
     for chunk in row_chunks(noisy, mask, dtype, choice, settings, max_chunk_bytes):
         indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else no_support(noisy)
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
@@ -184,7 +178,7 @@ def _backward(
         body(
             noisy_rows,
             clean_rows,
-            1 / rows.read_scalars(temperature, chunk),
+            rows.read_scalars(inverse_temperature, chunk),
             settings,
             indices,
             valid,
@@ -219,27 +213,7 @@ def _(
     noisy_wanted: bool,
     clean_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
-
-
-def _check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
-    """Refuse a label outside the vocabulary; on a GPU, where looking would stop the queue, its row becomes NaN."""
-    if labels.device.type != "cpu":
-        return
-    outside = labels >= size if mask is None else (labels >= size) & mask
-    if outside.any():
-        position = tuple(outside.nonzero()[0].tolist())
-        raise ValueError(
-            f"labels must be less than the vocabulary's size, {size}; got {labels[position]} at {position}"
-        )
-
-
-def _empty_gradients(noisy: Tensor, clean: Tensor, wanted: tuple[bool, bool]) -> tuple[Tensor, Tensor]:
-    first, second = (
-        side.new_empty(side.shape if side_wanted else 0)
-        for side, side_wanted in zip((noisy, clean), wanted, strict=True)
-    )
-    return first, second
+    return rows.empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -10,8 +10,6 @@ from torch import Tensor
 from sgfast.ops import dispatch, rows, topk
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, softmax_scalars
 
-# Temporaries alive at once, as a multiple of a row: all kinds, both gradients (tests/ops/test_divergence.py counts).
-TEMPORARIES = 22
 # What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
 _LOGITS_PER_THREAD = 64 * 1024
 
@@ -39,10 +37,12 @@ def row_chunks(
     enough to do.
     """
     size = logits.shape[-1]
-    temporaries: float = TEMPORARIES
+    count = 0.0 if mask is None else 4.0  # the selected rows of both sides and their gradients
     if choice.implementation == "compile":
-        temporaries = _compiled_temporaries(settings, dtype, mask)
-    row_bytes = math.ceil(size * dtype.itemsize * temporaries)
+        count += compiled_temporaries(settings, dtype)
+    else:
+        count += temporaries(settings, converted=logits.dtype != dtype)
+    row_bytes = math.ceil(size * dtype.itemsize * count)
     if settings.support != "full":
         row_bytes = max(row_bytes, size * topk.TEMPORARY_BYTES_PER_LOGIT)
     if logits.device.type == "cpu" and choice.implementation == "torch":
@@ -52,16 +52,23 @@ def row_chunks(
     return rows.row_chunks(logits.shape[:-1], mask, row_bytes, max_chunk_bytes)
 
 
-def _compiled_temporaries(settings: Settings, dtype: torch.dtype, mask: Tensor | None) -> float:
+def temporaries(settings: Settings, converted: bool) -> int:
+    """How many temporaries of a chunk's size are alive at once, in forward or in backward towards both sides.
+
+    tests/ops/test_divergence.py counts them.
+    """
+    return (12 if settings.support == "full" else 15) + min(len(settings.kinds), 5) + 2 * converted
+
+
+def compiled_temporaries(settings: Settings, dtype: torch.dtype) -> float:
     """How many temporaries compiled code writes to memory: none where one loop has all sums of a row."""
     one_loop = settings.support == "full" and dtype == torch.float32 and settings.beta == 0.5
     one_loop = one_loop and len(settings.kinds) <= 4 and not {LABEL_KIND, "cross_entropy"} & set(settings.kinds)
-    selected_rows = 0 if mask is None else 4  # both sides and their gradients
     # Where there should be none, one that another version of PyTorch needs would be eight times what is allowed.
-    return selected_rows + (1 / 8 if one_loop else max(8, 4 + len(settings.kinds)))
+    return 1 / 8 if one_loop else max(8, 4 + len(settings.kinds))
 
 
-def forward_of(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
+def forward_of(implementation: str) -> Callable[..., Tensor]:
     """`forward_rows`; compiled, it is two programs, in each of which a row is read from the cache after the first time.
 
     In one program the arithmetic between the passes, vectorized over rows, would part the passes: each over all rows.
@@ -71,11 +78,10 @@ def forward_of(implementation: str) -> Callable[..., tuple[Tensor, Tensor | None
     find_scalars = dispatch.compiled(softmax_scalars, one_loop=True)
     find_values = dispatch.compiled(forward_rows, one_loop=True)
 
-    def run(
-        noisy: Tensor, clean: Tensor, inverse_temperature: Tensor, settings: Settings, *rest: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def run(noisy: Tensor, clean: Tensor, inverse_temperature: Tensor, settings: Settings, *rest: Any) -> Tensor:
         kept = find_scalars(noisy, clean, inverse_temperature) if settings.divergences else None
-        return find_values(noisy, clean, inverse_temperature, settings, *rest, kept)
+        found: Tensor = find_values(noisy, clean, inverse_temperature, settings, *rest, kept)
+        return found
 
     return run
 

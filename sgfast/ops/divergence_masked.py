@@ -18,7 +18,7 @@ from sgfast.ops import dispatch, rows, validation
 from sgfast.ops.autograd import double_backward
 from sgfast.ops.divergence_options import Support, check_options, row_temperature
 from sgfast.ops.divergence_reference import reference
-from sgfast.ops.divergence_rows import Settings, backward_rows, forward_rows
+from sgfast.ops.divergence_rows import Settings, backward_rows, finish_values, forward_rows
 
 _TRITON_REFUSAL = "a support_mask runs in PyTorch"
 # Temporaries alive at once, as a multiple of a row: tests/loss/test_divergences.py counts.
@@ -51,19 +51,18 @@ def _forward(
     body = dispatch.implementation_of(forward_rows, dispatch.select(impl, _TRITON_REFUSAL).implementation)
     dtype = rows.compute_dtype(noisy, clean)
     settings = Settings(tuple(kinds.split(",")), support, beta, skew)
-    values = noisy.new_zeros((len(settings.kinds), *noisy.shape[:-1]), dtype=dtype)
+    found = noisy.new_zeros((noisy.shape[:-1].numel(), 3 * len(settings.kinds) + 4), dtype=dtype)
     for chunk in rows.row_chunks(noisy.shape[:-1], mask, _row_bytes(noisy, dtype), max_chunk_bytes):
-        support_rows = rows.read_rows(support_mask, chunk)
-        chunk_values, _ = body(
+        chunk_found = body(
             rows.read_rows(noisy, chunk),
             rows.read_rows(clean, chunk),
             1 / rows.read_scalars(temperature, chunk),
             settings,
-            *_indices(support_rows),
+            *_indices(rows.read_rows(support_mask, chunk)),
         )
-        chunk_values = torch.where(support_rows.any(-1), chunk_values, 0)
-        values.view(len(settings.kinds), -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
-    return values
+        found[chunk] = rows.zero_masked(chunk_found, mask, chunk)
+    values, _ = finish_values(found, settings)
+    return torch.where(support_mask.any(-1), values.view(len(values), *noisy.shape[:-1]), 0)
 
 
 @_forward.register_fake
@@ -104,7 +103,7 @@ def _backward(
     body = dispatch.implementation_of(backward_rows, dispatch.select(impl, _TRITON_REFUSAL).implementation)
     dtype = rows.compute_dtype(noisy, clean)
     settings = Settings(tuple(kinds.split(",")), support, beta, skew)
-    gradients = _empty_gradients(noisy, clean, noisy_wanted, clean_wanted)
+    gradients = rows.empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
     if mask is not None:
         for gradient in gradients:
             gradient.zero_()
@@ -145,11 +144,7 @@ def _(
     noisy_wanted: bool,
     clean_wanted: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(noisy, clean, noisy_wanted, clean_wanted)
-
-
-def _empty_gradients(noisy: Tensor, clean: Tensor, noisy_wanted: bool, clean_wanted: bool) -> tuple[Tensor, Tensor]:
-    return noisy.new_empty(noisy.shape if noisy_wanted else 0), clean.new_empty(clean.shape if clean_wanted else 0)
+    return rows.empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
 
 
 def _row_bytes(logits: Tensor, dtype: torch.dtype) -> int:

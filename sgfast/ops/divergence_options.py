@@ -81,3 +81,15 @@ def row_temperature(temperature: float | Tensor, logits: Tensor, other_logits: T
         return temperature.to(logits.device, dtype).expand(logits.shape[:-1])
     check_temperature(temperature)
     return torch.full((), temperature, dtype=dtype, device=logits.device).expand(logits.shape[:-1])
+
+
+def check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
+    """Refuse a label outside the vocabulary; on a GPU, where looking would stop the queue, its row becomes NaN."""
+    if labels.device.type != "cpu":
+        return
+    outside = labels >= size if mask is None else (labels >= size) & mask
+    if outside.any():
+        position = tuple(outside.nonzero()[0].tolist())
+        raise ValueError(
+            f"labels must be less than the vocabulary's size, {size}; got {labels[position]} at {position}"
+        )

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import rows
-from sgfast.ops.divergence_terms import Atoms, divergence, finite_rows, may_be_infinite, nan_to_zero, partial_derivative
+from sgfast.ops.divergence_terms import (
+    Atoms,
+    finish,
+    finite_rows,
+    may_be_infinite,
+    nan_to_zero,
+    partial_derivative,
+    row_sum,
+)
 
 # The name under which hard labels' cross-entropy travels among the kinds, always the last.
 LABEL_KIND = "label_cross_entropy"
@@ -51,7 +59,7 @@ def _side(
     # log2 e is written out: torch.compile would take a constant of the module for an input.
     weights = (logits - maximum).mul_(inverse_temperature * 1.4426950408889634).exp2_()
     total = weights.sum(-1, keepdim=True) if total is None else total
-    return _Side(logits, weights.mul_(1 / total), maximum, total)
+    return _Side(logits, weights.div_(total), maximum, total)
 
 
 def _gathered(side: _Side, indices: Tensor, valid: Tensor, support: str) -> _Side:
@@ -116,11 +124,6 @@ def _atoms(
     return Atoms(p, q, log_ratio, log_p, settings.kinds, ordered), noisy, clean
 
 
-def _nan_rows(noisy: _Side, clean: _Side) -> Tensor:
-    """NaN where a side's sum is, else 0, (rows, 1). Inductor takes a product with 0 for 0, so it has to be chosen."""
-    return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
-
-
 def softmax_scalars(noisy: Tensor, clean: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, ...]:
     """Maximum and sum of both sides' rows, (rows, 1)."""
     dtype = rows.compute_dtype(noisy, clean)
@@ -138,38 +141,43 @@ def forward_rows(
     labels: Tensor | None = None,
     sides_wanted: tuple[bool, bool] = (False, False),
     kept: Sequence[Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """(rows, V) twice → values (kinds, rows); the reciprocal of the temperature is (rows, 1).
+) -> Tensor:
+    """(rows, V) twice → what `finish_values` takes: for each row and kind a sum, then row scalars, (rows, 3·kinds + 4).
 
-    ``kept`` are the `softmax_scalars`, where they are at hand.
-
-    Where a gradient will be wanted, over the whole vocabulary, also the row scalars it needs, (4 + 2·kinds, rows).
+    The scalars are both sides' maximum and sum and, over the whole vocabulary, two for each kind that backward needs;
+    0 stands for what is not computed. The reciprocal of the temperature is (rows, 1); ``kept`` are the
+    `softmax_scalars`, where they are at hand.
     """
     dtype = rows.compute_dtype(noisy, clean)
     noisy_side = _side(noisy, inverse_temperature, dtype, kept and kept[:2])
     none = torch.zeros_like(noisy_side.sum)
-    values, label_values = [], []
-    row_scalars, label_scalars = [noisy_side.maximum, noisy_side.sum, none, none], []
-    if labels is not None:
-        at_temperature_1 = _at_temperature_1(noisy_side, settings)
-        label_values.append(_label_cross_entropy(at_temperature_1, labels))
-        label_scalars += [at_temperature_1.sum, none]
+    sums, row_scalars = [], [noisy_side.maximum, noisy_side.sum, none, none]
     if settings.divergences:
         clean_side = _side(clean, inverse_temperature, dtype, kept and kept[2:])
         row_scalars[2:] = clean_side.maximum, clean_side.sum
-        atoms, *over_support = _atoms(noisy_side, clean_side, inverse_temperature, settings, indices, valid)
-        # A row with a NaN (or with two infinities of one sign) has a NaN sum; its terms may have lost it.
-        nan = _nan_rows(*over_support).squeeze(-1)
-        truncated = settings.support == "truncate"
+        atoms, *_ = _atoms(noisy_side, clean_side, inverse_temperature, settings, indices, valid)
         for kind in settings.divergences:
-            values.append(divergence(kind, atoms, settings.beta, settings.skew, truncated) + nan)
+            sums.append(row_sum(kind, atoms, settings.beta, settings.skew, settings.support == "truncate"))
             for side, wanted in enumerate(sides_wanted):
                 # Uncompiled, a partial only to be summed would cost more than its sum does in backward.
-                kept = wanted and torch.compiler.is_compiling()
-                row_scalars.append(_partial(kind, side, atoms, settings).sum(-1, keepdim=True) if kept else none)
-    scalars_wanted = any(sides_wanted) and settings.support == "full"
-    kept_scalars = torch.cat(row_scalars + label_scalars, -1).T if scalars_wanted else None
-    return torch.stack(values + label_values), kept_scalars
+                kept_sum = wanted and settings.support == "full" and torch.compiler.is_compiling()
+                row_scalars.append(_partial(kind, side, atoms, settings).sum(-1, keepdim=True) if kept_sum else none)
+    if labels is not None:
+        at_temperature_1 = _at_temperature_1(noisy_side, settings)
+        sums.append(_label_cross_entropy(at_temperature_1, labels))
+        row_scalars += [at_temperature_1.sum, none]
+    return torch.cat(sums + row_scalars, -1)
+
+
+def finish_values(found: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Values (kinds, rows) and row scalars (4 + 2·kinds, rows) from all that `forward_rows` found, (rows, …)."""
+    parts = found.tensor_split([len(settings.kinds)], -1)
+    sums, row_scalars = (part.T.clone(memory_format=torch.contiguous_format) for part in parts)
+    # A row with a NaN (or with two infinities of one sign) has a NaN sum; its terms may have lost it.
+    nan = torch.where((row_scalars[1] >= 0) & (row_scalars[3] >= 0), 0.0, torch.nan).to(sums.dtype)
+    for kind, kind_sums in zip(settings.divergences, sums, strict=False):
+        finish(kind, kind_sums, settings.beta, settings.skew, settings.support == "truncate").add_(nan)
+    return sums, row_scalars
 
 
 def backward_rows(
@@ -194,9 +202,8 @@ def backward_rows(
     gradients: list[Tensor | None] = [None, None]
     if settings.divergences:
         sides = noisy_side, _side(clean, inverse_temperature, dtype, kept and kept[2:4])
-        atoms, *over_support = _atoms(*sides, inverse_temperature, settings, indices, valid)
-        nan = _nan_rows(*over_support)
-        weights = [kind_upstream[:, None] * inverse_temperature + nan for kind_upstream in upstream]
+        atoms, *_ = _atoms(*sides, inverse_temperature, settings, indices, valid)
+        weights = (upstream[:, :, None] * inverse_temperature + _nan_rows(*sides)).unbind(0)
         for i in (0, 1):
             if sides_wanted[i]:
                 sums = kept[4 + i :: 2] if kept and torch.compiler.is_compiling() else None
@@ -212,6 +219,11 @@ def backward_rows(
         at_temperature_1 = _at_temperature_1(noisy_side, settings, None if kept is None else kept[-2])
         _add_label_gradient(gradients[0], at_temperature_1, labels, upstream[-1])
     return gradients
+
+
+def _nan_rows(noisy: _Side, clean: _Side) -> Tensor:
+    """NaN where a side's sum is, else 0, (rows, 1). Inductor takes a product with 0 for 0, so it has to be chosen."""
+    return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
 
 
 def _partial(kind: str, side: int, atoms: Atoms, settings: Settings) -> Tensor:
@@ -288,10 +300,10 @@ def _at_temperature_1(side: _Side, settings: Settings, kept_sum: Tensor | None =
 
 
 def _label_cross_entropy(noisy: _Side, labels: Tensor) -> Tensor:
-    """−log softmax(noisy)[label], (rows,): 0 for a negative label, NaN for one outside the vocabulary."""
+    """−log softmax(noisy)[label], (rows, 1): 0 for a negative label, NaN for one outside the vocabulary."""
     at_label = noisy.logits.gather(-1, labels.clamp(0, noisy.logits.shape[-1] - 1))
     values = noisy.sum.log() + (noisy.maximum - at_label)
-    return (torch.where(labels < 0, 0, values) + _nan_outside(labels, noisy)).squeeze(-1)
+    return torch.where(labels < 0, 0, values) + _nan_outside(labels, noisy)
 
 
 def _add_label_gradient(gradient: Tensor, noisy: _Side, labels: Tensor, upstream: Tensor) -> None:

@@ -88,20 +88,25 @@ class Atoms:
 
     @property
     def half_shrinkage(self) -> Tensor:
-        """h = 1 − e^(−|d|/2), in [0, 1]."""
-        return self._once("half_shrinkage", lambda: one_minus_exp(self.gap * -0.5))
+        """−h = e^(−|d|/2) − 1, in [−1, 0]."""
+        return self._once("half_shrinkage", lambda: expm1(self.gap * -0.5))
+
+    @property
+    def squared_half_shrinkage(self) -> Tensor:
+        """h²."""
+        return self._once("squared_half_shrinkage", lambda: self.half_shrinkage * self.half_shrinkage)
 
     @property
     def shrinkage(self) -> Tensor:
-        """w = 1 − e^−|d|, in [0, 1]."""
+        """−w = e^−|d| − 1, in [−1, 0]."""
         if self._halves:
-            return self._once("shrinkage", lambda: (2 - self.half_shrinkage).mul_(self.half_shrinkage))
-        return self._once("shrinkage", lambda: one_minus_exp(-self.gap))
+            return self._once("shrinkage", lambda: self.squared_half_shrinkage.add(self.half_shrinkage, alpha=2))
+        return self._once("shrinkage", lambda: expm1(-self.gap))
 
     @property
-    def distance(self) -> Tensor:
-        """|p − q|."""
-        return self._once("distance", lambda: self.larger * self.shrinkage)
+    def negative_distance(self) -> Tensor:
+        """−|p − q|."""
+        return self._once("negative_distance", lambda: self.larger * self.shrinkage)
 
     @property
     def signed_shrinkage(self) -> Tensor:
@@ -116,7 +121,7 @@ class Atoms:
     def log_mixture(self, weight: float) -> Tensor:
         """log(m/P) = log1p(−κw) for the mixture m with this weight of q; a new tensor."""
         if weight == 0.5 and torch.compiler.is_compiling() and self.shrinkage.dtype == torch.float32:
-            return _log_half_mixture(self.shrinkage)
+            return _log1p_of_half(self.shrinkage)
         return self._negative_mixture_loss(weight).log1p_()
 
     def mixture(self, weight: float) -> Tensor:
@@ -125,8 +130,8 @@ class Atoms:
 
     def _negative_mixture_loss(self, weight: float) -> Tensor:
         if weight == 0.5:
-            return self.shrinkage * -0.5
-        return (self.shrinkage * -0.5).add_(self.signed_shrinkage, alpha=0.5 - weight)
+            return self.shrinkage * 0.5
+        return (self.shrinkage * 0.5).add_(self.signed_shrinkage, alpha=0.5 - weight)
 
 
 def nan_to_zero(tensor: Tensor) -> Tensor:
@@ -136,22 +141,22 @@ def nan_to_zero(tensor: Tensor) -> Tensor:
     return tensor.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-def one_minus_exp(exponent: Tensor) -> Tensor:
-    """1 − e^x of a new tensor x ≤ 0, with all its digits."""
+def expm1(exponent: Tensor) -> Tensor:
+    """e^x − 1 of a new tensor x ≤ 0, with all its digits."""
     if not torch.compiler.is_compiling():
-        return exponent.expm1_().neg_()
-    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 a polynomial takes over: (1 − e^x)/x to half of float32's
-    # last digit on [−¼, 0], or the series −1 − x(1/2! + x(1/3! + …)).
+        return exponent.expm1_()
+    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 a polynomial takes over: (e^x − 1)/x to half of float32's
+    # last digit on [−¼, 0], or the series 1 + x(1/2! + x(1/3! + …)).
     if exponent.dtype == torch.float32:
-        series = _polynomial(exponent, (-1.0, -0.499999515, -0.166651083, -0.0414906549, -0.00751360807))
+        series = _polynomial(exponent, (1.0, 0.499999515, 0.166651083, 0.0414906549, 0.00751360807))
     else:
-        series = _polynomial(exponent, [-1 / math.factorial(n) for n in range(1, 15)])
-    return torch.where(exponent > -0.25, exponent * series, 1 - exponent.exp())
+        series = _polynomial(exponent, [1 / math.factorial(n) for n in range(1, 15)])
+    return torch.where(exponent > -0.25, exponent * series, exponent.exp() - 1)
 
 
-def _log_half_mixture(shrinkage: Tensor) -> Tensor:
-    """log(1 − w/2) for 0 ≤ w ≤ 1 to float32's digits: 2 artanh(w/(w − 4)), a third of the time of compiled log1p."""
-    z = shrinkage / (shrinkage - 4)
+def _log1p_of_half(x: Tensor) -> Tensor:
+    """log(1 + x/2) for −1 ≤ x ≤ 0 to float32's digits: 2 artanh(x/(x + 4)), a third of the time of compiled log1p."""
+    z = x / (x + 4)
     # 2 artanh(z)/z as a polynomial of z² on [0, 1/9].
     return _polynomial(z * z, (2.0, 0.666663214, 0.400245966, 0.279651582, 0.281577784)) * z
 
@@ -163,13 +168,25 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
     return total
 
 
-def divergence(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
-    """Row sums (rows,) of one kind; never negative, the KL and skew kinds of a truncated sum excepted."""
+def row_sum(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
+    """Sum of one kind's terms over each row, (rows, 1); `finish` makes values of them, of all rows at once."""
     kind = _without_skew(kind, skew)
-    factor = {"total_variation": 0.5, "squared_hellinger": 0.5, "jensen_shannon": -0.5 if beta == 0.5 else -1.0}
-    linear = not (truncated and kind in ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl"))
-    values = _terms(kind, atoms, beta, skew, linear).sum(-1).mul_(factor.get(kind, 1.0))
-    return values.clamp_(min=0) if linear else values  # ≥ 0 already but for the last rounding
+    return _terms(kind, atoms, beta, skew, not (truncated and _may_be_negative(kind))).sum(-1, keepdim=True)
+
+
+def finish(kind: str, sums: Tensor, beta: float, skew: float, truncated: bool) -> Tensor:
+    """Values of one kind from its row sums, in place: ≥ 0, but for the KL and skew kinds of a truncated sum."""
+    kind = _without_skew(kind, skew)
+    factor = {"jeffreys": -1.0, "total_variation": -0.5, "squared_hellinger": 0.5}
+    factor["jensen_shannon"] = -0.5 if beta == 0.5 else -1.0
+    sums.mul_(factor.get(kind, 1.0))
+    # They are ≥ 0 already but for the last rounding.
+    return sums if truncated and _may_be_negative(kind) else sums.clamp_(min=0)
+
+
+def _may_be_negative(kind: str) -> bool:
+    """Whether a sum over a part of the atoms may be."""
+    return kind in ("forward_kl", "reverse_kl", "skew_forward_kl", "skew_reverse_kl")
 
 
 def _without_skew(kind: str, skew: float) -> str:
@@ -177,7 +194,7 @@ def _without_skew(kind: str, skew: float) -> str:
 
 
 def _terms(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
-    """What is summed over a row; `divergence` has the factors, which cost less after the sum."""
+    """What is summed over a row; `finish` has the factors, which cost less after the sum."""
     match kind:
         case "forward_kl":
             terms = nan_to_zero(atoms.q * atoms.log_ratio).neg_()
@@ -192,13 +209,13 @@ def _terms(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> T
             terms = _times_log_mixture(atoms, "p", 1 - skew, -1.0)
             return terms.sub_(atoms.difference, alpha=1 - skew) if linear else terms
         case "jeffreys":
-            return nan_to_zero(atoms.distance * atoms.gap)
+            return nan_to_zero(atoms.negative_distance * atoms.gap)
         case "jensen_shannon":
             return _jensen_shannon(atoms, beta)
         case "total_variation":
-            return atoms.distance
+            return atoms.negative_distance
         case "squared_hellinger":
-            return (atoms.half_shrinkage * atoms.half_shrinkage).mul_(atoms.larger)
+            return atoms.squared_half_shrinkage * atoms.larger
         case "cross_entropy":
             assert atoms.log_p is not None
             return nan_to_zero(atoms.q * atoms.log_p).neg_()
@@ -209,14 +226,17 @@ def _jensen_shannon(atoms: Atoms, beta: float) -> Tensor:
     """beta·q·log(m/q) + (1−beta)·p·log(m/p) = m·log1p(−κw) + κ·min(p, q)·|d|; where beta is ½, twice that."""
     if beta != 0.5:
         return _times_log_mixture(atoms, "q", beta, beta).add_(_times_log_mixture(atoms, "p", beta, 1 - beta))
-    return atoms.log_mixture(beta).mul_(atoms.sum_of_sides()).add_(atoms.smaller_times_gap())
+    return atoms.smaller_times_gap().addcmul_(atoms.log_mixture(beta), atoms.sum_of_sides())
 
 
 def _times_log_mixture(atoms: Atoms, side: str, weight: float, factor: float) -> Tensor:
     """factor · q · log(m/q), or of p, for the mixture m = weight·q + (1−weight)·p, 0 < weight < 1; a new tensor."""
-    own, ratio = (atoms.q, atoms.log_ratio) if side == "q" else (atoms.p, -atoms.log_ratio)
-    log_mixture = atoms.log_mixture(weight).add_(ratio.clamp(min=0))
-    return nan_to_zero(log_mixture.mul_(own)).mul_(factor)
+    log_mixture = atoms.log_mixture(weight)
+    if side == "q":
+        log_mixture.add_(atoms.log_ratio.clamp(min=0)).mul_(atoms.q)
+    else:
+        log_mixture.sub_(atoms.log_ratio.clamp(max=0)).mul_(atoms.p)
+    return nan_to_zero(log_mixture).mul_(factor)
 
 
 def partial_derivative(kind: str, side: int, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
@@ -267,7 +287,7 @@ def _partial_to_p(kind: str, atoms: Atoms, beta: float, skew: float, linear: boo
             return atoms.log_ratio.sign().mul_(atoms.p).mul_(0.5)
         case "squared_hellinger":
             # ½(p − √(pq)) = ¼((p − q) + (√p − √q)²)
-            squares = (atoms.half_shrinkage * atoms.half_shrinkage).mul_(atoms.larger)
+            squares = atoms.squared_half_shrinkage * atoms.larger
             return squares.add_(atoms.difference).mul_(0.25)
     raise AssertionError(kind)
 
@@ -293,7 +313,7 @@ def _partial_to_q(kind: str, atoms: Atoms, beta: float, skew: float, linear: boo
         case "total_variation":
             return atoms.log_ratio.sign().mul_(atoms.q).mul_(-0.5)
         case "squared_hellinger":
-            squares = (atoms.half_shrinkage * atoms.half_shrinkage).mul_(atoms.larger)
+            squares = atoms.squared_half_shrinkage * atoms.larger
             return squares.sub_(atoms.difference).mul_(0.25)
         case "cross_entropy":
             assert atoms.log_p is not None
@@ -304,5 +324,5 @@ def _partial_to_q(kind: str, atoms: Atoms, beta: float, skew: float, linear: boo
 def _mixture_share(atoms: Atoms, side: str, weight: float) -> Tensor:
     """p/m or q/m for the mixture with this weight of q; a new tensor. The larger side over P is 1, the other 1 − w."""
     sign = -1 if side == "p" else 1
-    share = (atoms.shrinkage + sign * atoms.signed_shrinkage).mul_(-0.5).add_(1)
+    share = atoms.shrinkage.sub(atoms.signed_shrinkage, alpha=sign).mul_(0.5).add_(1)
     return share.div_(atoms.mixture(weight))

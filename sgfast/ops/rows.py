@@ -68,6 +68,11 @@ def read_scalars(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
     return read_rows(tensor[..., None], chunk)
 
 
+def empty_gradients(noisy: Tensor, clean: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
+    """Return room for both sides' gradients, none for an unwanted one."""
+    return noisy.new_empty(noisy.shape if wanted[0] else 0), clean.new_empty(clean.shape if wanted[1] else 0)
+
+
 def zero_masked(values: Tensor, mask: Tensor | None, chunk: Tensor | slice) -> Tensor:
     """Return ``(rows, ...)`` values with masked rows exactly 0, whatever was computed there (NaN and inf too)."""
     if mask is None or isinstance(chunk, Tensor):

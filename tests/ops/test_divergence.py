@@ -12,7 +12,7 @@ from torch import Tensor
 import sgfast
 from sgfast.ops import divergence as divergence_module
 from sgfast.ops import divergence_chunks, divergences, top_k_support
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, backward_rows, forward_rows
+from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
 from sgfast.ops.topk import TEMPORARY_BYTES_PER_LOGIT, union_of_top_k
 from tests.gates import registration
@@ -668,19 +668,27 @@ def test_reference_is_the_definition():
         torch.testing.assert_close(values, torch.stack(list(expected.values())), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("support", SUPPORTS)
+@pytest.mark.parametrize("support", EACH_SUPPORT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support):
+@pytest.mark.parametrize("beta", [0.5, 0.3])
+def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support, beta):
     noisy, clean = pair(4, 10_000, dtype=dtype)
-    settings = Settings((*KINDS, LABEL_KIND), support or "full", 0.5, 0.1)
-    temperature, upstream, labels = torch.ones(4, 1), torch.ones(len(KINDS) + 1, 4), torch.arange(4)[:, None]
+    temperature, labels, row_vectors = torch.ones(4, 1), torch.arange(4)[:, None], 4 * 4 * 64
     with LiveBytes() as counted:
         indices, valid = union_of_top_k(noisy, clean, 50)
     assert counted.peak <= noisy.numel() * TEMPORARY_BYTES_PER_LOGIT
-    with LiveBytes() as counted:
-        forward_rows(noisy, clean, temperature, settings, indices, valid, labels)
-        backward_rows(noisy, clean, temperature, settings, indices, valid, upstream, (True, True), labels)
-    assert counted.peak <= noisy.numel() * 4 * divergence_chunks.TEMPORARIES
+    for kinds in [(kind,) for kind in KINDS] + [KINDS[:2], KINDS[:3], KINDS[2:6], KINDS, (*KINDS, LABEL_KIND)]:
+        settings = Settings(tuple(kinds), support or "full", beta, 0.1)
+        planned = noisy.numel() * 4 * divergence_chunks.temporaries(settings, dtype != torch.float32) + row_vectors
+        arguments = (noisy, clean, temperature, settings, indices, valid)
+        given_labels = labels if LABEL_KIND in kinds else None
+        targets = [torch.empty_like(noisy), torch.empty_like(clean)]
+        with LiveBytes() as counted:
+            forward_rows(*arguments, given_labels)
+        assert counted.peak <= planned
+        with LiveBytes() as counted:
+            write_gradients(*arguments, torch.ones(len(kinds), 4), targets, given_labels)
+        assert counted.peak <= planned
 
 
 @pytest.mark.parametrize("wanted", [False, True])
@@ -706,7 +714,7 @@ def test_compiled_temporaries_stay_within_what_chunks_are_planned_for(monkeypatc
     changes = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = list(itertools.accumulate(e.nbytes() for e in sorted(changes, key=lambda e: e.start_ns())))
     given = sum(gradient.nbytes for gradient in gradients)
-    planned = divergence_chunks._compiled_temporaries(Settings(tuple(kinds), "full", 0.5, 0.1), torch.float32, None)
+    planned = divergence_chunks.compiled_temporaries(Settings(tuple(kinds), "full", 0.5, 0.1), torch.float32)
     row_vectors = 24 * 4 * 64
     assert given <= max(live) <= max(given, noisy.nbytes * planned) + row_vectors
 
