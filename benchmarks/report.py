@@ -20,6 +20,7 @@ from sgfast.utils.files import replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
+TRAINING_CURVES = RESULTS / "training-curves.json"  # of another form; docs/training.md shows them
 _FIRST_LINES = """# Benchmarks
 
 Written by `python -m benchmarks.report` from the files named below. Times are medians. *floor GB/s*: the bytes that
@@ -194,7 +195,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="default: every JSON under benchmarks/results")
     parser.add_argument("--out", type=Path, default=PAGE, help="default: docs/benchmarks.md")
     options = parser.parse_args(arguments)
-    files = options.files or sorted(RESULTS.rglob("*.json"))
+    files = options.files or sorted(set(RESULTS.rglob("*.json")) - {TRAINING_CURVES})
     try:
         write_page(files, options.out)
     except ValueError as error:

@@ -94,3 +94,11 @@ def test_files_without_origin_are_refused(content, tmp_path, capsys):
     assert report.main([str(file), "--out", str(tmp_path / "page.md")]) == 2
     assert "bad.json" in capsys.readouterr().err
     assert not (tmp_path / "page.md").exists()
+
+
+def test_the_page_is_made_from_the_results_that_are_there(tmp_path):
+    page = tmp_path / "docs" / "benchmarks.md"
+    assert report.main(["--out", str(page)]) == 0
+    text = page.read_text(encoding="utf-8")
+    for path in (*report.RESULTS.glob("*-cpu.json"), *report.RESULTS.glob("*.md")):
+        assert path.name in text
