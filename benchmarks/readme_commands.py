@@ -2,7 +2,7 @@
 
     python -m benchmarks.readme_commands [--output benchmarks/results/readme-cpu.md]
 
-A quarter of an hour. Run it on a machine with nothing else to do.
+Under ten minutes. Run it on a machine with nothing else to do.
 """
 
 import argparse

@@ -242,6 +242,15 @@ def test_masked_rows_are_never_read(impl, support):
         assert (gradient[mask] != 0).any(-1).all()
 
 
+@pytest.mark.parametrize("impl", ["torch", "compile"])
+def test_a_shift_of_all_logits_is_no_difference(impl):
+    """Exactly, at any temperature: p and q are equal, whatever their logits' rounding to a common scale would say."""
+    clean = (pair(4, 1000)[1] * 64).round() / 64  # a sum with 100 is exact
+    values = divergences(clean + 100, clean, KINDS, temperature=0.7, impl=impl)
+    for kind in set(KINDS) - {"cross_entropy"}:
+        assert (values[kind] == 0).all()
+
+
 @each_fast_implementation
 def test_minus_infinity_on_either_side(impl):
     """Masked vocabulary entries: KL is inf where q > 0 = p; every other value and all gradients stay finite."""
