@@ -46,8 +46,8 @@ def gaussian_task(batch: int, tokens: int, width: int, gradient: bool, device: s
     )
 
 
-@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradients"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "gradients"])
 def test_gaussian(
     run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, gradient: bool
 ) -> None:

@@ -16,9 +16,9 @@ SMALL_SHAPES = [(32, 512, torch.float32), (32, 512, torch.bfloat16)]
 IMPLEMENTATIONS = [EAGER, COMPILED, "sgfast", "sgfast compile"]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", range(len(SHAPES)), ids=lambda index: str(SHAPES[index][2]))
 @pytest.mark.parametrize("task", range(2), ids=["forward", "gradient"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_hidden(
     run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, task: int, shape: int
 ) -> None:

@@ -1,4 +1,4 @@
-"""Nearest embeddings beside ``torch.cdist`` and ``topk``.
+"""Nearest embeddings beside ``torch.cdist`` and ``topk``, all queries at once and in chunks of 64 MiB.
 
 python -m pytest benchmarks/bench_nearest.py [--small] [--device cuda] [--out benchmarks/results]
 """
@@ -14,7 +14,8 @@ from sgfast.benchmarking.families import EAGER, ours
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.ops import nearest_embeddings
 
-SIZES, SMALL_SIZES = (256, 49152, 576), (16, 500, 32)
+SIZES, SMALL_SIZES = (512, 49152, 576), (16, 500, 32)
+CHUNKED, CHUNK_BYTES = "eager PyTorch, in chunks", 2**26
 
 
 def nearest_task(queries: int, rows: int, width: int, metric: str, k: int, device: str) -> Task:
@@ -30,12 +31,16 @@ def nearest_task(queries: int, rows: int, width: int, metric: str, k: int, devic
     def by_formula(x: Tensor, y: Tensor) -> Outputs:
         return (plain.nearest_embeddings(x, y, k, metric)[0],)
 
+    def by_chunks(x: Tensor, y: Tensor) -> Outputs:
+        parts = [plain.nearest_embeddings(part, y, k, metric)[0] for part in x.split(CHUNK_BYTES // (4 * rows))]
+        return (torch.cat(parts),)
+
     return Task(
         "nearest",
         f"{metric}, k={k}",
         {"queries": queries, "rows": rows, "width": width},
         (noisy.to(device), table.to(device)),
-        {EAGER: by_formula, ours("auto"): by_us},
+        {EAGER: by_formula, CHUNKED: by_chunks, ours("auto"): by_us},
         0,
         noisy.nbytes + table.nbytes,
         queries * rows,
@@ -44,9 +49,9 @@ def nearest_task(queries: int, rows: int, width: int, metric: str, k: int, devic
     )
 
 
+@pytest.mark.parametrize("implementation", [EAGER, CHUNKED, "sgfast"])
 @pytest.mark.parametrize("k", [1, 8])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
-@pytest.mark.parametrize("implementation", [EAGER, "sgfast"])
 def test_nearest(
     run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, metric: str, k: int
 ) -> None:

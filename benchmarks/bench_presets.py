@@ -32,10 +32,10 @@ def preset_task(name: str, masked: bool, sizes: tuple[int, ...], device: str) ->
     batch, heads, length, width, classes = sizes
     pair = name in ("fsp", "nst")
     shape = (batch, heads, length, length) if name.startswith("attention") else (batch, length, width)
-    losses = {"sgfast": MATCH_LOSS_MAP.get(name), "TextBrewer": real.match_loss(name) if name in MATCHING else None}
+    losses = {"TextBrewer": real.match_loss(name) if name in MATCHING else None, "sgfast": MATCH_LOSS_MAP.get(name)}
     if name.startswith("kd "):
         shape, kind = (batch, length // 2, classes), name.removeprefix("kd ")
-        losses = {"sgfast": KD_LOSS_MAP[kind], "TextBrewer": real.KD_LOSS_MAP[kind]}
+        losses = {"TextBrewer": real.KD_LOSS_MAP[kind], "sgfast": KD_LOSS_MAP[kind]}
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(shape, generator=generator).to(device) for _ in range(4 if pair else 2))
     mask = torch.ones(batch, length, device=device)
@@ -68,8 +68,8 @@ def _all(*inputs: Tensor) -> tuple[Tensor, ...]:
     return inputs
 
 
-@pytest.mark.parametrize(("name", "masked"), CASES)
 @pytest.mark.parametrize("implementation", ["TextBrewer", "sgfast"])
+@pytest.mark.parametrize(("name", "masked"), CASES)
 def test_presets(
     run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, name: str, masked: bool
 ) -> None:

@@ -16,9 +16,9 @@ SMALL_SHAPES = [(8, 2048, 10, torch.float32), (4, 4096, 8, torch.bfloat16)]
 IMPLEMENTATIONS = [EAGER, COMPILED, "sgfast", "sgfast compile"]
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("shape", range(len(SHAPES)), ids=lambda index: "x".join(map(str, SHAPES[index][:3])))
 @pytest.mark.parametrize("task", range(2), ids=["metrics", "gradient"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_top_k(
     run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, task: int, shape: int
 ) -> None:

@@ -14,8 +14,8 @@ from sgfast.benchmarking.measuring import Task
 from sgfast.benchmarking.training import training_tasks
 
 
-@pytest.mark.parametrize("task", range(2), ids=["transform", "student"])
 @pytest.mark.parametrize("implementation", [EAGER, "sgfast"])
+@pytest.mark.parametrize("task", range(2), ids=["transform", "student"])
 def test_training(
     run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, task: int
 ) -> None:

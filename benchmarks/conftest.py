@@ -1,15 +1,15 @@
 """One table for `pytest benchmarks/bench_*.py`, in place of pytest-benchmark's, and one JSON file for each of them."""
 
-import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 import torch
 
 from sgfast.benchmarking.environment import environment
-from sgfast.benchmarking.measuring import Task, copy_gb_per_s, measure
+from sgfast.benchmarking.measuring import Task, copy_gb_per_s, measure, run_timed
 from sgfast.benchmarking.results import write_result
 
 Table = list[dict[str, Any]]
@@ -19,7 +19,7 @@ _run = pytest.StashKey[tuple[dict[str, Any], float]]()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--small", action="store_true", help="sizes that take seconds: to see that a benchmark runs")
-    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"], help="not of bench_divergences")
+    parser.addoption("--device", default="cpu", choices=["cpu", "cuda"])
     parser.addoption("--out", type=Path, help="folder for FAMILY-DEVICE.json, as benchmarks.report reads them")
 
 
@@ -46,26 +46,39 @@ def device(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture
 def run_task(benchmark: Any, pytestconfig: pytest.Config, table: Table, small: bool) -> Callable[[Task, str], None]:
-    """Time an implementation of a task by pytest-benchmark, measure the rest, and note it all."""
+    """Time an implementation of a task by pytest-benchmark, in turns with its peer; measure the rest; note it all."""
 
     def run(task: Task, implementation: str) -> None:
         if implementation not in task.implementations:
             pytest.skip(f"{implementation} is not installed, or has no {task.name}")
         if small and "compile" in implementation:
             pytest.skip("compiling takes longer than --small may")
+        torch._dynamo.reset()  # sizes are constants to a first compilation
+        peer = next(iter(task.implementations))
+        peer_seconds, found = [], []
+
+        def run_peer() -> None:
+            found.clear()  # so that no round pays for freeing
+            if implementation != peer:
+                peer_seconds.append(run_timed(lambda: task.run(peer), task.device)[0])
 
         def once() -> None:
-            task.run(implementation)
+            found.append(task.run(implementation))
             if task.device.type == "cuda":
                 torch.cuda.synchronize()
 
-        started = time.perf_counter()
         once()
-        once()
-        # Two seconds of rounds or three of them.
-        rounds = 3 if small else max(3, min(30, int(4 / (time.perf_counter() - started))))
-        benchmark.pedantic(once, rounds=rounds)
-        record = measure(task, implementation, benchmark.stats.stats.median)
+        run_peer()
+        seconds = run_timed(once, task.device)[0] + sum(peer_seconds)
+        peer_seconds.clear()
+        # Four seconds of rounds, or five of them.
+        rounds = 3 if small else max(5, min(30, int(4 / seconds)))
+        benchmark.pedantic(once, setup=run_peer, rounds=rounds)
+        found.clear()
+        times = benchmark.stats.stats.data
+        record = measure(task, implementation, median(times))
+        if peer_seconds:
+            record["times_peer"] = median(ours / theirs for ours, theirs in zip(times, peer_seconds, strict=True))
         benchmark.extra_info.update(record)
         table.append(record)
         _write(pytestconfig)  # what is measured stays, whatever ends the run

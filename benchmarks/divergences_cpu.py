@@ -2,72 +2,41 @@
 
     python -m benchmarks.divergences_cpu [--output benchmarks/results/divergences-cpu.md] [--threads 1 2]
 
-Milliseconds, the fastest of ten rounds after a warm-up that compiles. Run it on a machine with nothing else to do:
-with two threads every operation waits for the slower one.
+Milliseconds, the fastest of ten rounds after one that compiles; within a round one implementation after the other, as
+the machine's speed changes. Run it on a machine with nothing else to do: with two threads every operation waits for the
+slower one.
 """
 
 import argparse
-import time
-from collections.abc import Callable
+import functools
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from benchmarks import peers
-from benchmarks.bench_divergences import FOUR, SHAPES, Values
+from benchmarks.bench_divergences import IMPLEMENTATIONS, SHAPES, job_task
 from sgfast.benchmarking.environment import environment, statement
-from sgfast.ops import divergences
+from sgfast.benchmarking.measuring import run_timed
 
-Function = Callable[[Tensor, Tensor, tuple[str, ...]], Values]
-IMPLEMENTATIONS: dict[str, Function] = {
-    "default": divergences,
-    "compile": lambda noisy, clean, kinds: divergences(noisy, clean, kinds, impl="compile"),
-    "eager": peers.divergences,
-    "compiled eager": torch.compile(peers.divergences, dynamic=False),
-}
-
-
-def _four_metrics(function: Function, noisy: Tensor, clean: Tensor) -> None:
-    with torch.no_grad():
-        function(noisy, clean, FOUR)
-
-
-def _jensen_shannon_with_gradient(function: Function, noisy: Tensor, clean: Tensor) -> None:
-    leaf = noisy.detach().requires_grad_()
-    torch.autograd.grad(function(leaf, clean, ("jensen_shannon",))["jensen_shannon"].sum(), leaf)
-
-
-JOBS = {"four metrics": _four_metrics, "jensen_shannon with gradient": _jensen_shannon_with_gradient}
-
-
-def _milliseconds(
-    job: Callable[[Function, Tensor, Tensor], None], noisy: Tensor, clean: Tensor, rounds: int
-) -> dict[str, float]:
-    """The fastest of all rounds; within a round one implementation after the other, as the machine's speed changes."""
-    times: dict[str, list[float]] = {name: [] for name in IMPLEMENTATIONS}
-    for _ in range(rounds + 1):  # the first compiles
-        for name, function in IMPLEMENTATIONS.items():
-            start = time.perf_counter()
-            job(function, noisy, clean)
-            times[name].append(time.perf_counter() - start)
-    return {name: 1e3 * min(found[1:]) for name, found in times.items()}
+JOBS = ("four metrics", "jensen_shannon with gradient")
 
 
 def measure(threads: list[int], rounds: int) -> list[str]:
     """Lines of a Markdown table: a row for each shape, job and number of threads."""
     lines = [f"| logits | job | threads | {' | '.join(IMPLEMENTATIONS)} |", "|---" * (3 + len(IMPLEMENTATIONS)) + "|"]
-    for rows, width, dtype in SHAPES:
-        generator = torch.Generator().manual_seed(0)
-        clean = torch.randn(rows, width, generator=generator) * 3
-        noisy = (clean + torch.randn(rows, width, generator=generator)).to(dtype)
-        clean = clean.to(dtype)
-        for name, job in JOBS.items():
+    for shape in SHAPES:
+        rows, width, dtype = shape
+        for job in JOBS:
+            task = job_task(job, shape, "cpu")
             for count in threads:
                 torch.set_num_threads(count)
-                cells = [f"{found:.1f}" for found in _milliseconds(job, noisy, clean, rounds).values()]
-                shape = f"[{rows}, {width}] {str(dtype).removeprefix('torch.')}"
-                lines.append(f"| {shape} | {name} | {count} | {' | '.join(cells)} |")
+                torch._dynamo.reset()
+                runs = {name: functools.partial(task.run, name) for name in IMPLEMENTATIONS}
+                times = [
+                    {name: run_timed(run, task.device)[0] for name, run in runs.items()} for _ in range(rounds + 1)
+                ]
+                fastest = [1e3 * min(one[name] for one in times[1:]) for name in IMPLEMENTATIONS]
+                logits = f"[{rows}, {width}] {str(dtype).removeprefix('torch.')}"
+                lines.append(f"| {logits} | {job} | {count} | {' | '.join(f'{one:.1f}' for one in fastest)} |")
     return lines
 
 

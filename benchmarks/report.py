@@ -27,8 +27,8 @@ Written by `python -m benchmarks.report` from the files named below. Times are m
 must move, each input read once and each output written once, over the time. *peak*: the most memory allocated at once
 beyond the inputs, results included. *kept*: bytes per element that autograd holds between forward and backward beyond
 the inputs. *error*: the largest of the first rows' values against float64, absolute; *gradient error*: of a row, in the
-norm, relative. */ peer*: the time over that of eager PyTorch (presets: TextBrewer) for the same task and size in the
-same run.
+norm, relative. */ peer*: the time over that of eager PyTorch (presets: TextBrewer) for the same task and size; where
+both took turns, the median of the turns' ratios.
 """
 _COLUMNS = {
     "milliseconds": ("ms", "{:.3g}"),
@@ -72,25 +72,21 @@ def section(path: Path, content: dict[str, Any], page: Path) -> Iterator[str]:
             yield f"\n![{kind} of {name}]({plots.name}/{file.name})"
     yield from growth_lines(content.get("growth") or (content.get("parts") or {}).get("growth", {}).get("growth") or [])
     single = [record for record in records if not record.get("sweep")]
-    for task in dict.fromkeys(record.get("task") or record.get("job") for record in single):
-        yield from task_lines(task, [one for one in single if (one.get("task") or one.get("job")) == task])
+    for task in dict.fromkeys(record["task"] for record in single):
+        yield from task_lines(task, [one for one in single if one["task"] == task])
 
 
 def task_lines(task: str, records: Sequence[dict[str, Any]]) -> Iterator[str]:
     """A table: a line for each size and implementation."""
     sizes = [name for name in _SIZES if any(record.get(name) is not None for record in records)]
-    if not any("milliseconds" in record for record in records):  # of a benchmark with columns of its own
-        keys = list(dict.fromkeys(key for record in records for key in record if key != "job"))
-        yield from table(task, keys, ([str(record.get(key, "")) for key in keys] for record in records))
-        return
     columns = [name for name in _COLUMNS if any(record.get(name) is not None for record in records)]
-    rows, first = [], {}
+    rows = []
     for record in sorted(records, key=lambda one: [str(one.get(name)) for name in sizes]):
-        size = tuple(record.get(name) for name in sizes)
-        first.setdefault(size, next((one for one in records if _is_peer(one, record, sizes)), record))
         cells = [str(record[name]) if record.get(name) is not None else "" for name in sizes]
         cells += [record["implementation"], *(_cell(record, name) for name in columns)]
-        rows.append([*cells, f"{record['milliseconds'] / first[size]['milliseconds']:.2f}"])
+        peer = next((one for one in records if _is_peer(one, record, sizes)), record)
+        ratio = record.get("times_peer") or record["milliseconds"] / peer["milliseconds"]
+        rows.append([*cells, f"{ratio:.2f}"])
     yield from table(task, [*sizes, "by", *(_COLUMNS[name][0] for name in columns), "/ peer"], rows)
 
 

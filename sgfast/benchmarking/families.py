@@ -1,5 +1,6 @@
 """The tasks of the operations that ``sgfast bench`` measures: divergences, hidden distances, noise."""
 
+import functools
 import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 
@@ -36,48 +37,71 @@ def divergence_tasks(
     Clean logits are normal with standard deviation 3; noisy ones are they plus ``noise`` times a normal draw. Under
     ``top_k`` the metrics are truncated and Jensen–Shannon has one atom for the tail, their uses' own choices.
     """
-    clean, noisy = _pair(tokens, vocab, 3.0, noise, dtype, device)
-    tasks = []
-    for kinds, support, gradient in ((METRICS, "truncate", False), (("jensen_shannon",), "tail", True)):
-        name = "four metrics" if len(kinds) == 4 else "jensen_shannon with gradient"
+    task = functools.partial(
+        divergence_task,
+        sides=pair_of_logits(tokens, vocab, noise, dtype, device),
+        sizes={"tokens": tokens, "vocab": vocab, "top_k": top_k, "noise": noise},
+        top_k=top_k,
+        impls=impls,
+    )
+    return [
+        task("four metrics", METRICS, gradient=False, support="truncate"),
+        task("jensen_shannon with gradient", ("jensen_shannon",), gradient=True, support="tail"),
+    ]
 
-        def ours_by(impl: str, kinds: Sequence[str] = kinds, support: str = support) -> Callable[..., Outputs]:
-            def run(x: Tensor, y: Tensor) -> Outputs:
-                found = ops.divergences(x, y, kinds, top_k=top_k, support=support, impl=impl)  # type: ignore[arg-type]
-                return tuple(found.values())
 
-            return run
+def divergence_task(
+    name: str,
+    kinds: Sequence[str],
+    *,
+    sides: tuple[Tensor, Tensor],
+    sizes: dict[str, float | str | None],
+    gradient: bool,
+    top_k: int | None,
+    support: str,
+    impls: Sequence[str],
+) -> Task:
+    """Divergences of noisy and clean logits, or the only one and its gradient to the noisy side."""
+    noisy, _ = sides
 
-        def by_formula(x: Tensor, y: Tensor, kinds: Sequence[str] = kinds, support: str = support) -> Outputs:
-            if top_k is None:
-                return tuple(plain.divergences(x, y, kinds).values())
-            return tuple(plain.top_k_divergences(x, y, kinds, top_k, support).values())
+    def ours_by(impl: str) -> Callable[..., Outputs]:
+        def run(x: Tensor, y: Tensor) -> Outputs:
+            found = ops.divergences(x, y, kinds, top_k=top_k, support=support, impl=impl)  # type: ignore[arg-type]
+            return tuple(found.values())
 
-        def oracle(x: Tensor, y: Tensor, kinds: Sequence[str] = kinds, support: str = support) -> Outputs:
-            if top_k is None:
-                return by_formula(x, y, kinds, support)
-            return tuple(plain.top_k_divergences(x, y, kinds, top_k, support, ties_in_order=True).values())
+        return run
 
-        implementations = contenders(ours_by, by_formula, impls, device)
-        others = {LIGER} if top_k is None or dtype == torch.float32 else {LIGER, EAGER, COMPILED}
-        if gradient and top_k is None and importlib.util.find_spec("liger_kernel"):
-            implementations[LIGER] = _liger_jensen_shannon
-        moved = 2 + (gradient and (2 if top_k else 3))
-        tasks.append(
-            Task(
-                "divergences",
-                name,
-                {"tokens": tokens, "vocab": vocab, "top_k": top_k, "noise": noise},
-                (noisy, clean),
-                implementations,
-                int(gradient),
-                moved * noisy.nbytes,
-                noisy.numel(),
-                oracle,
-                incomparable=frozenset(others),
-            )
-        )
-    return tasks
+    def by_formula(x: Tensor, y: Tensor) -> Outputs:
+        if top_k is None:
+            return tuple(plain.divergences(x, y, kinds).values())
+        return tuple(plain.top_k_divergences(x, y, kinds, top_k, support).values())
+
+    def oracle(x: Tensor, y: Tensor) -> Outputs:
+        if top_k is None:
+            return by_formula(x, y)
+        return tuple(plain.top_k_divergences(x, y, kinds, top_k, support, ties_in_order=True).values())
+
+    implementations = contenders(ours_by, by_formula, impls, noisy.device.type)
+    if gradient and kinds == ("jensen_shannon",) and top_k is None and importlib.util.find_spec("liger_kernel"):
+        implementations[LIGER] = _liger_jensen_shannon
+    return Task(
+        "divergences",
+        name,
+        sizes,
+        sides,
+        implementations,
+        int(gradient),
+        (2 + (gradient and (2 if top_k else 3))) * noisy.nbytes,
+        noisy.numel(),
+        oracle,
+        # PyTorch's top-k takes any of equal logits, of which lower precision has many.
+        incomparable=frozenset({LIGER} if top_k is None or noisy.dtype == torch.float32 else {LIGER, EAGER, COMPILED}),
+    )
+
+
+def pair_of_logits(tokens: int, vocab: int, noise: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
+    """Noisy and clean logits: clean ones normal with standard deviation 3, noisy ones apart by ``noise``."""
+    return _pair(tokens, vocab, 3.0, noise, dtype, device)
 
 
 def hidden_tasks(
@@ -89,7 +113,7 @@ def hidden_tasks(
     impls: Sequence[str] = ("auto",),
 ) -> list[Task]:
     """The four distances of [tokens, width] hidden states, and with the gradient to the noisy side."""
-    clean, noisy = _pair(tokens, width, 1.0, 0.3, dtype, device)
+    noisy, clean = _pair(tokens, width, 1.0, 0.3, dtype, device)
 
     def ours_by(impl: str) -> Callable[..., Outputs]:
         return lambda x, y: ops.hidden_distances(x, y, impl=impl)  # type: ignore[arg-type]
@@ -114,14 +138,21 @@ def noise_tasks(
     *,
     tokens: int,
     width: int,
+    shared: bool = False,
     dtype: torch.dtype = torch.float32,
     device: str = "cpu",
     impls: Sequence[str] = ("auto",),
 ) -> list[Task]:
-    """Noise on [tokens, width] embeddings, mean and std for each element, and with the gradients to all three."""
+    """Noise on [tokens, width] embeddings, and with the gradients to all three operands.
+
+    Mean and std differ for each element, as in a transformer's noise layer, or with ``shared`` for each feature alone.
+    """
     generator = torch.Generator().manual_seed(0)
-    operands = [torch.randn(tokens, width, generator=generator) for _ in range(3)]
+    rows = 1 if shared else tokens
+    operands = [torch.randn(count, width, generator=generator) for count in (tokens, rows, rows)]
     input, mean, std = (one.to(device, dtype) for one in (*operands[:2], operands[2].abs()))
+    moved = sum(one.nbytes for one in (input, mean, std))
+    name = "apply_noise, shared mean and std" if shared else "apply_noise"
 
     def ours_by(impl: str) -> Callable[..., Outputs]:
         return lambda x, m, s: (ops.apply_noise(x, m, s, seed=SEED, impl=impl),)  # type: ignore[arg-type]
@@ -135,12 +166,13 @@ def noise_tasks(
     return [
         Task(
             "noise",
-            "apply_noise with gradients" if gradient else "apply_noise",
+            f"{name} with gradients" if gradient else name,
             {"tokens": tokens, "width": width},
             (input, mean, std),
             contenders(ours_by, by_formula, impls, device),
             3 if gradient else 0,
-            (8 if gradient else 4) * input.nbytes,
+            # Forward and backward read the operands and one gradient, and write an output and theirs.
+            (2 * moved + 2 * input.nbytes) if gradient else moved + input.nbytes,
             input.numel(),
             on_the_same_draw,
             incomparable=frozenset({EAGER, COMPILED}),
@@ -164,11 +196,11 @@ def contenders(
 
 
 def _pair(rows: int, width: int, scale: float, noise: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Clean and noisy, drawn on the device: a large vocabulary's logits take long to copy there."""
+    """Noisy and clean, drawn on the device: a large vocabulary's logits take long to copy there."""
     generator = torch.Generator(device).manual_seed(0)
     clean = torch.randn(rows, width, generator=generator, device=device).mul_(scale)
     noisy = torch.randn(rows, width, generator=generator, device=device).mul_(noise).add_(clean)
-    return clean.to(dtype), noisy.to(dtype)
+    return noisy.to(dtype), clean.to(dtype)
 
 
 def _liger_jensen_shannon(student: Tensor, teacher: Tensor) -> Outputs:

@@ -31,7 +31,8 @@ class Task(NamedTuple):
     #: What was varied to get here: ``{"tokens": 64, "vocab": 32000}``.
     sizes: dict[str, float | str | None]
     inputs: tuple[Tensor, ...]
-    #: Functions of the inputs that return tensors, one row for each row of the first input.
+    #: Functions of the inputs that return tensors, one row for each row of the first input; others are compared with
+    #: the first of them.
     implementations: Mapping[str, Callable[..., Outputs]]
     #: Gradients of the outputs' sum go to this many inputs, from the first on; 0 for forward alone.
     differentiated: int
@@ -97,29 +98,39 @@ def _run(function: Callable[..., Outputs], inputs: Sequence[Tensor], differentia
 
 def median_seconds(function: Callable[[], Any], device: torch.device, budget: float = 0.4) -> float:
     """The median of at least three rounds after a first one; on a GPU with cold caches."""
-    return interleaved_seconds({"": function}, device, budget)[""]
+    return median(interleaved_seconds({"": function}, device, budget)[""])
 
 
 def interleaved_seconds(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, budget: float = 0.4
-) -> dict[str, float]:
-    """Medians of functions that take turns, so that what else the machine does slows all of them alike."""
+) -> dict[str, list[float]]:
+    """Times of functions that take turns, so that what else the machine does slows all of them alike.
+
+    Turns go on for ``budget`` seconds per function, for at least three and at most a thousand.
+    """
     for function in functions.values():
         function()
     times: dict[str, list[float]] = {name: [] for name in functions}
-    flushed = torch.empty(_FLUSHED_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-    for turn in range(100):
+    for turn in range(1000):
         if turn >= 3 and sum(map(sum, times.values())) >= budget * len(functions):
             break
         for name, function in functions.items():
-            flushed.zero_()
-            _synchronize(device)
-            started = time.perf_counter()
-            result = function()  # freeing it is not the computation
-            _synchronize(device)
-            times[name].append(time.perf_counter() - started)
-            del result
-    return {name: median(one) for name, one in times.items()}
+            seconds, result = run_timed(function, device)
+            times[name].append(seconds)
+            del result  # freeing it is not the computation
+    return times
+
+
+def run_timed(function: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds, and what the function returns; on a GPU with cold caches."""
+    if device.type == "cuda":
+        torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device).zero_()
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    result = function()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started, result
 
 
 def peak_bytes(function: Callable[[], Result], device: torch.device) -> tuple[int, Result]:
@@ -186,8 +197,3 @@ def copy_gb_per_s(device: str) -> float:
     destination = torch.zeros_like(source)
     seconds = median_seconds(lambda: destination.copy_(source), source.device)
     return 2 * source.numel() / seconds / 1e9
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -14,7 +14,7 @@ Values = dict[str, Tensor]
 
 def divergences(noisy: Tensor, clean: Tensor, kinds: Sequence[str]) -> Values:
     """log_softmax of both sides, then the formulas; beta = ½, skew = 0.1."""
-    return _sums(_log_softmax(noisy), _log_softmax(clean), kinds)
+    return _sums(log_softmax(noisy), log_softmax(clean), kinds)
 
 
 def top_k_divergences(
@@ -31,7 +31,7 @@ def top_k_divergences(
     taken = torch.zeros(noisy.shape, dtype=torch.bool, device=noisy.device).scatter_(-1, first, True)
     indices = torch.cat([first, second], dim=-1)
     counted = torch.cat([torch.ones_like(first, dtype=torch.bool), ~taken.gather(-1, second)], dim=-1)
-    a, b = (_log_softmax(side).gather(-1, indices) for side in (noisy, clean))
+    a, b = (log_softmax(side).gather(-1, indices) for side in (noisy, clean))
     if support == "renormalize":
         a, b = (side - side.masked_fill(~counted, -torch.inf).logsumexp(-1, keepdim=True) for side in (a, b))
     if support == "tail":
@@ -92,7 +92,8 @@ def _sums(a: Tensor, b: Tensor, kinds: Sequence[str], counted: Tensor | None = N
     return {kind: one.sum(-1) for kind, one in terms.items()}
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
+def log_softmax(logits: Tensor) -> Tensor:
+    """In float32, or in float64 if the logits are."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 

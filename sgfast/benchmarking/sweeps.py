@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -55,8 +56,8 @@ def run(
         try:
             for task in make_tasks(**sizes, **settings):
                 runs = {name: functools.partial(task.run, name) for name in task.implementations}
-                for name, seconds in interleaved_seconds(runs, task.device, budget).items():
-                    yield {"sweep": axis, **measure(task, name, seconds)}
+                for name, times in interleaved_seconds(runs, task.device, budget).items():
+                    yield {"sweep": axis, **measure(task, name, median(times))}
         except (MemoryError, RuntimeError) as error:
             if "memory" not in str(error).lower():
                 raise

@@ -48,6 +48,15 @@ def test_figures_under_device_date_and_commit(tmp_path):
     assert "floor GB/s |" not in text  # no record has one
 
 
+def test_the_ratio_of_turns_comes_before_that_of_medians(tmp_path):
+    records = [
+        {"sweep": None, "implementation": "eager PyTorch", **RECORD},
+        {"sweep": None, "implementation": "sgfast", **RECORD, "milliseconds": 1.0, "times_peer": 0.4},
+    ]
+    text = page(tmp_path, {"environment": ENVIRONMENT, "records": records})
+    assert "| 7 | float32 | sgfast | 1 | 3.0 | 0.40 |" in text
+
+
 def test_without_records_there_are_no_figures(tmp_path):
     text = page(tmp_path, {"environment": ENVIRONMENT, "records": []})
     section = text[text.index("## measured") : text.index("## Other")]
