@@ -12,6 +12,8 @@ from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, softm
 
 # What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
 _LOGITS_PER_THREAD = 64 * 1024
+# Of selecting some, which has fewer temporaries and makes many small calls for every chunk.
+_LOGITS_PER_THREAD_TO_SELECT_FROM = 256 * 1024
 
 
 def make_settings(
@@ -29,6 +31,7 @@ def row_chunks(
     dtype: torch.dtype,
     choice: dispatch.Choice,
     settings: Settings,
+    top_k: int,
     max_chunk_bytes: int,
 ) -> Iterator[Tensor | slice]:
     """Chunks whose temporaries stay within the caller's bound, and are fewer where that is faster.
@@ -41,23 +44,27 @@ def row_chunks(
     if choice.implementation == "compile":
         count += compiled_temporaries(settings, dtype)
     else:
-        count += temporaries(settings, converted=logits.dtype != dtype)
+        count += temporaries(settings, min(2 * top_k, size) / size, converted=logits.dtype != dtype)
     row_bytes = math.ceil(size * dtype.itemsize * count)
-    if settings.support != "full":
-        row_bytes = max(row_bytes, size * topk.TEMPORARY_BYTES_PER_LOGIT)
+    if top_k:
+        row_bytes = max(row_bytes, topk.temporary_bytes(logits, top_k, choice.implementation))
     if logits.device.type == "cpu" and choice.implementation == "torch":
-        max_chunk_bytes = min(max_chunk_bytes, _LOGITS_PER_THREAD * torch.get_num_threads() * row_bytes // size)
+        per_thread = _LOGITS_PER_THREAD if settings.support == "full" else _LOGITS_PER_THREAD_TO_SELECT_FROM
+        max_chunk_bytes = min(max_chunk_bytes, per_thread * torch.get_num_threads() * row_bytes // size)
     if logits.device.type == "cpu":
         rows.keep_freed_memory(max_chunk_bytes)
     return rows.row_chunks(logits.shape[:-1], mask, row_bytes, max_chunk_bytes)
 
 
-def temporaries(settings: Settings, converted: bool) -> int:
+def temporaries(settings: Settings, selected: float, converted: bool) -> float:
     """How many temporaries of a chunk's size are alive at once, in forward or in backward towards both sides.
 
-    tests/ops/test_divergence.py counts them.
+    ``selected`` is the part of the logits that the support has. tests/ops/test_divergence.py counts them.
     """
-    return (12 if settings.support == "full" else 15) + min(len(settings.kinds), 5) + 2 * converted
+    kinds = min(len(settings.kinds), 5)
+    if settings.support == "full":
+        return 12 + kinds + 2 * converted
+    return 4 + (LABEL_KIND in settings.kinds) + 2 * converted + (17 + kinds) * selected
 
 
 def compiled_temporaries(settings: Settings, dtype: torch.dtype) -> float:

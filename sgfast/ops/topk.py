@@ -28,31 +28,22 @@ def top_k_indices(logits: Tensor, k: int) -> Tensor:
 
 
 def _top_k_set(logits: Tensor, k: int) -> Tensor:
-    """`top_k_indices` in some order. A CPU selects among floats, which is much faster, and then looks for ties."""
+    """`top_k_indices` in some order. A CPU selects some more than k, mostly with all that tie with the k-th."""
+    size = logits.shape[-1]
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
         return top_k_indices(logits, k)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    values, indices = logits.topk(k, dim=-1)
-    reaching = (logits >= values[:, -1:]).sum(-1)
-    # More than k logits reach the smallest one selected: which of its equals were taken is torch.topk's whim. To list
-    # an eighth of a row would take more memory than its keys; and a NaN is reached by nothing.
-    crowded = (reaching > k + logits.shape[-1] // 8) | values[:, 0].isnan()
-    tied = (reaching > k) & ~crowded
-    if tied.any():
-        indices[tied] = _first_of_ties(logits[tied], values[tied], indices[tied])
-    if crowded.any():
-        indices[crowded] = top_k_indices(logits[crowded], k)
-    return indices
-
-
-def _first_of_ties(logits: Tensor, values: Tensor, indices: Tensor) -> Tensor:
-    """The selection (rows, k), by descending value, with the lowest indices among those equal to its smallest value."""
-    smallest = values[:, -1:]
-    row, column = (logits == smallest).nonzero(as_tuple=True)
-    rank = torch.arange(len(row)) - torch.searchsorted(row, row)
-    place = (values > smallest).sum(-1)[row] + rank
-    taken = place < values.shape[-1]
-    indices[row[taken], place[taken]] = column[taken]
+    values, selected = logits.topk(min(k + k // 8 + 16, size), dim=-1)
+    smallest = values[:, k - 1 : k]
+    with_nan = values[:, 0].isnan()  # NaN comes first
+    if not (with_nan | (values[:, k:] == smallest).any(-1)).any():
+        return selected[:, :k]
+    # All above the smallest, then its equals from the lower index on.
+    place = torch.where(values > smallest, -1, torch.where(values == smallest, selected, size))
+    indices = selected.gather(-1, place.argsort(-1)[:, :k])
+    # Where even the last one ties, others may that were not selected. Keys take much memory: one row at a time.
+    crowded = with_nan | ((values[:, -1:] == smallest)[:, 0] & (values.shape[-1] < size))
+    for row in crowded.nonzero()[:, 0].tolist():
+        indices[row] = top_k_indices(logits[row : row + 1], k)
     return indices
 
 
@@ -63,16 +54,20 @@ def union_of_top_k(noisy: Tensor, clean: Tensor, k: int) -> tuple[Tensor, Tensor
     """
     size = noisy.shape[-1]
     both = torch.cat([_top_k_set(noisy, k), _top_k_set(clean, k)], dim=-1).sort(dim=-1).values
-    repeated = torch.zeros_like(both, dtype=torch.bool)
-    repeated[:, 1:] = both[:, 1:] == both[:, :-1]
-    union = both.masked_fill(repeated, size).sort(dim=-1).values[:, : min(2 * k, size)]
-    valid = union < size
-    last_valid = union.masked_fill(~valid, -1).amax(dim=-1, keepdim=True)
-    return torch.where(valid, union, last_valid), valid
+    first = torch.ones_like(both, dtype=torch.bool)
+    first[:, 1:] = both[:, 1:] != both[:, :-1]
+    place = first.cumsum(-1) - 1  # among the union; the second of two equal indices goes where the first does
+    width = min(2 * k, size)
+    union = both[:, -1:].repeat(1, width).scatter_(-1, place, both)
+    valid = torch.arange(width, device=both.device) <= place[:, -1:]
+    return union, valid
 
 
-# Temporaries of one row: the float copy, its bits, 64-bit keys and their parts, two sides one after the other.
-TEMPORARY_BYTES_PER_LOGIT = 32
+def temporary_bytes(logits: Tensor, k: int, implementation: str) -> int:
+    """What `union_of_top_k` allocates for one row at most; a CPU's crowded row has keys of its own after that."""
+    if logits.device.type == "cpu" and implementation == "torch":
+        return 100 * k + 2048  # what was selected, and the sorts of both sides' indices
+    return 32 * logits.shape[-1]  # the float copy, its bits, 64-bit keys and their parts, one side after the other
 
 
 def unpack_union(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,7 +107,8 @@ def _top_k_support(
     shape, size = noisy_logits.shape[:-1], noisy_logits.shape[-1]
     indices = noisy_logits.new_empty((*shape, min(2 * k, size)), dtype=torch.int64)
     valid = torch.empty_like(indices, dtype=torch.bool)
-    for chunk in rows.row_chunks(shape, None, size * TEMPORARY_BYTES_PER_LOGIT, max_chunk_bytes):
+    row_bytes = temporary_bytes(noisy_logits, k, choice.implementation)
+    for chunk in rows.row_chunks(shape, None, row_bytes, max_chunk_bytes):
         indices.view(-1, indices.shape[-1])[chunk], valid.view(-1, valid.shape[-1])[chunk] = body(
             rows.read_rows(noisy_logits, chunk), rows.read_rows(clean_logits, chunk), k
         )

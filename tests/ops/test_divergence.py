@@ -14,7 +14,7 @@ from sgfast.ops import divergence as divergence_module
 from sgfast.ops import divergence_chunks, divergences, top_k_support
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
-from sgfast.ops.topk import TEMPORARY_BYTES_PER_LOGIT, union_of_top_k
+from sgfast.ops.topk import temporary_bytes, union_of_top_k
 from tests.gates import registration
 from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
 from tests.gates.live_bytes import LiveBytes
@@ -679,16 +679,17 @@ def test_reference_is_the_definition():
 
 @pytest.mark.parametrize("support", EACH_SUPPORT)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("beta", [0.5, 0.3])
-def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support, beta):
+@pytest.mark.parametrize(("beta", "top_k"), [(0.5, 50), (0.5, 1000), (0.3, 50)])
+def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support, beta, top_k):
     noisy, clean = pair(4, 10_000, dtype=dtype)
     temperature, labels, row_vectors = torch.ones(4, 1), torch.arange(4)[:, None], 4 * 4 * 64
     with LiveBytes() as counted:
-        indices, valid = union_of_top_k(noisy, clean, 50)
-    assert counted.peak <= noisy.numel() * TEMPORARY_BYTES_PER_LOGIT
+        indices, valid = union_of_top_k(noisy, clean, top_k)
+    assert counted.peak <= 4 * temporary_bytes(noisy, top_k, "torch")
     for kinds in [(kind,) for kind in KINDS] + [KINDS[:2], KINDS[:3], KINDS[2:6], KINDS, (*KINDS, LABEL_KIND)]:
         settings = Settings(tuple(kinds), support or "full", beta, 0.1)
-        planned = noisy.numel() * 4 * divergence_chunks.temporaries(settings, dtype != torch.float32) + row_vectors
+        count = divergence_chunks.temporaries(settings, 2 * top_k / 10_000, dtype != torch.float32)
+        planned = noisy.numel() * 4 * count + row_vectors
         arguments = (noisy, clean, temperature, settings, indices, valid)
         given_labels = labels if LABEL_KIND in kinds else None
         targets = [torch.empty_like(noisy), torch.empty_like(clean)]
