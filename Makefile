@@ -27,6 +27,8 @@ bench: $(VENV)/installed
 	for family in divergences hidden noise train; do \
 	    $(BIN)/sgfast bench $$family --device cpu --out benchmarks/results/growth-cpu || exit 1; \
 	done
+	$(BIN)/sgfast bench divergences --device cpu --vocab 2000 --tokens 1,8,64,512,2048,8192 \
+	    --out benchmarks/results/growth-cpu-tokens
 	$(BIN)/python -m benchmarks.report
 
 lint: $(VENV)/installed

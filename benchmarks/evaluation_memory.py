@@ -110,7 +110,7 @@ def report(lines: list[dict[str, object]]) -> str:
 {lines[0]["tokens"]} tokens in sequences of {LENGTH}, all attacks but the learned one. The budget asked for; the
 process's peak beyond the loaded model and one pass through its body; what that pass took; the peak beyond the loaded
 model alone. The logits of one sequence, both sides, would take {2 * LENGTH * 49152 * 4 // MIB} MiB. Rates
-are those of a machine that had several times its cores' worth of other work to do: they are no comparison.
+compare within this table alone.
 
 CPU, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.machine()}
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.readme_commands [--output benchmarks/results/readme-cpu.md]
 
-Under ten minutes. Run it on a machine with nothing else to do.
+About ten minutes. Run it on a machine with nothing else to do.
 """
 
 import argparse
@@ -21,6 +21,7 @@ DEMO = "sgfast demo"
 COMMANDS = {
     DEMO: [SGFAST, "demo", "--out", "demo"],
     "sgfast bench divergences": [SGFAST, "bench", "divergences", "--out", "bench"],
+    "sgfast voronoi": [SGFAST, "voronoi"],
     "python -m sgfast.examples.distillation": [PYTHON, "-m", "sgfast.examples.distillation"],
     "python -m sgfast.examples.presets": [PYTHON, "-m", "sgfast.examples.presets"],
     "python -m sgfast.examples.vision": [PYTHON, "-m", "sgfast.examples.vision", "--out", "vision"],

@@ -60,6 +60,10 @@ def plot_accuracy(path: Path, records: Sequence[dict[str, Any]], title: str) -> 
                 style = _style(records, task, implementation)
                 axes.plot([one["noise"] for one in line], [one[error] for one in line], **style)
             axes.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
+            # Errors that are all one rounding are shown as level, not as what is left after zooming in.
+            lowest, highest = axes.get_ylim()
+            middle = (lowest * highest) ** 0.5
+            axes.set_ylim(min(lowest, middle / 10), max(highest, middle * 10))
             axes.set_title(f"{dtype} logits" if row == 0 else "", fontsize=10)
             axes.set_xlabel("noise between the two sides, in logits" if row == len(_ERRORS) - 1 else None, fontsize=9)
             axes.grid(alpha=0.3)

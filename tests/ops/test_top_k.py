@@ -107,6 +107,19 @@ def test_selection_of_a_cpu_is_that_of_the_keys(dtype):
         assert torch.equal(topk._top_k_set(noisy, k).sort(-1).values, expected), k
 
 
+@pytest.mark.parametrize("equal", [1, 2, 17, 18, 19, 20, 300])
+def test_ties_about_as_many_as_a_cpu_selects_at_once(equal):
+    """A CPU takes k + k // 8 + 16 of a row at first; with more equals than that, others come before those taken."""
+    k, width = 9, 400
+    generator = torch.Generator().manual_seed(equal)
+    logits = torch.zeros(6, width)
+    for row in logits:
+        order = torch.randperm(width, generator=generator)
+        row[order[: k - 1]], row[order[k - 1 : k - 1 + equal]] = 2.0, 1.0
+    expected = topk.top_k_indices(logits, k).sort(-1).values
+    assert torch.equal(topk._top_k_set(logits, k).sort(-1).values, expected)
+
+
 @each_fast_implementation
 def test_support_of_no_rows(impl):
     indices, valid = top_k_support(torch.zeros(0, 9, device=DEVICE), torch.zeros(0, 9, device=DEVICE), 3, impl=impl)
