@@ -83,7 +83,7 @@ def _forward(
     kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
     found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=dtype)
     inverse_temperature, whole_vocabulary = 1 / temperature, no_support(noisy)
-    for chunk in row_chunks(noisy, mask, dtype, choice, settings, top_k, max_chunk_bytes):
+    for chunk in row_chunks((noisy, clean), mask, dtype, choice, settings, top_k, max_chunk_bytes):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else whole_vocabulary
         scale = rows.read_scalars(inverse_temperature, chunk)
@@ -167,7 +167,7 @@ def _backward(
     flat_scalars = None if row_scalars is None or top_k else row_scalars.view(row_scalars.shape[0], -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
     inverse_temperature = 1 / temperature
-    for chunk in row_chunks(noisy, mask, dtype, choice, settings, top_k, max_chunk_bytes):
+    for chunk in row_chunks((noisy, clean), mask, dtype, choice, settings, top_k, max_chunk_bytes):
         indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else no_support(noisy)
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
         # Without a mask a chunk is a slice of the gradient, which is written where it lies.

@@ -26,7 +26,7 @@ def make_settings(
 
 
 def row_chunks(
-    logits: Tensor,
+    sides: tuple[Tensor, Tensor],
     mask: Tensor | None,
     dtype: torch.dtype,
     choice: dispatch.Choice,
@@ -39,13 +39,15 @@ def row_chunks(
     Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
     enough to do.
     """
-    size = logits.shape[-1]
+    logits, size = sides[0], sides[0].shape[-1]
     count = 0.0 if mask is None else 4.0  # the selected rows of both sides and their gradients
     if choice.implementation == "compile":
         count += compiled_temporaries(settings, dtype)
     else:
         count += temporaries(settings, min(2 * top_k, size) / size, converted=logits.dtype != dtype)
     row_bytes = math.ceil(size * dtype.itemsize * count)
+    if mask is None:
+        row_bytes += sum(map(rows.copied_bytes, sides))
     if top_k:
         row_bytes = max(row_bytes, topk.temporary_bytes(logits, top_k, choice.implementation))
     if logits.device.type == "cpu" and choice.implementation == "torch":

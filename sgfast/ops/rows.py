@@ -63,6 +63,11 @@ def read_rows(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
     return tensor[torch.unravel_index(chunk, tensor.shape[:-1])]
 
 
+def copied_bytes(tensor: Tensor) -> int:
+    """What `read_rows` allocates for one row of a slice: nothing where it is a view."""
+    return 0 if _leading_dimensions_collapse(tensor) else tensor.shape[-1] * tensor.element_size()
+
+
 def read_scalars(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
     """Return one scalar per row, ``(rows, 1)``, of a tensor of the row shape."""
     return read_rows(tensor[..., None], chunk)

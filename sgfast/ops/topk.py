@@ -108,6 +108,7 @@ def _top_k_support(
     indices = noisy_logits.new_empty((*shape, min(2 * k, size)), dtype=torch.int64)
     valid = torch.empty_like(indices, dtype=torch.bool)
     row_bytes = temporary_bytes(noisy_logits, k, choice.implementation)
+    row_bytes += rows.copied_bytes(noisy_logits) + rows.copied_bytes(clean_logits)
     for chunk in rows.row_chunks(shape, None, row_bytes, max_chunk_bytes):
         indices.view(-1, indices.shape[-1])[chunk], valid.view(-1, valid.shape[-1])[chunk] = body(
             rows.read_rows(noisy_logits, chunk), rows.read_rows(clean_logits, chunk), k

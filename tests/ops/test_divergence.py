@@ -11,10 +11,9 @@ from torch import Tensor
 
 import sgfast
 from sgfast.ops import divergence as divergence_module
-from sgfast.ops import divergence_chunks, divergences, top_k_support
+from sgfast.ops import divergence_chunks, divergences, top_k_support, topk
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
-from sgfast.ops.topk import temporary_bytes, union_of_top_k
 from tests.gates import registration
 from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
 from tests.gates.live_bytes import LiveBytes
@@ -684,8 +683,8 @@ def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support, bet
     noisy, clean = pair(4, 10_000, dtype=dtype)
     temperature, labels, row_vectors = torch.ones(4, 1), torch.arange(4)[:, None], 4 * 4 * 64
     with LiveBytes() as counted:
-        indices, valid = union_of_top_k(noisy, clean, top_k)
-    assert counted.peak <= 4 * temporary_bytes(noisy, top_k, "torch")
+        indices, valid = topk.union_of_top_k(noisy, clean, top_k)
+    assert counted.peak <= 4 * topk.temporary_bytes(noisy, top_k, "torch")
     for kinds in [(kind,) for kind in KINDS] + [KINDS[:2], KINDS[:3], KINDS[2:6], KINDS, (*KINDS, LABEL_KIND)]:
         settings = Settings(tuple(kinds), support or "full", beta, 0.1)
         count = divergence_chunks.temporaries(settings, 2 * top_k / 10_000, dtype != torch.float32)
@@ -729,15 +728,17 @@ def test_compiled_temporaries_stay_within_what_chunks_are_planned_for(monkeypatc
     assert given <= max(live) <= max(given, noisy.nbytes * planned) + row_vectors
 
 
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("top_k", [0, 40])
+@pytest.mark.parametrize("layout", ["contiguous", "masked", "shifted"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_peak_memory_is_the_gradients_and_a_chunk(dtype, masked):
+def test_peak_memory_is_the_gradients_and_a_chunk(dtype, layout, top_k):
     """What a training step holds besides logits: at [512, 128256] as much more as the gradients are larger."""
-    rows, width, bound = 96, 4000, 2**20
-    noisy, clean = pair(rows, width, dtype=dtype)
-    mask = torch.arange(rows) % 3 != 0 if masked else None
-    options = ("jensen_shannon,jeffreys", 0, "tail", mask, torch.ones(rows), 0.5, 0.1, bound, "torch")
-    row_vectors = rows * 4 * 64
+    shape, width, bound = (8, 12), 4000, 2**20
+    noisy, clean = (side.view(8, 13, width) for side in pair(8 * 13, width, dtype=dtype))
+    noisy, clean = (side[:, 1:] if layout == "shifted" else side[:, 1:].contiguous() for side in (noisy, clean))
+    mask = torch.arange(96).view(shape) % 3 != 0 if layout == "masked" else None
+    options = ("jensen_shannon,jeffreys", top_k, "tail", mask, torch.ones(shape), 0.5, 0.1, bound, "torch")
+    row_vectors = 96 * 4 * (64 + 2 * top_k)
     with LiveBytes() as counted:
         values, indices, _ = divergence_module._forward._init_fn(noisy, clean, None, *options)
     assert counted.peak <= bound + row_vectors
@@ -747,8 +748,11 @@ def test_peak_memory_is_the_gradients_and_a_chunk(dtype, masked):
             noisy, clean, None, upstream, indices, None, *options, True, True
         )
     own = sum(gradient.nbytes for gradient in gradients)
-    assert own == 2 * noisy.nbytes
+    assert own == 2 * 96 * width * noisy.element_size()
     assert counted.peak <= own + bound + row_vectors
+    with LiveBytes() as counted:
+        topk._top_k_support._init_fn(noisy, clean, 40, bound, "torch")
+    assert counted.peak <= bound + 96 * 80 * 9
 
 
 @pytest.mark.parametrize("top_k", [None, 10])
