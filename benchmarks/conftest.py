@@ -27,6 +27,15 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_tables] = {}
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what compiles, which takes longer than --small may."""
+    if not config.getoption("--small"):
+        return
+    compiling = [item for item in items if "compile" in item.name]
+    config.hook.pytest_deselected(items=compiling)
+    items[:] = [item for item in items if item not in compiling]
+
+
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
     """Rows of this file, to print at the end: dicts."""
@@ -49,10 +58,6 @@ def run_task(benchmark: Any, pytestconfig: pytest.Config, table: Table, small: b
     """Time an implementation of a task by pytest-benchmark, in turns with its peer; measure the rest; note it all."""
 
     def run(task: Task, implementation: str) -> None:
-        if implementation not in task.implementations:
-            pytest.skip(f"{implementation} is not installed, or has no {task.name}")
-        if small and "compile" in implementation:
-            pytest.skip("compiling takes longer than --small may")
         torch._dynamo.reset()  # sizes are constants to a first compilation
         peer = next(iter(task.implementations))
         peer_seconds, found = [], []
