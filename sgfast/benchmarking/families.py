@@ -204,7 +204,11 @@ def _pair(rows: int, width: int, scale: float, noise: float, dtype: torch.dtype,
 
 
 def _liger_jensen_shannon(student: Tensor, teacher: Tensor) -> Outputs:
-    """Liger-Kernel's own function, one sum over all: what its chunked loss differentiates."""
+    """Liger-Kernel's own, one number over all: its kernel on a GPU, elsewhere what its chunked loss differentiates."""
+    if student.is_cuda:
+        from liger_kernel.transformers import LigerJSD
+
+        return (LigerJSD()(plain.log_softmax(student), plain.log_softmax(teacher)).reshape(1),)
     from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
 
     return (LigerFusedLinearJSDFunction.distillation_loss_fn(student.float(), teacher.float(), beta=0.5).reshape(1),)
