@@ -1,12 +1,17 @@
-"""Fixtures over tiny causal language models."""
+"""Fixtures over tiny causal language models, and no time limits for generated examples."""
 
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 from tests.tiny_models import tiny_noisy_model, tiny_pair, uneven_tokens
+
+# How long an example takes says something of the machine alone.
+hypothesis.settings.register_profile("sgfast", deadline=None)
+hypothesis.settings.load_profile("sgfast")
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def conversations(draw):
     return system + turns
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(conversations())
 def test_masks_of_any_chat(smollm2, response_wrapper, conversation):
     inputs = response_wrapper(conversation)
@@ -209,7 +209,6 @@ class TestOtherTemplates:
 
     @settings(
         max_examples=30,
-        deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
     @given(conversation=conversations())

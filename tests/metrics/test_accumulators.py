@@ -103,7 +103,7 @@ def accumulate(make, batches, order, cuts):
     return parts[2].compute()
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.permutations(range(9)), st.lists(st.integers(0, 9), max_size=5))
 def test_splits_orders_and_merges_change_no_bit(order, cuts):
     batch = sequences(9)

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sgfast.metrics.exact_sum import carried, exact_sums, quotient, to_float64
@@ -13,7 +13,6 @@ from sgfast.metrics.exact_sum import carried, exact_sums, quotient, to_float64
 FINITE = st.floats(allow_nan=False, allow_infinity=False, min_value=-1e306, max_value=1e306)
 
 
-@settings(deadline=None)
 @given(st.lists(FINITE, max_size=40), st.integers(1, 1000), st.randoms())
 def test_the_quotient_is_correctly_rounded_whatever_the_order_and_parts(values, count, random):
     expected = float(sum(map(Fraction, values), Fraction(0)) / count)
@@ -25,7 +24,6 @@ def test_the_quotient_is_correctly_rounded_whatever_the_order_and_parts(values, 
     assert quotient(carried(parts[0] + parts[1]).tolist(), count) == expected
 
 
-@settings(deadline=None)
 @given(st.lists(st.floats(min_value=0, max_value=1e306, allow_subnormal=True), max_size=40))
 def test_sums_on_the_device_of_non_negative_values(values):
     expected = float(sum(map(Fraction, values), Fraction(0)))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from sgfast.metrics import LearnedInversionAttack
@@ -96,7 +96,6 @@ def test_equal_texts_stay_on_one_side():
     assert leaking.failure_rate < honest.failure_rate - 0.3
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 6), min_size=1, max_size=60), st.floats(0.01, 0.99), st.integers(0, 9), st.integers(2, 3)
 )

@@ -78,7 +78,7 @@ def test_equal_rows_go_by_index():
     assert max_rank_failure_rate(transformed, table, input_ids, r=2).item() == pytest.approx(2 / 3)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_chunks_leading_dimensions_and_unselected_rows_change_nothing(data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))

@@ -73,7 +73,7 @@ def test_metrics_force_full_depth_and_read_the_latest_forward(make_noisy_model, 
     assert all(value == 0 for value in get_utility_metrics().values())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.data())
 def test_splitting_never_changes_the_result(data):
     batch, length = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 6))

@@ -63,7 +63,7 @@ def test_text_by_line_and_by_paragraph(write):
         read_records(path, text_unit="page")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(texts=st.lists(st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip), min_size=1))
 def test_any_text_survives(tmp_path_factory, texts):
     path = tmp_path_factory.mktemp("any") / "data.jsonl"
