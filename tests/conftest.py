@@ -10,7 +10,7 @@ import torch
 from tests.tiny_models import tiny_noisy_model, tiny_pair, uneven_tokens
 
 # How long an example takes says something of the machine alone.
-hypothesis.settings.register_profile("sgfast", deadline=None)
+hypothesis.settings.register_profile("sgfast", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("sgfast")
 
 

@@ -6,7 +6,7 @@ import unicodedata
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgfast.huggingface import NoiseTokenizer, TokenizerWrapper
@@ -56,7 +56,7 @@ def of_family(family, chat, normal_form=None):
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
 @pytest.mark.parametrize("kind", ["tiny", "smollm2", "normalizing"])
-@settings(max_examples=30, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(chat=chats())
 def test_decoding_the_selected_tokens_gives_the_contents(kind, name, chat):
     family, tokenizer = FAMILIES[name], noise_tokenizer(kind, name)
@@ -79,7 +79,7 @@ def test_decoding_the_selected_tokens_gives_the_contents(kind, name, chat):
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
-@settings(max_examples=20, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=20)
 @given(chat=chats())
 def test_continued_and_opened_messages_are_those_of_transformers(name, chat):
     tokenizer = noise_tokenizer("tiny", name)

@@ -99,7 +99,7 @@ def conversations(draw):
     return system + turns
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60)
 @given(conversations())
 def test_masks_of_any_chat(smollm2, response_wrapper, conversation):
     inputs = response_wrapper(conversation)
