@@ -25,9 +25,9 @@ bench-smoke: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m pytest -q benchmarks/bench_*.py --out benchmarks/results $(ARGS)
 	for family in divergences hidden noise train; do \
-	    $(BIN)/sgfast bench $$family --device cpu --out benchmarks/results/growth-cpu || exit 1; \
+	    $(BIN)/sgfast bench $$family --device cpu --seconds 0.5 --out benchmarks/results/growth-cpu || exit 1; \
 	done
-	$(BIN)/sgfast bench divergences --device cpu --vocab 2000 --tokens 1,8,64,512,2048,8192 \
+	$(BIN)/sgfast bench divergences --device cpu --seconds 0.5 --vocab 2000 --tokens 1,8,64,512,2048,8192 \
 	    --out benchmarks/results/growth-cpu-tokens
 	$(BIN)/python -m benchmarks.report
 

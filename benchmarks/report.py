@@ -26,9 +26,9 @@ _FIRST_LINES = """# Benchmarks
 Written by `python -m benchmarks.report` from the files named below. Times are medians. *floor GB/s*: the bytes that
 must move, each input read once and each output written once, over the time. *peak*: the most memory allocated at once
 beyond the inputs, results included. *kept*: bytes per element that autograd holds between forward and backward beyond
-the inputs. *error*: the largest of the first rows' values against float64, absolute; *gradient error*: of a row, in the
-norm, relative. */ peer*: the time over that of eager PyTorch (presets: TextBrewer) for the same task and size; where
-both took turns, the median of the turns' ratios.
+the inputs. *error*: the largest of the first rows' values against float64, absolute; *relative error* and *gradient
+error*: the largest of a row, in the norm. */ peer*: the time over that of eager PyTorch (presets: TextBrewer) for the
+same task and size; where both took turns, the median of the turns' ratios.
 """
 _COLUMNS = {
     "milliseconds": ("ms", "{:.3g}"),
@@ -36,6 +36,7 @@ _COLUMNS = {
     "peak_bytes": ("peak MiB", "{:.1f}"),
     "kept_bytes_per_element": ("kept B", "{:.3f}"),
     "value_error": ("error", "{:.0e}"),
+    "relative_value_error": ("relative error", "{:.0e}"),
     "gradient_error": ("gradient error", "{:.0e}"),
 }
 _SIZES = ("tokens", "vocab", "top_k", "batch", "width", "queries", "rows", "shape", "dtype")
@@ -106,7 +107,8 @@ def growth_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         for row in rows
     )
     title = (
-        "Growth: cost ~ size ^ exponent; a cliff is the largest rise of the cost per unit between neighbouring sizes"
+        "Growth: cost ~ size ^ exponent; a cliff is the largest rise of the cost per unit between neighbouring sizes; "
+        "of the fastest rounds"
     )
     yield from table(title, headings, cells)
 

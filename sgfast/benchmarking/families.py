@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sgfast import ops
 from sgfast.benchmarking import plain
-from sgfast.benchmarking.measuring import Outputs, Task
+from sgfast.benchmarking.measuring import Outputs, Task, first_rows
 from sgfast.ops import dispatch
 
 METRICS = ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger")
@@ -175,7 +175,8 @@ def noise_tasks(
             (2 * moved + 2 * input.nbytes) if gradient else moved + input.nbytes,
             input.numel(),
             on_the_same_draw,
-            incomparable=frozenset({EAGER, COMPILED}),
+            (lambda *operands: operands) if shared else first_rows,
+            frozenset({EAGER, COMPILED}),
         )
         for gradient in (False, True)
     ]

@@ -65,7 +65,7 @@ def measure(
         family, task, implementation, sizes, dtype, ``milliseconds`` (median), ``floor_gb_per_s`` (what must move over
         the time), ``peak_bytes`` (allocated at most beyond the inputs, results included), ``kept_bytes_per_element``
         (by autograd until backward, inputs apart), and of the first rows against float64: ``value_error`` (absolute,
-        the largest), ``relative_value_error`` and ``gradient_error`` (of a row, in the norm, relative).
+        the largest), ``relative_value_error`` and ``gradient_error`` (the largest of a row, in the norm, relative).
     """
     if seconds is None and timed:
         seconds = median_seconds(lambda: task.run(implementation), task.device, budget)
@@ -178,16 +178,21 @@ def errors(task: Task, implementation: str, found: tuple[Outputs, Outputs]) -> d
     values, gradients = found
     value_error = relative = gradient_error = 0.0
     for value, wanted in zip(values, expected, strict=True):
-        difference = (value[: len(wanted)].double() - wanted).abs()
-        value_error = max(value_error, difference.max().item())
-        relative = max(relative, (difference / wanted.abs().clamp_min(1e-30)).max().item())
+        difference = value[: len(wanted)].double() - wanted
+        value_error = max(value_error, difference.abs().max().item())
+        relative = max(relative, _relative_by_row(difference, wanted))
     largest = {"value_error": value_error, "relative_value_error": relative}
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        rows, wanted_rows = (one.reshape(len(wanted), -1) for one in (gradient[: len(wanted)].double(), wanted))
-        by_row = (rows - wanted_rows).norm(dim=-1) / wanted_rows.norm(dim=-1).clamp_min(1e-30)
-        gradient_error = max(gradient_error, by_row.max().item())
+        difference = gradient[: len(wanted)].double() - wanted
+        gradient_error = max(gradient_error, _relative_by_row(difference, wanted))
         largest["gradient_error"] = gradient_error
     return largest
+
+
+def _relative_by_row(difference: Tensor, wanted: Tensor) -> float:
+    """The largest quotient of a row's norms."""
+    norms = [one.reshape(len(one), -1).norm(dim=-1) for one in (difference, wanted)]
+    return float((norms[0] / norms[1].clamp_min(1e-30)).max())
 
 
 def copy_gb_per_s(device: str) -> float:

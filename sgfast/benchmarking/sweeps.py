@@ -57,7 +57,8 @@ def run(
             for task in make_tasks(**sizes, **settings):
                 runs = {name: functools.partial(task.run, name) for name in task.implementations}
                 for name, times in interleaved_seconds(runs, task.device, budget).items():
-                    yield {"sweep": axis, **measure(task, name, median(times))}
+                    fastest = {"fastest_milliseconds": 1e3 * min(times)}
+                    yield {"sweep": axis, **measure(task, name, median(times)), **fastest}
         except (MemoryError, RuntimeError) as error:
             if "memory" not in str(error).lower():
                 raise
