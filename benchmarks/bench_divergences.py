@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from sgfast.benchmarking.families import COMPILED, EAGER, LIGER, METRICS, divergence_task, pair_of_logits
+from sgfast.benchmarking.families import COMPILED, LIGER, METRICS, divergence_task, pair_of_logits
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.ops.divergence_terms import KINDS
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sgfast.benchmarking import plain
-from sgfast.benchmarking.families import EAGER, METRICS
+from sgfast.benchmarking.families import METRICS
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.benchmarking.training import causal_lm, under_noise
 from sgfast.metrics import get_utility_metrics_factory, nearest_neighbor_failure_rate

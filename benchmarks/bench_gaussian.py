@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sgfast.benchmarking import plain
-from sgfast.benchmarking.families import COMPILED, EAGER, contenders
+from sgfast.benchmarking.families import COMPILED, contenders
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.ops import pairwise_gaussian_kl
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sgfast.benchmarking.families import COMPILED, EAGER, hidden_tasks
+from sgfast.benchmarking.families import COMPILED, hidden_tasks
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Task
 
 SHAPES = [(2048, 4096, torch.float32), (2048, 4096, torch.bfloat16)]

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sgfast.benchmarking import plain
-from sgfast.benchmarking.families import EAGER, ours
+from sgfast.benchmarking.families import ours
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.ops import nearest_embeddings
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sgfast.benchmarking.families import COMPILED, EAGER, divergence_tasks
+from sgfast.benchmarking.families import COMPILED, divergence_tasks
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Task
 
 SHAPES = [(128, 32000, 100, torch.float32), (64, 151936, 64, torch.bfloat16)]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import pytest
 
-from sgfast.benchmarking.families import EAGER
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Task
 from sgfast.benchmarking.training import training_tasks
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sgfast.benchmarking.environment import statement
-from sgfast.benchmarking.families import EAGER
+from sgfast.benchmarking.growth import EAGER, growth
 from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
 from sgfast.utils.files import replacing
 
@@ -71,7 +71,7 @@ def section(path: Path, content: dict[str, Any], page: Path) -> Iterator[str]:
         swept = [record for record in records if record.get("sweep")]
         if swept and plot(file, swept, statement(described)):
             yield f"\n![{kind} of {name}]({plots.name}/{file.name})"
-    yield from growth_lines(content.get("growth") or (content.get("parts") or {}).get("growth", {}).get("growth") or [])
+    yield from growth_lines(growth(records) or (content.get("parts") or {}).get("growth", {}).get("growth") or [])
     single = [record for record in records if not record.get("sweep")]
     for task in dict.fromkeys(record["task"] for record in single):
         yield from task_lines(task, [one for one in single if one["task"] == task])
@@ -95,20 +95,20 @@ def growth_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     """Exponents and cliffs; a cliff is how much the cost per unit of size rises at most from one size to the next."""
     if not rows:
         return
-    headings = ["varied", "task", "by", "time ^", "time cliff", "memory ^", "memory cliff"]
-    names = ("milliseconds_exponent", "milliseconds_cliff", "peak_bytes_exponent", "peak_bytes_cliff")
+    headings = ["varied", "task", "by", "time ^", "time cliff", "rise over eager's", "memory ^", "memory cliff"]
+    names = ("milliseconds_exponent", "milliseconds_cliff", "ratio_cliff", "peak_bytes_exponent", "peak_bytes_cliff")
     cells = (
         [
             f"{row['sweep']} {row['from']} to {row['to']}",
             row["task"],
             row["implementation"],
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in names),
+            *("" if row.get(name) is None else f"{row[name]:.2f}" for name in names),
         ]
         for row in rows
     )
     title = (
-        "Growth: cost ~ size ^ exponent; a cliff is the largest rise of the cost per unit between neighbouring sizes; "
-        "of the fastest rounds"
+        "Growth: cost ~ size ^ exponent; a cliff is the largest rise of the cost per unit between neighbouring sizes, "
+        "both of the fastest rounds; the largest rise of the median time over that of eager PyTorch, in turns with it"
     )
     yield from table(title, headings, cells)
 

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from sgfast import ops
 from sgfast.benchmarking import plain
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task, first_rows
 from sgfast.ops import dispatch
 
 METRICS = ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger")
-EAGER, COMPILED, LIGER = "eager PyTorch", "torch.compile", "Liger-Kernel"
+COMPILED, LIGER = "torch.compile", "Liger-Kernel"
 SEED = 7
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 SIZES = ("vocab", "tokens", "top_k", "width")
 COSTS = ("milliseconds", "peak_bytes")
+EAGER = "eager PyTorch"
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
@@ -35,10 +36,23 @@ def largest_cliff(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return max((later / one for one, later in itertools.pairwise(rates) if one > 0), default=math.nan)
 
 
+def largest_rise(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The largest ratio of a size's value to that of the next smaller size.
+
+    Example:
+        >>> largest_rise([1000, 2000, 4000], [0.5, 0.25, 0.5])
+        2.0
+    """
+    ordered = [value for _, value in sorted(zip(sizes, values, strict=True))]
+    return max((later / one for one, later in itertools.pairwise(ordered)), default=math.nan)
+
+
 def growth(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """For each sweep of a task by an implementation: exponents of time and memory, and the largest cliffs.
 
     Of the fastest rounds, where records have them: what else a machine does makes a round slower, never faster.
+    ``ratio_cliff`` is the largest rise of the time over eager PyTorch's, which took turns with it, from one size to the
+    next: what memory costs a machine at a size falls out of it.
     """
     sweeps: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:
@@ -62,5 +76,9 @@ def growth(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             costs = [point.get(f"fastest_{cost}", point[cost]) for point in points]
             row[f"{cost}_exponent"] = exponent(sizes, costs)
             row[f"{cost}_cliff"] = largest_cliff(sizes, costs)
+        peers = sweeps.get((sweep, family, task, EAGER, dtype), [])
+        if implementation != EAGER and [peer[sweep] for peer in peers] == sizes:
+            ratios = [one["milliseconds"] / peer["milliseconds"] for one, peer in zip(points, peers, strict=True)]
+            row["ratio_cliff"] = largest_rise(sizes, ratios)
         rows.append(row)
     return rows

@@ -191,7 +191,7 @@ def errors(task: Task, implementation: str, found: tuple[Outputs, Outputs]) -> d
 
 def _relative_by_row(difference: Tensor, wanted: Tensor) -> float:
     """The largest quotient of a row's norms."""
-    norms = [one.reshape(len(one), -1).norm(dim=-1) for one in (difference, wanted)]
+    norms = [one.detach().reshape(len(one), -1).norm(dim=-1) for one in (difference, wanted)]
     return float((norms[0] / norms[1].clamp_min(1e-30)).max())
 
 

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgfast.benchmarking import plain
-from sgfast.benchmarking.families import EAGER, ours
+from sgfast.benchmarking.families import ours
+from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.loss.distillation import distillation_loss_factory
 from sgfast.loss.divergence_loss import DivergenceLoss

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from sgfast.benchmarking import families, sweeps, training
 from sgfast.benchmarking.environment import environment, statement
-from sgfast.benchmarking.growth import growth
+from sgfast.benchmarking.growth import EAGER, growth
 from sgfast.benchmarking.measuring import copy_gb_per_s
 from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
 from sgfast.benchmarking.results import write_result
@@ -47,6 +47,9 @@ _OPTIONAL_COLUMNS = (("kept_bytes_per_element", ".2f"), ("value_error", ".0e"), 
 _LEGEND = """ms: median. GB/s: the bytes that must move over the time; a plain copy reaches {:.1f} here. MiB: the most
 allocated at once beyond the inputs. kept: bytes per element that autograd holds for backward. error, grad: the largest
 of the first rows against float64 (values absolute, gradient rows relative)."""
+
+_GROWTH_LEGEND = """^: cost grows as size to that power. cliff: the largest rise of the cost per unit from one size to
+the next; /eager: of the time over that of eager PyTorch, which took turns with it."""
 
 
 def run_bench(
@@ -102,8 +105,10 @@ def run_bench(
         console.print(costs_table(f"{family}: {task}", [record for record in timed if record["task"] == task]))
     console.print(" ".join(_LEGEND.format(copied).split()), highlight=False)
     grown = growth(records)
+    for task in dict.fromkeys(row["task"] for row in grown):
+        console.print(growth_table(f"{family}: {task}", [row for row in grown if row["task"] == task]))
     if grown:
-        console.print(growth_table(grown))
+        console.print(" ".join(_GROWTH_LEGEND.split()), highlight=False)
     written = [out / f"{family}.json"]
     write_result(written[0], described, records, copy_gb_per_s=copied)
     title = statement(described)
@@ -156,7 +161,7 @@ def costs_table(task: str, records: Sequence[dict[str, Any]]) -> Table:
     table = _table(task, ("size", "by"), ("ms", "/eager", "GB/s", "MiB", "kept", "error", "grad"))
     eager_ms = 1.0
     for record in records:
-        if record["implementation"] == families.EAGER:
+        if record["implementation"] == EAGER:
             eager_ms = record["milliseconds"]
         cells = [
             f"{record['milliseconds']:.3g}",
@@ -169,15 +174,14 @@ def costs_table(task: str, records: Sequence[dict[str, Any]]) -> Table:
     return table
 
 
-def growth_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Fitted exponents: cost ~ size to that power."""
-    title = "cost ~ size ^ exponent; cliff: largest rise of the cost per unit of size"
-    table = _table(title, ("varied", "task", "by"), ("time ^", "cliff", "MiB ^", "cliff"))
+def growth_table(task: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """Fitted exponents of a task: cost ~ size to that power."""
+    table = _table(f"{task}: growth", ("varied", "by"), ("ms ^", "cliff", "/eager", "MiB ^", "cliff"))
+    costs = ("milliseconds_exponent", "milliseconds_cliff", "ratio_cliff", "peak_bytes_exponent", "peak_bytes_cliff")
     for row in rows:
-        costs = ("milliseconds_exponent", "milliseconds_cliff", "peak_bytes_exponent", "peak_bytes_cliff")
         varied = f"{row['sweep']} {row['from']}-{row['to']}"
         by = row["implementation"].removesuffix(" PyTorch")
-        table.add_row(varied, row["task"], by, *(f"{row[cost]:.2f}" for cost in costs))
+        table.add_row(varied, by, *(f"{row[cost]:.2f}" if cost in row else "" for cost in costs))
     return table
 
 

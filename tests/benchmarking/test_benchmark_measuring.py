@@ -119,3 +119,16 @@ def test_growth_of_known_powers():
     assert [(row["implementation"], row["milliseconds_exponent"]) for row in rows] == [("one", 1), ("two", 2)]
     assert {row["peak_bytes_exponent"] for row in rows} == {0}
     assert {(row["from"], row["to"]) for row in rows} == {(1000, 8000)}
+
+
+def test_rise_over_the_peer_leaves_out_what_slows_both():
+    times = {"eager PyTorch": [1.0, 20.0, 4.0], "sgfast": [2.0, 30.0, 8.0]}
+    records = [
+        {"sweep": "vocab", "family": "f", "task": "t", "implementation": by, "dtype": "float32", "vocab": size}
+        | {"milliseconds": time, "peak_bytes": 7}
+        for by, of_sizes in times.items()
+        for size, time in zip([10, 20, 40], of_sizes, strict=True)
+    ]
+    eager, ours = growth(records)
+    assert "ratio_cliff" not in eager
+    assert ours["ratio_cliff"] == pytest.approx((8 / 4) / (30 / 20))
