@@ -1,4 +1,4 @@
-"""Nearest embeddings beside ``torch.cdist`` and ``topk``, all queries at once and in chunks of 64 MiB.
+"""Nearest embeddings beside ``torch.cdist`` and ``topk``: all queries at once, compiled, and in chunks of 64 MiB.
 
 python -m pytest benchmarks/bench_nearest.py [--small] [--device cuda] [--out benchmarks/results]
 """
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sgfast.benchmarking import plain
-from sgfast.benchmarking.families import ours
+from sgfast.benchmarking.families import COMPILED, ours
 from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
-from sgfast.ops import nearest_embeddings
+from sgfast.ops import dispatch, nearest_embeddings
 
 SIZES, SMALL_SIZES = (512, 49152, 576), (16, 500, 32)
 CHUNKED, CHUNK_BYTES = "eager PyTorch, in chunks", 2**26
@@ -41,7 +41,7 @@ def nearest_task(queries: int, rows: int, width: int, metric: str, k: int, devic
         f"{metric}, k={k}",
         {"queries": queries, "rows": rows, "width": width},
         (noisy.to(device), table.to(device)),
-        {EAGER: by_formula, CHUNKED: by_chunks, ours("auto"): by_us},
+        {EAGER: by_formula, COMPILED: dispatch.compiled(by_formula), CHUNKED: by_chunks, ours("auto"): by_us},
         0,
         noisy.nbytes + table.nbytes,
         queries * rows,
@@ -50,7 +50,7 @@ def nearest_task(queries: int, rows: int, width: int, metric: str, k: int, devic
     )
 
 
-@pytest.mark.parametrize("implementation", [EAGER, CHUNKED, "sgfast"])
+@pytest.mark.parametrize("implementation", [EAGER, COMPILED, CHUNKED, "sgfast"])
 @pytest.mark.parametrize("k", [1, 8])
 @pytest.mark.parametrize("metric", ["l2", "cosine"])
 def test_nearest(
