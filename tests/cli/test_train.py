@@ -16,6 +16,7 @@ from sgfast.cli.main import main
 from sgfast.client import StainedGlassTransformForText
 from sgfast.training.data import TokenizedRecords
 from sgfast.training.objectives import FACTORIES
+from tests.processes import in_processes
 from tests.tiny_models import tiny_causal_lm
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -185,9 +186,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(train, tmp_path, monkeypa
     assert last == pytest.approx(expected, rel=1e-6)
 
 
-def _in_two(rank, meeting, directory, *options):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=2)
+def _in_two(rank, directory, *options):
     with open(f"{directory}/{rank}.log", "w") as log, redirect_stdout(log), redirect_stderr(log):
         codes = []
         for arguments in (["--steps", "2"], ["--steps", "3", "--resume"], ["--steps", "3", "--batch-size", "8"]):
@@ -201,7 +200,7 @@ def _in_two(rank, meeting, directory, *options):
 def test_two_processes_write_and_report_once(tmp_path, model_folder, text_file):
     options = ["--set", "loss.distillation_layer_index=1", "--max-length", "32", "--batch-size", "2"]
     options += ["--data", str(text_file), "--model", str(model_folder), "--out", str(tmp_path / "out")]
-    torch.multiprocessing.spawn(_in_two, (str(tmp_path / "meeting"), str(tmp_path), *options), nprocs=2)
+    in_processes(2, _in_two, str(tmp_path), *options)
     logs = [(tmp_path / f"{rank}.log").read_text() for rank in (0, 1)]
     assert logs[0].count("means over the first") == 2
     assert "2/2" in logs[0]

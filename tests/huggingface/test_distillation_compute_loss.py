@@ -3,7 +3,6 @@
 import copy
 import gc
 import io
-import os
 import weakref
 
 import pytest
@@ -15,6 +14,7 @@ from sgfast.examples.distillation import IGNORED
 from sgfast.huggingface import distillation_compute_loss
 from sgfast.loss import DivergenceLoss
 from tests.gates.live_bytes import LiveBytes
+from tests.processes import in_processes
 from tests.tiny_models import VOCABULARY, tiny_causal_lm
 
 LENGTHS = (12, 3, 7, 5, 12, 2, 9, 4)
@@ -95,22 +95,18 @@ def test_every_accumulation_takes_the_step_of_the_whole_batch(batch_size, tmp_pa
 
 def _train_in_two(rank: int, directory: str) -> None:
     """One of two processes that share the eight sequences, two at a time."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
     student, teacher = models()
     compute_loss = distillation_compute_loss(student, teacher, LOSS)
     arguments = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
     trainer(student, compute_loss, directory, **arguments).train()
     if rank == 0:
         torch.save(student.state_dict(), f"{directory}/student.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes_take_the_step_of_one(tmp_path):
     student, teacher = models()
     naive_loss(student, teacher).backward()
-    torch.multiprocessing.spawn(_train_in_two, (str(tmp_path),), nprocs=2)
+    in_processes(2, _train_in_two, str(tmp_path))
     after = torch.load(tmp_path / "student.pt")
     for name, old in student.named_parameters():
         assert (old.detach() - after[name] - old.grad).norm() <= 1e-5 * old.grad.norm() + 1e-7, name

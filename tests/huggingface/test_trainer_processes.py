@@ -1,7 +1,6 @@
 """SgtTrainer in two processes: the steps, logs and evaluations of one."""
 
 import copy
-import os
 
 import accelerate
 import pytest
@@ -25,6 +24,7 @@ from tests.huggingface.sgt_training import (
     trainer,
     whole_batch,
 )
+from tests.processes import in_processes
 
 NAMES = ("distillation", "adapters", "cross entropy", "jigsaw")
 
@@ -140,18 +140,15 @@ def token_counts():
 
 
 def _in_two(rank, directory):
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    dist.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
     for check in (_data_parallel, _resumed, _fully_sharded, _sharded_by_accelerate):
         check(rank, directory)
         dist.barrier()
-    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     directory = tmp_path_factory.mktemp("two")
-    torch.multiprocessing.spawn(_in_two, (str(directory),), nprocs=2)
+    in_processes(2, _in_two, str(directory))
     return directory
 
 

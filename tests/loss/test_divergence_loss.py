@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from sgfast.loss import DivergenceLoss
 from sgfast.ops import divergences
 from sgfast.ops.divergence_terms import KINDS
+from tests.processes import in_processes
 
 IGNORED = -100
 
@@ -365,21 +366,16 @@ def test_both_sides_get_gradients_unless_detached():
 
 def _data_parallel(rank: int, directory: str) -> None:
     """One of two processes, with uneven numbers of counted tokens."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{directory}/meeting", rank=rank, world_size=2)
-    try:
-        model, hidden, teacher, labels = _linear_problem()
-        part = slice(0, 2) if rank == 0 else slice(2, 5)
-        parallel = torch.nn.parallel.DistributedDataParallel(model)
-        loss = DivergenceLoss("forward_kl", hard_label_weight=0.5)
-        count = (labels[part] != IGNORED).sum()
-        torch.distributed.all_reduce(count)
-        value = loss(parallel(hidden[part]), teacher[part], labels[part], num_items=count) * 2
-        value.backward()
-        if rank == 0:
-            torch.save(model.weight.grad, f"{directory}/gradient.pt")
-        torch.distributed.barrier()
-    finally:
-        torch.distributed.destroy_process_group()
+    model, hidden, teacher, labels = _linear_problem()
+    part = slice(0, 2) if rank == 0 else slice(2, 5)
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    loss = DivergenceLoss("forward_kl", hard_label_weight=0.5)
+    count = (labels[part] != IGNORED).sum()
+    torch.distributed.all_reduce(count)
+    value = loss(parallel(hidden[part]), teacher[part], labels[part], num_items=count) * 2
+    value.backward()
+    if rank == 0:
+        torch.save(model.weight.grad, f"{directory}/gradient.pt")
 
 
 def _linear_problem() -> tuple[torch.nn.Linear, Tensor, Tensor, Tensor]:
@@ -394,7 +390,7 @@ def _linear_problem() -> tuple[torch.nn.Linear, Tensor, Tensor, Tensor]:
 def test_two_processes_give_the_gradient_of_one(tmp_path):
     model, hidden, teacher, labels = _linear_problem()
     DivergenceLoss("forward_kl", hard_label_weight=0.5)(model(hidden), teacher, labels).backward()
-    torch.multiprocessing.spawn(_data_parallel, (str(tmp_path),), nprocs=2)
+    in_processes(2, _data_parallel, str(tmp_path))
     torch.testing.assert_close(torch.load(tmp_path / "gradient.pt"), model.weight.grad, rtol=1e-12, atol=1e-14)
 
 

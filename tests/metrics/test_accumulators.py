@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgfast.metrics import PrivacyMetrics, UtilityMetrics
 from sgfast.metrics.utility import sequence_utility
+from tests.processes import in_processes
 
 V, D = 23, 6
 
@@ -260,10 +261,7 @@ def test_ranks_from_a_gpu_are_added_to_counts_that_began_on_a_cpu():
         assert metrics.rank_counts().shape == (V,)
 
 
-def _accumulate_a_shard(rank, processes, directory):
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{directory}/{processes}", rank=rank, world_size=processes
-    )
+def _accumulate_a_shard(rank, processes):
     batch, (rows, table) = sequences(11), attacked(11)
     utility, privacy = UtilityMetrics(), PrivacyMetrics(table)
     own, own_privacy = UtilityMetrics(), PrivacyMetrics(table)
@@ -283,9 +281,8 @@ def _accumulate_a_shard(rank, processes, directory):
     assert utility.compute(all_processes=False)["sequences"] <= expected["sequences"]
     if rank == processes - 1:
         assert utility.compute(all_processes=False)["sequences"] == 0
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_with_uneven_shares(processes, tmp_path):
-    torch.multiprocessing.spawn(_accumulate_a_shard, (processes, str(tmp_path)), nprocs=processes)
+def test_processes_with_uneven_shares(processes):
+    in_processes(processes, _accumulate_a_shard, processes)

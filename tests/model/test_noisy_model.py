@@ -7,7 +7,6 @@ import weakref
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import nn
 
 from sgfast import metrics as sg_metrics
@@ -22,6 +21,7 @@ from sgfast.noise_layer import (
     PatchCloakNoiseLayer,
     TransformerCloak,
 )
+from tests.processes import in_processes
 from tests.tiny_models import WIDTH, tiny_causal_lm
 from tests.tiny_vision import SETTINGS, SHAPE, make_base, make_model
 
@@ -298,8 +298,7 @@ def test_compiled_model_is_not_recompiled_for_every_forward(images):
     assert counter.frame_count == 1
 
 
-def _train_in_two_processes(rank, address):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{address}", rank=rank, world_size=2)
+def _train_in_two_processes(rank):
     noisy_model = make_model().train()
     images = torch.rand(4, *SHAPE, generator=torch.Generator().manual_seed(rank))
     target = torch.tensor([0, 1, 2, 3])
@@ -315,11 +314,10 @@ def _train_in_two_processes(rank, address):
     noise = [torch.empty_like(images) for _ in range(2)]
     torch.distributed.all_gather(noise, noisy_model.noise_layer.noise)
     assert (noise[0] != noise[1]).any()
-    torch.distributed.destroy_process_group()
 
 
-def test_distributed_data_parallel(tmp_path):
-    torch.multiprocessing.spawn(_train_in_two_processes, args=(tmp_path / "rendezvous",), nprocs=2)
+def test_distributed_data_parallel():
+    in_processes(2, _train_in_two_processes)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])

@@ -1,7 +1,6 @@
 """The module in a plain loop, in a Trainer, in two processes and compiled; and how much it keeps."""
 
 import copy
-import datetime
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sgfast.examples.presets import Distillation, first_layers
 from sgfast.loss.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, DistillationConfig, DistillationLoss
 from tests.gates.live_bytes import LiveBytes
+from tests.processes import in_processes
 from tests.tiny_models import VOCABULARY, WIDTH, tiny_causal_lm
 
 CONFIG = {
@@ -107,13 +107,6 @@ def test_trainer(tmp_path):
 
 def run_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
     half = {name: values[2 * rank : 2 * rank + 2] for name, values in batch().items()}
     model = distillation()
     together = DistributedDataParallel(model)
@@ -130,11 +123,10 @@ def run_process(rank: int, folder: str) -> None:
     )
     total.backward()
     torch.save([gradients(model), gradients(apart)], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_two_processes(tmp_path):
-    torch.multiprocessing.spawn(run_process, args=(str(tmp_path),), nprocs=2)
+    in_processes(2, run_process, str(tmp_path))
     model = distillation()
     for half in (slice(0, 2), slice(2, 4)):
         (model(**{name: values[half] for name, values in batch().items()})["loss"] / 2).backward()
