@@ -5,7 +5,6 @@
 With ``-k "four and 32000"`` only what is so named.
 """
 
-import importlib.util
 from collections.abc import Callable
 
 import pytest
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from sgfast.benchmarking.families import COMPILED, LIGER, METRICS, divergence_task, pair_of_logits
+from sgfast.benchmarking.families import COMPILED, METRICS, divergence_task, pair_of_logits
 from sgfast.benchmarking.growth import EAGER
+from sgfast.benchmarking.liger import LIGER, liger_loss
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.ops.divergence_terms import KINDS
 
@@ -35,9 +35,17 @@ PEERS: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "forward_kl with gradient": {"chunked forward KL": peers.forward_kl_by_chunks},
     "reverse_kl with gradient": {"chunked reverse KL": peers.reverse_kl_by_chunks},
 }
-CASES = [(job, name) for job in JOBS for name in [*IMPLEMENTATIONS, *PEERS.get(job, {})]]
-if importlib.util.find_spec("liger_kernel"):
-    CASES.append(("jensen_shannon with gradient", LIGER))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Every job by everyone who can do it here."""
+    device, cases = metafunc.config.getoption("--device"), []
+    for job, (kinds, _) in JOBS.items():
+        names = [*IMPLEMENTATIONS, *PEERS.get(job, {})]
+        if len(kinds) == 1 and liger_loss(kinds[0], device) is not None:
+            names.append(LIGER)
+        cases += [(job, name) for name in names]
+    metafunc.parametrize(("job", "implementation"), cases)
 
 
 def job_task(job: str, shape: tuple[int, int, torch.dtype], device: str) -> Task:
@@ -65,7 +73,6 @@ def _outputs(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Outputs]
     return lambda noisy, clean: (loss(noisy, clean),)
 
 
-@pytest.mark.parametrize(("job", "implementation"), CASES)
 @pytest.mark.parametrize("shape", range(len(SHAPES)), ids=lambda index: "x".join(map(str, SHAPES[index][:2])))
 def test_divergences(
     run_task: Callable[[Task, str], None], small: bool, device: str, shape: int, job: str, implementation: str

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sgfast.benchmarking import plain
-from sgfast.benchmarking.families import METRICS
+from sgfast.benchmarking.families import COMPILED, METRICS
 from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.benchmarking.training import causal_lm, under_noise
@@ -54,11 +54,11 @@ def evaluation_task(batch: int, tokens: int, vocab: int, top_k: int, device: str
         "top_k": top_k,
         "dtype": "float32",
     }
-    implementations = {EAGER: by_formula, "sgfast": by_us}
+    implementations = {EAGER: by_formula, COMPILED: torch.compile(by_formula), "sgfast": by_us}
     return Task("evaluation", "utility and attack", sizes, (input_ids,), implementations, 0, 0.0, input_ids.numel())
 
 
-@pytest.mark.parametrize("implementation", [EAGER, "sgfast"])
+@pytest.mark.parametrize("implementation", [EAGER, COMPILED, "sgfast"])
 def test_evaluation(run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str) -> None:
     sizes = (2, 8, 256, 10) if small else (4, 128, 32000, 100)
     run_task(evaluation_task(*sizes, device), implementation)

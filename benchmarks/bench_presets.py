@@ -18,6 +18,7 @@ from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.loss.presets import KD_LOSS_MAP, MATCH_LOSS_MAP
 from tests.loss.presets import real
 
+COMPILED = "TextBrewer, torch.compile"
 # Batch, heads, length, width, classes.
 SIZES, SMALL_SIZES = (2, 8, 512, 768, 32000), (2, 2, 16, 32, 200)
 MATCHING = [name for name in MATCH_LOSS_MAP if name not in ("gram", "mmd")]
@@ -49,17 +50,18 @@ def preset_task(name: str, masked: bool, sizes: tuple[int, ...], device: str) ->
 
         return run
 
+    implementations = {one: by(loss) for one, loss in losses.items()}
     bytes_in = sum(one.nbytes for one in inputs)
     return Task(
         "presets",
         name + (", mask" if masked else ""),
         {"batch": batch, "shape": "x".join(map(str, shape[1:]))},
         inputs,
-        {one: by(loss) for one, loss in losses.items()},
+        implementations | {COMPILED: torch.compile(implementations["TextBrewer"])},
         len(inputs),
         3 * bytes_in,
         sum(one.numel() for one in inputs),
-        by(losses["TextBrewer"]),
+        implementations["TextBrewer"],
         head=_all,
     )
 
@@ -68,7 +70,7 @@ def _all(*inputs: Tensor) -> tuple[Tensor, ...]:
     return inputs
 
 
-@pytest.mark.parametrize("implementation", ["TextBrewer", "sgfast"])
+@pytest.mark.parametrize("implementation", ["TextBrewer", COMPILED, "sgfast"])
 @pytest.mark.parametrize(("name", "masked"), CASES)
 def test_presets(
     run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, name: str, masked: bool

@@ -9,15 +9,17 @@ from collections.abc import Callable
 
 import pytest
 
+from sgfast.benchmarking.families import COMPILED
 from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Task
 from sgfast.benchmarking.training import training_tasks
 
 
-@pytest.mark.parametrize("implementation", [EAGER, "sgfast"])
+@pytest.mark.parametrize("implementation", [EAGER, COMPILED, "sgfast", "sgfast compile"])
 @pytest.mark.parametrize("task", range(2), ids=["transform", "student"])
 def test_training(
     run_task: Callable[[Task, str], None], small: bool, device: str, implementation: str, task: int
 ) -> None:
     tokens, vocab = (8, 256) if small else (128, 32000)
-    run_task(training_tasks(tokens=tokens, vocab=vocab, device=device)[task], implementation)
+    tasks = training_tasks(tokens=tokens, vocab=vocab, device=device, impls=["auto", "compile"])
+    run_task(tasks[task], implementation)

@@ -1,7 +1,6 @@
 """The tasks of the operations that ``sgfast bench`` measures: divergences, hidden distances, noise."""
 
 import functools
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -10,11 +9,12 @@ from torch import Tensor
 from sgfast import ops
 from sgfast.benchmarking import plain
 from sgfast.benchmarking.growth import EAGER
+from sgfast.benchmarking.liger import LIGER, liger_loss
 from sgfast.benchmarking.measuring import Outputs, Task, first_rows
 from sgfast.ops import dispatch
 
 METRICS = ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger")
-COMPILED, LIGER = "torch.compile", "Liger-Kernel"
+COMPILED = "torch.compile"
 SEED = 7
 
 
@@ -83,8 +83,9 @@ def divergence_task(
         return tuple(plain.top_k_divergences(x, y, kinds, top_k, support, ties_in_order=True).values())
 
     implementations = contenders(ours_by, by_formula, impls, noisy.device.type)
-    if gradient and kinds == ("jensen_shannon",) and top_k is None and importlib.util.find_spec("liger_kernel"):
-        implementations[LIGER] = _liger_jensen_shannon
+    by_liger = liger_loss(kinds[0], noisy.device.type) if len(kinds) == 1 and top_k is None else None
+    if by_liger is not None:
+        implementations[LIGER] = by_liger
     return Task(
         "divergences",
         name,
@@ -189,12 +190,17 @@ def contenders(
     impls: Iterable[str],
     device: str,
 ) -> dict[str, Callable[..., Outputs]]:
-    """Eager PyTorch, that through torch.compile (on a GPU, or where ours is compiled too), and ours."""
+    """Eager PyTorch, that through torch.compile where it is a contender, and ours."""
     impls = list(impls)
     found = {EAGER: by_formula}
-    if "compile" in impls or torch.device(device).type != "cpu":
+    if beside_compiled(impls, device):
         found[COMPILED] = dispatch.compiled(by_formula)
     return found | {ours(impl): ours_by(impl) for impl in impls}
+
+
+def beside_compiled(impls: Iterable[str], device: str) -> bool:
+    """Whether torch.compile is a contender: where ours is compiled too, as a kernel or by impl="compile"."""
+    return "compile" in impls or torch.device(device).type != "cpu"
 
 
 def _pair(rows: int, width: int, scale: float, noise: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
@@ -203,14 +209,3 @@ def _pair(rows: int, width: int, scale: float, noise: float, dtype: torch.dtype,
     clean = torch.randn(rows, width, generator=generator, device=device).mul_(scale)
     noisy = torch.randn(rows, width, generator=generator, device=device).mul_(noise).add_(clean)
     return noisy.to(dtype), clean.to(dtype)
-
-
-def _liger_jensen_shannon(student: Tensor, teacher: Tensor) -> Outputs:
-    """Liger-Kernel's own, one number over all: its kernel on a GPU, elsewhere what its chunked loss differentiates."""
-    if student.is_cuda:
-        from liger_kernel.transformers import LigerJSD
-
-        return (LigerJSD()(plain.log_softmax(student), plain.log_softmax(teacher)).reshape(1),)
-    from liger_kernel.chunked_loss.jsd_loss import LigerFusedLinearJSDFunction
-
-    return (LigerFusedLinearJSDFunction.distillation_loss_fn(student.float(), teacher.float(), beta=0.5).reshape(1),)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgfast.benchmarking import plain
-from sgfast.benchmarking.families import ours
+from sgfast.benchmarking.families import COMPILED, beside_compiled, ours
 from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.loss.distillation import distillation_loss_factory
@@ -17,6 +17,7 @@ from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransfo
 from sgfast.noise_layer.transformer_cloak import TransformerCloak
 from sgfast.ops.dispatch import use_impl
 
+_Loss = Callable[[Tensor], Tensor]
 BATCH, WIDTH, LAYERS, LAYER = 2, 128, 4, 1
 ALPHA, MAX_SCALE = 0.4, 2.0
 WEIGHTS = {
@@ -55,7 +56,7 @@ def training_tasks(
     def plain_transform(input_ids: Tensor) -> Tensor:
         return _plain_distillation(noisy_model, input_ids)
 
-    def taught(loss: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def taught(loss: Callable[[Tensor, Tensor], Tensor]) -> _Loss:
         def step(input_ids: Tensor) -> Tensor:
             with torch.no_grad():
                 wanted = teacher(input_ids, use_cache=False).logits
@@ -65,6 +66,12 @@ def training_tasks(
 
     def by_formula(noisy: Tensor, clean: Tensor) -> Tensor:
         return plain.divergences(noisy, clean, ["jensen_shannon"])["jensen_shannon"].mean()
+
+    def steps_by(model: torch.nn.Module, by_ours: _Loss, by_plain: _Loss) -> dict[str, Callable[..., Outputs]]:
+        found = {EAGER: _step(model, by_plain, "auto")}
+        if beside_compiled(impls, device):
+            found[COMPILED] = _step(model, torch.compile(by_plain), "auto")
+        return found | {ours(impl): _step(model, by_ours, impl) for impl in impls}
 
     steps = {
         "transform": (noisy_model.noise_layer, transform, plain_transform),
@@ -81,7 +88,7 @@ def training_tasks(
             name,
             sizes,
             (input_ids,),
-            {EAGER: _step(model, by_plain, None)} | {ours(impl): _step(model, by_ours, impl) for impl in impls},
+            steps_by(model, by_ours, by_plain),
             0,
             0.0,
             input_ids.numel(),
@@ -119,11 +126,11 @@ def under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:
     ).to(base_model.device)
 
 
-def _step(model: torch.nn.Module, loss: Callable[[Tensor], Tensor], impl: str | None) -> Callable[..., Outputs]:
+def _step(model: torch.nn.Module, loss: _Loss, impl: str) -> Callable[..., Outputs]:
     """Loss and backward to a module's parameters; gradients go, as an optimizer lets them."""
 
     def step(input_ids: Tensor) -> Outputs:
-        with torch.enable_grad(), use_impl(impl or "auto"):  # type: ignore[arg-type]
+        with torch.enable_grad(), use_impl(impl):  # type: ignore[arg-type]
             value = loss(input_ids)
             value.backward()  # type: ignore[no-untyped-call]
         model.zero_grad()
