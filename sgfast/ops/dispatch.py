@@ -7,7 +7,7 @@ variable ``SGFAST_IMPL``, then ``"auto"``:
 ``auto``     Triton for GPU tensors the kernel supports, PyTorch otherwise; never raises
 ``torch``    the PyTorch implementation
 ``compile``  the PyTorch implementation through torch.compile: needs a C++ compiler on a CPU, costs
-             seconds on the first call; never chosen unasked
+             seconds on the first call; never chosen unasked. On a CPU the top k are selected uncompiled
 ``triton``   the Triton kernel; CPU tensors only under ``TRITON_INTERPRET=1``
 ============ ===========================================================================================
 

@@ -76,7 +76,7 @@ def _forward(
     if labels is not None:
         check_label_values(labels, mask, noisy.shape[-1])
     body = forward_of(choice.implementation)
-    find_support = dispatch.implementation_of(topk.union_of_top_k, choice.implementation)
+    find_support = topk.union_finder(choice.implementation, noisy.device)
     dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
     settings = make_settings(kinds, top_k, support, beta, skew, labels, temperature)

@@ -49,7 +49,7 @@ def row_chunks(
     if mask is None:
         row_bytes += sum(map(rows.copied_bytes, sides))
     if top_k:
-        row_bytes = max(row_bytes, topk.temporary_bytes(logits, top_k, choice.implementation))
+        row_bytes = max(row_bytes, topk.temporary_bytes(logits, top_k))
     if logits.device.type == "cpu" and choice.implementation == "torch":
         per_thread = _LOGITS_PER_THREAD if settings.support == "full" else _LOGITS_PER_THREAD_TO_SELECT_FROM
         max_chunk_bytes = min(max_chunk_bytes, per_thread * torch.get_num_threads() * row_bytes // size)

@@ -5,6 +5,7 @@ is therefore packed with its index into one 64-bit key, ordered by (value descen
 and any selection of the k largest is the same one.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -63,9 +64,14 @@ def union_of_top_k(noisy: Tensor, clean: Tensor, k: int) -> tuple[Tensor, Tensor
     return union, valid
 
 
-def temporary_bytes(logits: Tensor, k: int, implementation: str) -> int:
-    """What `union_of_top_k` allocates for one row at most; a CPU's crowded row has keys of its own after that."""
-    if logits.device.type == "cpu" and implementation == "torch":
+def union_finder(implementation: str, device: torch.device) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+    """`union_of_top_k`, compiled if asked for, but on a CPU: compiled, it makes a key of every logit there."""
+    return dispatch.implementation_of(union_of_top_k, "torch" if device.type == "cpu" else implementation)
+
+
+def temporary_bytes(logits: Tensor, k: int) -> int:
+    """What `union_finder`'s allocates for one row at most; a CPU's crowded row has keys of its own after that."""
+    if logits.device.type == "cpu":
         return 100 * k + 2048  # what was selected, and the sorts of both sides' indices
     return 32 * logits.shape[-1]  # the float copy, its bits, 64-bit keys and their parts, one side after the other
 
@@ -103,11 +109,11 @@ def _top_k_support(
     if choice.implementation == "triton":
         one = torch.ones((), device=noisy_logits.device).expand(noisy_logits.shape[:-1])
         return unpack_union(dispatch.kernels().top_k_union(noisy_logits, clean_logits, None, one, k)[0])
-    body = dispatch.implementation_of(union_of_top_k, choice.implementation)
+    body = union_finder(choice.implementation, noisy_logits.device)
     shape, size = noisy_logits.shape[:-1], noisy_logits.shape[-1]
     indices = noisy_logits.new_empty((*shape, min(2 * k, size)), dtype=torch.int64)
     valid = torch.empty_like(indices, dtype=torch.bool)
-    row_bytes = temporary_bytes(noisy_logits, k, choice.implementation)
+    row_bytes = temporary_bytes(noisy_logits, k)
     row_bytes += rows.copied_bytes(noisy_logits) + rows.copied_bytes(clean_logits)
     for chunk in rows.row_chunks(shape, None, row_bytes, max_chunk_bytes):
         indices.view(-1, indices.shape[-1])[chunk], valid.view(-1, valid.shape[-1])[chunk] = body(

@@ -684,7 +684,7 @@ def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support, bet
     temperature, labels, row_vectors = torch.ones(4, 1), torch.arange(4)[:, None], 4 * 4 * 64
     with LiveBytes() as counted:
         indices, valid = topk.union_of_top_k(noisy, clean, top_k)
-    assert counted.peak <= 4 * topk.temporary_bytes(noisy, top_k, "torch")
+    assert counted.peak <= 4 * topk.temporary_bytes(noisy, top_k)
     for kinds in [(kind,) for kind in KINDS] + [KINDS[:2], KINDS[:3], KINDS[2:6], KINDS, (*KINDS, LABEL_KIND)]:
         settings = Settings(tuple(kinds), support or "full", beta, 0.1)
         count = divergence_chunks.temporaries(settings, 2 * top_k / 10_000, dtype != torch.float32)
