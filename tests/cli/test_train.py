@@ -214,6 +214,14 @@ def test_two_processes_write_and_report_once(tmp_path, model_folder, text_file):
     assert record["history"][0]["epoch"] == pytest.approx(1 / 3)  # 7 batches of 2: 3 steps of both, one is left out
 
 
+def test_a_file_for_a_folder_is_refused_at_once(train, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert train("out") == 2
+    error = capsys.readouterr().err
+    assert "must be a folder" in error
+    assert "loading" not in error
+
+
 def test_resume_needs_the_run_that_was_begun(train, tmp_path, text_file, capsys):
     assert train("out", "--resume", steps=2) == 0  # with nothing there it starts afresh
     other = tmp_path / "other.txt"
