@@ -1,4 +1,4 @@
-"""Fixtures over tiny causal language models, and no time limits for generated examples."""
+"""Fixtures over tiny causal language models; draws that are the same in every run, and no time limits for examples."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +12,12 @@ from tests.tiny_models import tiny_noisy_model, tiny_pair, uneven_tokens
 # How long an example takes says something of the machine alone.
 hypothesis.settings.register_profile("sgfast", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("sgfast")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Seed PyTorch: what a test draws depends on no other, and one that fails fails again."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture
