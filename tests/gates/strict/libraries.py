@@ -74,6 +74,7 @@ def _emulated(function: Callable[..., np.ndarray]) -> Callable[..., Any]:
 def _inline_assembly(
     self: Any, assembly: str, constraints: str, values: list[Any], result_type: Any, is_pure: bool, pack: int
 ) -> _Results:
+    """Assembly that nothing here emulates is refused: with a guess in its place, a kernel would pass unproved."""
     for instruction, function in ASSEMBLY.items():
         if instruction in assembly:
             data = function(values[0].data).astype(values[0].data.dtype)
