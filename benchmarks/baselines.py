@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import divergence_rows, hidden, noise, philox, topk
-from sgfast.ops.divergence_terms import KINDS, Atoms, finish, finite_rows, may_be_infinite, partial_derivative, row_sum
+from sgfast.ops.divergence_terms import KINDS, Atoms, finish, may_be_infinite, nan_to_zero, partial_derivative, row_sum
 
 
 def _hidden_forward(noisy: Tensor, clean: Tensor, mask: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -45,8 +45,14 @@ def _atoms(noisy: Tensor, clean: Tensor, temperature: Tensor, scalars: Sequence[
 
 def _partials(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> list[Tensor]:
     """One kind's partials with respect to log p and log q."""
-    found = [partial_derivative(kind, side, atoms, beta, skew, truncated) for side in (0, 1)]
-    return [finite_rows(one)[0] if may_be_infinite(kind, side, skew) else one for side, one in enumerate(found)]
+    found = []
+    for side, probability in enumerate((atoms.p, atoms.q)):
+        factor, rest = partial_derivative(kind, side, atoms, beta, skew, truncated)
+        partial = torch.zeros_like(probability) if factor is None else nan_to_zero(probability * factor)
+        partial = partial if rest is None else partial + rest
+        infinite = partial.sum(-1, keepdim=True).abs() == torch.inf
+        found.append(partial.masked_fill(infinite, 0) if may_be_infinite(kind, side, skew) else partial)
+    return found
 
 
 def _divergence_forward(
@@ -133,11 +139,10 @@ def _divergence_topk_forward(
     union, masses = _top_k_union(noisy, clean, mask, temperature, k)
     indices, valid = topk.unpack_union(union)
     settings = divergence_rows.Settings(tuple(kinds), support, beta, skew)
-    inverse_temperature = 1 / temperature[:, None]
-    found = divergence_rows.forward_rows(noisy, clean, inverse_temperature, settings, indices, valid)
+    scales = (1 / temperature[:, None],) * 2
+    found = divergence_rows.forward_rows(noisy, clean, scales, settings, indices, valid)
     values, _ = divergence_rows.finish_values(found, settings)
-    sides = [divergence_rows._side(side, inverse_temperature, torch.float32) for side in (noisy, clean)]
-    atoms, *inside = divergence_rows._atoms(*sides, inverse_temperature, settings, indices, valid)
+    inside, _, atoms = divergence_rows._read(noisy, clean, scales, settings, indices, valid, None)
     scalars = [masses[0, 0], inside[0].sum[:, 0], masses[1, 0], inside[1].sum[:, 0]]
     for side, (_, _, largest, *_) in zip((noisy, clean), masses, strict=True):
         outside = side.float().scatter(-1, indices, -torch.inf)
@@ -168,7 +173,7 @@ def _divergence_topk_backward(
 ) -> tuple[Tensor | None, ...]:
     indices, valid = topk.unpack_union(union)
     settings = divergence_rows.Settings(tuple(kinds), support, beta, skew)
-    arguments = (noisy, clean, 1 / temperature[:, None], settings, indices, valid, upstream, needs)
+    arguments = (noisy, clean, (1 / temperature[:, None],) * 2, settings, indices, valid, upstream, needs)
     gradients = []
     for i, (side, gradient) in enumerate(zip((noisy, clean), divergence_rows.backward_rows(*arguments), strict=True)):
         if gradient is None:

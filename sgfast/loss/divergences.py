@@ -35,8 +35,7 @@ from typing import Any
 from torch import Tensor
 
 from sgfast.ops.dispatch import Implementation
-from sgfast.ops.divergence import divergences
-from sgfast.ops.divergence_masked import masked_divergence
+from sgfast.ops.divergence import divergences, masked_divergence
 from sgfast.ops.divergence_options import Support
 
 

@@ -32,144 +32,123 @@ terms and partials in forms that keep their digits. The Triton kernels, of ``sgf
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
-from sgfast.ops.divergence_chunks import forward_of, make_settings, no_support, read_labels, read_logits, row_chunks
-from sgfast.ops.divergence_options import Support, check_label_values, check_labels, check_options, row_temperature
+from sgfast.ops.divergence_chunks import (
+    forward_of,
+    read_labels,
+    read_logits,
+    read_scales,
+    read_support,
+    row_chunks,
+    settings_of,
+)
+from sgfast.ops.divergence_options import (
+    Support,
+    check_label_values,
+    check_labels,
+    check_options,
+    check_support_mask,
+    row_temperatures,
+)
+from sgfast.ops.divergence_problem import Problem
 from sgfast.ops.divergence_reference import reference
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, finish_values, write_gradients
+from sgfast.ops.divergence_rows import LABEL_KIND, finish_values, write_gradients
+from sgfast.ops.operator import define, keep, kept
 
 
-@torch.library.custom_op("sgfast::divergences", mutates_args=())
-def _forward(
-    noisy: Tensor,
-    clean: Tensor,
-    labels: Tensor | None,
-    kinds: str,
-    top_k: int,
-    support: str,
-    mask: Tensor | None,
-    temperature: Tensor,
-    beta: float,
-    skew: float,
-    max_chunk_bytes: int,
-    impl: str | None,
-    noisy_wanted: bool = True,
-    clean_wanted: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (kinds, ...), the support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
+def _choice(problem: Problem) -> dispatch.Choice:
+    return dispatch.select(problem.impl, divergence_triton.refusal_of(problem))
+
+
+@define("divergences", Problem)
+def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    """Values (kinds, ...), the top-k support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
 
     The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the backward of the implementation that ran,
-    towards the sides wanted. PyTorch has none with top_k: zeros.
+    towards the sides wanted. PyTorch has none with a support: zeros.
     """
-    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
+    noisy, clean, labels, mask, top_k = problem.noisy, problem.clean, problem.labels, problem.mask, problem.top_k
+    choice = _choice(problem)
     if choice.implementation == "triton":
-        problem = divergence_triton.Problem(
-            noisy, clean, mask, temperature, kinds.split(","), top_k, support, beta, skew
-        )
-        return divergence_triton.forward(problem, labels)
+        return divergence_triton.forward(problem)
     if labels is not None:
         check_label_values(labels, mask, noisy.shape[-1])
     body = forward_of(choice.implementation)
-    find_support = topk.union_finder(choice.implementation, noisy.device)
-    dtype = rows.compute_dtype(noisy, clean)
     shape, size = noisy.shape[:-1], noisy.shape[-1]
-    settings = make_settings(kinds, top_k, support, beta, skew, labels, temperature)
+    settings = settings_of(problem)
     kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
-    found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=dtype)
-    inverse_temperature, whole_vocabulary = 1 / temperature, no_support(noisy)
-    for chunk in row_chunks((noisy, clean), mask, dtype, choice, settings, top_k, max_chunk_bytes):
+    found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=rows.compute_dtype(noisy, clean))
+    wanted = (problem.noisy_wanted, problem.clean_wanted)
+    for chunk in row_chunks(problem, choice, settings):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
-        indices, valid = find_support(noisy_rows, clean_rows, top_k) if top_k else whole_vocabulary
-        scale = rows.read_scalars(inverse_temperature, chunk)
-        wanted = (noisy_wanted, clean_wanted)
-        chunk_found = body(noisy_rows, clean_rows, scale, settings, indices, valid, read_labels(labels, chunk), wanted)
+        indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice)
+        scales, chunk_labels = read_scales(problem, chunk), read_labels(labels, chunk)
+        chunk_found = body(noisy_rows, clean_rows, scales, settings, indices, valid, chunk_labels, wanted)
         found[chunk] = rows.zero_masked(chunk_found, mask, chunk)
         if top_k:
             kept_indices.view(-1, kept_indices.shape[-1])[chunk] = indices.masked_fill(~valid, -1).int()
     values, row_scalars = (one.view(len(one), *shape) for one in finish_values(found, settings))
-    if top_k:
-        row_scalars = values.new_zeros(_row_scalars_shape(noisy, kinds, top_k))
+    if settings.support != "full":
+        row_scalars = values.new_zeros(_row_scalars_shape(problem))
     return values, kept_indices, row_scalars
 
 
 @_forward.register_fake
-def _(
-    noisy: Tensor,
-    clean: Tensor,
-    labels: Tensor | None,
-    kinds: str,
-    top_k: int,
-    support: str,
-    mask: Tensor | None,
-    temperature: Tensor,
-    beta: float,
-    skew: float,
-    max_chunk_bytes: int,
-    impl: str | None,
-    noisy_wanted: bool = True,
-    clean_wanted: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
+    noisy = problem.noisy
     shape, size = noisy.shape[:-1], noisy.shape[-1]
-    values = noisy.new_empty((len(kinds.split(",")), *shape), dtype=rows.compute_dtype(noisy, clean))
-    kept_indices = noisy.new_empty((*shape, min(2 * top_k, size)), dtype=torch.int32)
-    return values, kept_indices, values.new_empty(_row_scalars_shape(noisy, kinds, top_k))
+    dtype = rows.compute_dtype(noisy, problem.clean)
+    values = noisy.new_empty((len(problem.kinds.split(",")), *shape), dtype=dtype)
+    kept_indices = noisy.new_empty((*shape, min(2 * problem.top_k, size)), dtype=torch.int32)
+    return values, kept_indices, values.new_empty(_row_scalars_shape(problem))
 
 
-def _row_scalars_shape(noisy: Tensor, kinds: str, top_k: int) -> tuple[int, ...]:
-    return (divergence_triton.row_scalar_count(kinds.split(","), top_k), *noisy.shape[:-1])
+def _row_scalars_shape(problem: Problem) -> tuple[int, ...]:
+    count = divergence_triton.row_scalar_count(problem.kinds.split(","), problem.top_k)
+    return (count, *problem.noisy.shape[:-1])
 
 
-@torch.library.custom_op("sgfast::divergences_backward", mutates_args=())
-def _backward(
-    noisy: Tensor,
-    clean: Tensor,
-    labels: Tensor | None,
-    upstream: Tensor,
-    kept_indices: Tensor,
-    row_scalars: Tensor | None,
-    kinds: str,
-    top_k: int,
-    support: str,
-    mask: Tensor | None,
-    temperature: Tensor,
-    beta: float,
-    skew: float,
-    max_chunk_bytes: int,
-    impl: str | None,
-    noisy_wanted: bool,
-    clean_wanted: bool,
-) -> tuple[Tensor, Tensor]:
+class _Backward(NamedTuple):
+    """What the gradients are computed from: the problem, upstream (kinds, ...), and what forward kept."""
+
+    problem: Problem
+    upstream: Tensor
+    kept_indices: Tensor
+    row_scalars: Tensor | None
+
+
+@define("divergences_backward", _Backward)
+def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
     """Gradients to the sides wanted; an unwanted one comes back empty."""
-    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask))
-    wanted = (noisy_wanted, clean_wanted)
+    problem, upstream, kept_indices, row_scalars = arguments
+    noisy, clean, mask = problem.noisy, problem.clean, problem.mask
+    choice = _choice(problem)
+    wanted = (problem.noisy_wanted, problem.clean_wanted)
     if choice.implementation == "triton":
-        problem = divergence_triton.Problem(
-            noisy, clean, mask, temperature, kinds.split(","), top_k, support, beta, skew
-        )
-        found = divergence_triton.backward(problem, labels, upstream, kept_indices, row_scalars, wanted)
+        found = divergence_triton.backward(problem, upstream, kept_indices, row_scalars)
         noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
         return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(write_gradients, choice.implementation, one_loop=True)
-    dtype = rows.compute_dtype(noisy, clean)
     size = noisy.shape[-1]
-    settings = make_settings(kinds, top_k, support, beta, skew, labels, temperature)
+    settings = settings_of(problem)
     gradients = rows.empty_gradients(noisy, clean, wanted)
     if mask is not None:
         for gradient in gradients:
             gradient.zero_()
     flat_upstream = upstream.reshape(len(settings.kinds), -1)
-    flat_scalars = None if row_scalars is None or top_k else row_scalars.view(row_scalars.shape[0], -1)
+    flat_scalars = None
+    if row_scalars is not None and settings.support == "full":
+        flat_scalars = row_scalars.view(row_scalars.shape[0], -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
-    inverse_temperature = 1 / temperature
-    for chunk in row_chunks((noisy, clean), mask, dtype, choice, settings, top_k, max_chunk_bytes):
-        indices, valid = topk.unpack_union(rows.read_rows(kept_indices, chunk)) if top_k else no_support(noisy)
+    for chunk in row_chunks(problem, choice, settings):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
+        indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice, kept_indices)
         # Without a mask a chunk is a slice of the gradient, which is written where it lies.
         targets = [
             (gradient[chunk] if mask is None else gradient.new_empty(noisy_rows.shape)) if side_wanted else None
@@ -178,13 +157,13 @@ def _backward(
         body(
             noisy_rows,
             clean_rows,
-            rows.read_scalars(inverse_temperature, chunk),
+            read_scales(problem, chunk),
             settings,
             indices,
             valid,
             flat_upstream[:, chunk],
             targets,
-            read_labels(labels, chunk),
+            read_labels(problem.labels, chunk),
             None if flat_scalars is None else flat_scalars[:, chunk],
         )
         for gradient, target in zip(flat_gradients, targets, strict=True):
@@ -194,106 +173,54 @@ def _backward(
 
 
 @_backward.register_fake
-def _(
-    noisy: Tensor,
-    clean: Tensor,
-    labels: Tensor | None,
-    upstream: Tensor,
-    kept_indices: Tensor,
-    row_scalars: Tensor | None,
-    kinds: str,
-    top_k: int,
-    support: str,
-    mask: Tensor | None,
-    temperature: Tensor,
-    beta: float,
-    skew: float,
-    max_chunk_bytes: int,
-    impl: str | None,
-    noisy_wanted: bool,
-    clean_wanted: bool,
-) -> tuple[Tensor, Tensor]:
-    return rows.empty_gradients(noisy, clean, (noisy_wanted, clean_wanted))
+def _(arguments: _Backward) -> tuple[Tensor, Tensor]:
+    problem = arguments.problem
+    return rows.empty_gradients(problem.noisy, problem.clean, (problem.noisy_wanted, problem.clean_wanted))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    noisy, clean, labels, *ctx.options, mask, temperature, ctx.beta, ctx.skew, ctx.max_chunk_bytes, impl = inputs[:12]
-    ctx.impl, ctx.sides_expected = dispatch.pinned(impl), inputs[12:]
+def _setup(ctx: Any, problem: Problem, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, kept_indices, row_scalars = output
     ctx.mark_non_differentiable(kept_indices, row_scalars)
-    ctx.set_materialize_grads(False)  # of those two they would be as large
-    choice = dispatch.select(impl, divergence_triton.refusal(noisy, clean, top_k=ctx.options[1], mask=mask))
-    # PyTorch's are of use to the same implementation only: not where backward's may be another than forward's.
-    useful = choice.implementation == "triton" or (ctx.impl is not None and not ctx.options[1])
-    kept_scalars = row_scalars if useful else None
-    ctx.save_for_backward(noisy, clean, labels, kept_indices, kept_scalars, mask, temperature)
+    ctx.set_materialize_grads(False)  # zeros for the two would be as large as they are
+    # PyTorch's row scalars are of use to the same implementation only: not where backward's may be another one.
+    pinned = dispatch.pinned(problem.impl)
+    useful = _choice(problem).implementation == "triton" or (pinned is not None and not problem.has_support)
+    keep(ctx, problem._replace(impl=pinned), kept_indices, row_scalars if useful else None)
 
 
-def _gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> dict[str, Tensor | None]:
     if upstream is None:
-        return (None,) * 14
-    noisy, clean, labels, kept_indices, row_scalars, mask, temperature = ctx.saved_tensors
+        return {}
+    problem, kept_indices, row_scalars = kept(ctx)
     noisy_wanted, clean_wanted = ctx.needs_input_grad[:2]
-    if (noisy_wanted and not ctx.sides_expected[0]) or (clean_wanted and not ctx.sides_expected[1]):
+    if (noisy_wanted and not problem.noisy_wanted) or (clean_wanted and not problem.clean_wanted):
         row_scalars = None
-    noisy_gradient, clean_gradient = _backward(
-        noisy,
-        clean,
-        labels,
-        upstream,
-        kept_indices,
-        row_scalars,
-        *ctx.options,
-        mask,
-        temperature,
-        ctx.beta,
-        ctx.skew,
-        ctx.max_chunk_bytes,
-        ctx.impl,
-        noisy_wanted,
-        clean_wanted,
-    )
-    constants = (None,) * 12
-    return noisy_gradient if noisy_wanted else None, clean_gradient if clean_wanted else None, *constants
+    problem = problem._replace(noisy_wanted=noisy_wanted, clean_wanted=clean_wanted)
+    to_noisy, to_clean = _backward(_Backward(problem, upstream, kept_indices, row_scalars))
+    return {"noisy": to_noisy if noisy_wanted else None, "clean": to_clean if clean_wanted else None}
 
 
-def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    noisy, clean, labels, upstream, kept_indices, _, *ctx.options, mask, temperature, ctx.beta, ctx.skew = inputs[:13]
-    _, ctx.impl, *ctx.wanted = inputs[13:]
-    ctx.save_for_backward(noisy, clean, labels, upstream, kept_indices, mask, temperature)
+def _setup_second(ctx: Any, arguments: _Backward, output: tuple[Tensor, Tensor]) -> None:
+    keep(ctx, arguments.problem, arguments.upstream, arguments.kept_indices)
 
 
-def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    noisy, clean, labels, upstream, kept_indices, mask, temperature = ctx.saved_tensors
-    kinds, top_k, support = ctx.options
-    settings = Settings(tuple(kinds.split(",")), support if top_k else "full", ctx.beta, ctx.skew)
-
-    def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
-        dtype = rows.compute_dtype(noisy, clean)
-        support_indices = topk.unpack_union(kept_indices) if top_k else no_support(noisy)
-        if mask is None:
-            return reference(noisy.to(dtype), clean.to(dtype), settings, *support_indices, temperature, labels)
-        # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
-        noisy, clean = (torch.where(mask[..., None], side, 0).to(dtype) for side in (noisy, clean))
-        indices, valid = support_indices
-        values = reference(noisy, clean, settings, indices.clamp(min=0), valid | ~mask[..., None], temperature, labels)
-        return torch.where(mask, values, 0)
-
-    gradients = double_backward(
+def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> dict[str, Tensor | None]:
+    problem, upstream, kept_indices = kept(ctx)
+    wanted = (problem.noisy_wanted, problem.clean_wanted)
+    to_noisy, to_clean, to_upstream = double_backward(
         "divergences",
-        ctx.impl,
-        divergence_triton.refusal(noisy, clean, top_k=top_k, mask=mask),
-        masked_reference,
-        (noisy, clean),
+        problem.impl,
+        divergence_triton.refusal_of(problem),
+        lambda noisy, clean: reference(problem._replace(noisy=noisy, clean=clean), kept_indices),
+        (problem.noisy, problem.clean),
         upstream,
-        [outer if side_wanted else None for outer, side_wanted in zip(upstream_of_gradients, ctx.wanted, strict=True)],
+        [outer if side_wanted else None for outer, side_wanted in zip(upstream_of_gradients, wanted, strict=True)],
     )
-    to_noisy, to_clean, to_upstream = gradients
-    return to_noisy, to_clean, None, to_upstream, *(None,) * 13
+    return {"noisy": to_noisy, "clean": to_clean, "upstream": to_upstream}
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+_forward.register_gradients(_setup, _gradients)
+_backward.register_gradients(_setup_second, _second_gradients)
 
 
 @dispatch.describe_triton(divergence_triton.refusal)
@@ -306,7 +233,7 @@ def divergences(
     support: Support = "truncate",
     mask: Tensor | None = None,
     labels: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: float | Tensor | tuple[float | Tensor, float | Tensor] = 1.0,
     beta: float = 0.5,
     skew: float = 0.1,
     max_chunk_bytes: int | None = None,
@@ -333,7 +260,8 @@ def divergences(
         labels: (...), integers < V; negative = ignored. Adds ``label_cross_entropy``, the noisy side's cross-entropy
             with these hard labels at temperature 1 over the whole vocabulary, from the same pass; 0 where ignored. On
             a GPU a label ≥ V gives NaN.
-        temperature: divides both logits; a positive number or a tensor of shape (...). A constant: no gradient.
+        temperature: divides both logits; a positive number or a tensor of shape (...). A pair of them, (noisy, clean),
+            gives each side its own, in PyTorch. A constant: no gradient.
         beta: weight of q in the Jensen–Shannon mixture, 0 < beta < 1.
         skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1.
         max_chunk_bytes: bound on the PyTorch implementation's temporaries beyond outputs and gradients (at least one
@@ -367,21 +295,107 @@ def divergences(
     if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
         mask = labels >= 0 if mask is None else mask & (labels >= 0)
         top_k = None
-    dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
-    sides_wanted = (torch.is_grad_enabled() and side.requires_grad for side in (noisy_logits, clean_logits))
-    values, *_ = _forward(
+    return _compute(
+        names,
         noisy_logits,
         clean_logits,
-        labels,
-        ",".join(names),
-        top_k or 0,
-        support,
-        mask,
-        row_temperature(temperature, noisy_logits, clean_logits),
-        float(beta),
-        float(skew),
-        validation.chunk_bytes(max_chunk_bytes),
-        impl,
-        *sides_wanted,
+        labels=labels,
+        support_mask=None,
+        mask=mask,
+        temperature=temperature,
+        top_k=top_k or 0,
+        support=support,
+        beta=beta,
+        skew=skew,
+        max_chunk_bytes=max_chunk_bytes,
+        impl=impl,
     )
+
+
+def masked_divergence(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor,
+    kind: str,
+    *,
+    support: Support = "truncate",
+    mask: Tensor | None = None,
+    temperature: float | Tensor | tuple[float | Tensor, float | Tensor] = 1.0,
+    beta: float = 0.5,
+    skew: float = 0.1,
+    max_chunk_bytes: int | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> Tensor:
+    """One divergence per position over the support that ``support_mask`` selects: behind `sgfast.loss.divergences`.
+
+    A row of the mask without any True entry has no atoms: its value and gradients are 0. Padded indices as wide as the
+    vocabulary are gathered from and scattered to, about four times the work of the whole vocabulary; supports that are
+    top-k unions are far cheaper as ``divergences(..., top_k=k)``, where there are at most 2k atoms.
+
+    Args:
+        noisy_logits: (..., V), as in `divergences`.
+        clean_logits: of the same shape.
+        support_mask: bool, (..., V) or broadcastable to it: True = in S. It is read as it lies, also when broadcast.
+        kind: one of `divergences`' kinds.
+        support: ``truncate``, ``renormalize`` or ``tail``.
+        mask: (...), nonzero = selected.
+        temperature: as in `divergences`.
+        beta: weight of q in the Jensen–Shannon mixture.
+        skew: weight of the first argument in the skew kinds' mixture.
+        max_chunk_bytes: bound on temporaries beyond outputs and gradients (at least one row); default 8 MiB.
+        impl: ``"triton"`` is refused: there is no kernel.
+
+    Raises:
+        TypeError: ``support_mask`` is not a boolean tensor; as `divergences`.
+        ValueError: its shape or device does not fit; as `divergences`.
+    """
+    validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
+    check_support_mask(support_mask, noisy_logits)
+    support_mask = support_mask.expand(noisy_logits.shape)
+    has_atoms = support_mask.any(-1)
+    values = _compute(
+        check_options(kind, support, beta, skew, impl),
+        noisy_logits,
+        clean_logits,
+        labels=None,
+        support_mask=support_mask,
+        mask=has_atoms if mask is None else mask & has_atoms,
+        temperature=temperature,
+        top_k=0,
+        support=support,
+        beta=beta,
+        skew=skew,
+        max_chunk_bytes=max_chunk_bytes,
+        impl=impl,
+    )
+    return values[kind]
+
+
+def _compute(
+    names: tuple[str, ...],
+    noisy: Tensor,
+    clean: Tensor,
+    *,
+    temperature: float | Tensor | tuple[float | Tensor, float | Tensor],
+    max_chunk_bytes: int | None,
+    **checked: Any,
+) -> dict[str, Tensor]:
+    """Run the operator on arguments that are checked but for temperatures and bound."""
+    dispatch.refuse_forward_mode("divergences", noisy, clean)
+    noisy_temperature, clean_temperature = row_temperatures(temperature, noisy, clean)
+    noisy_wanted, clean_wanted = (torch.is_grad_enabled() and side.requires_grad for side in (noisy, clean))
+    checked["beta"], checked["skew"] = float(checked["beta"]), float(checked["skew"])
+    problem = Problem(
+        noisy,
+        clean,
+        temperature=noisy_temperature,
+        clean_temperature=clean_temperature,
+        kinds=",".join(names),
+        max_chunk_bytes=validation.chunk_bytes(max_chunk_bytes),
+        noisy_wanted=noisy_wanted,
+        clean_wanted=clean_wanted,
+        **checked,
+    )
+    values, *_ = _forward(problem)
     return dict(zip(names, values.unbind(0), strict=True))

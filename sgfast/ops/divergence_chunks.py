@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, topk
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, softmax_scalars
+from sgfast.ops.divergence_problem import Problem
+from sgfast.ops.divergence_rows import LABEL_KIND, Scales, Settings, forward_rows, softmax_scalars
 
 # What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
 _LOGITS_PER_THREAD = 64 * 1024
@@ -16,38 +17,39 @@ _LOGITS_PER_THREAD = 64 * 1024
 _LOGITS_PER_THREAD_TO_SELECT_FROM = 256 * 1024
 
 
-def make_settings(
-    kinds: str, top_k: int, support: str, beta: float, skew: float, labels: Tensor | None, temperature: Tensor
-) -> Settings:
+def settings_of(problem: Problem) -> Settings:
     """The settings of a chunk's arithmetic."""
+    temperature = problem.temperature
     # Only a CPU can look at the temperature without waiting for a queue.
-    unit_temperature = labels is not None and temperature.device.type == "cpu" and bool((temperature == 1).all())
-    return Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew, unit_temperature)
+    labelled = problem.labels is not None and temperature.device.type == "cpu"
+    return Settings(
+        tuple(problem.kinds.split(",")),
+        problem.support if problem.has_support else "full",
+        problem.beta,
+        problem.skew,
+        labelled and bool((temperature == 1).all()),
+        problem.clean_temperature is not None,
+    )
 
 
-def row_chunks(
-    sides: tuple[Tensor, Tensor],
-    mask: Tensor | None,
-    dtype: torch.dtype,
-    choice: dispatch.Choice,
-    settings: Settings,
-    top_k: int,
-    max_chunk_bytes: int,
-) -> Iterator[Tensor | slice]:
+def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) -> Iterator[Tensor | slice]:
     """Chunks whose temporaries stay within the caller's bound, and are fewer where that is faster.
 
     Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
     enough to do.
     """
-    logits, size = sides[0], sides[0].shape[-1]
+    logits, mask, top_k, max_chunk_bytes = problem.noisy, problem.mask, problem.top_k, problem.max_chunk_bytes
+    size, dtype = logits.shape[-1], rows.compute_dtype(logits, problem.clean)
     count = 0.0 if mask is None else 4.0  # the selected rows of both sides and their gradients
-    if choice.implementation == "compile":
+    if problem.support_mask is not None:
+        count += masked_temporaries(settings)
+    elif choice.implementation == "compile":
         count += compiled_temporaries(settings, dtype)
     else:
         count += temporaries(settings, min(2 * top_k, size) / size, converted=logits.dtype != dtype)
     row_bytes = math.ceil(size * dtype.itemsize * count)
     if mask is None:
-        row_bytes += sum(map(rows.copied_bytes, sides))
+        row_bytes += rows.copied_bytes(logits) + rows.copied_bytes(problem.clean)
     if top_k:
         row_bytes = max(row_bytes, topk.temporary_bytes(logits, top_k))
     if logits.device.type == "cpu" and choice.implementation == "torch":
@@ -65,8 +67,14 @@ def temporaries(settings: Settings, selected: float, converted: bool) -> float:
     """
     kinds = min(len(settings.kinds), 5)
     if settings.support == "full":
-        return 12 + kinds + 2 * converted
-    return 4 + (LABEL_KIND in settings.kinds) + 2 * converted + (17 + kinds) * selected
+        return 12 + kinds + 3 * (kinds > 3) + 2 * converted
+    whole = 5 if settings.support == "tail" or LABEL_KIND in settings.kinds else 4
+    return whole + 2 * converted + (17 + kinds) * selected
+
+
+def masked_temporaries(settings: Settings) -> float:
+    """The same for a support given as a mask, compiled or not: its indices are 64 bits wide."""
+    return temporaries(settings, 1, converted=True) + 5
 
 
 def compiled_temporaries(settings: Settings, dtype: torch.dtype) -> float:
@@ -87,9 +95,9 @@ def forward_of(implementation: str) -> Callable[..., Tensor]:
     find_scalars = dispatch.compiled(softmax_scalars, one_loop=True)
     find_values = dispatch.compiled(forward_rows, one_loop=True)
 
-    def run(noisy: Tensor, clean: Tensor, inverse_temperature: Tensor, settings: Settings, *rest: Any) -> Tensor:
-        kept = find_scalars(noisy, clean, inverse_temperature) if settings.divergences else None
-        found: Tensor = find_values(noisy, clean, inverse_temperature, settings, *rest, kept)
+    def run(noisy: Tensor, clean: Tensor, scales: Scales, settings: Settings, *rest: Any) -> Tensor:
+        kept = find_scalars(noisy, clean, scales) if settings.divergences else None
+        found: Tensor = find_values(noisy, clean, scales, settings, *rest, kept)
         return found
 
     return run
@@ -101,6 +109,40 @@ def read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) 
     if choice.implementation == "compile":
         torch._dynamo.mark_static(found, 1)  # loops of a known length are twice as fast
     return found
+
+
+def read_scales(problem: Problem, chunk: Tensor | slice) -> Scales:
+    """The reciprocals of both sides' temperatures in a chunk."""
+    noisy = 1 / rows.read_scalars(problem.temperature, chunk)
+    if problem.clean_temperature is None:
+        return noisy, noisy
+    return noisy, 1 / rows.read_scalars(problem.clean_temperature, chunk)
+
+
+def read_support(
+    problem: Problem,
+    chunk: Tensor | slice,
+    noisy_rows: Tensor,
+    clean_rows: Tensor,
+    choice: dispatch.Choice,
+    kept_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A chunk's support as padded indices and their validity; backward reads the top k that forward kept."""
+    if problem.support_mask is not None:
+        return indices_of_mask(rows.read_rows(problem.support_mask, chunk))
+    if not problem.top_k:
+        return no_support(problem.noisy)
+    if kept_indices is not None:
+        return topk.unpack_union(rows.read_rows(kept_indices, chunk))
+    find_support = topk.union_finder(choice.implementation, problem.noisy.device)
+    return find_support(noisy_rows, clean_rows, problem.top_k)
+
+
+def indices_of_mask(support_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded indices (rows, V) of a mask's True entries and which are valid; padding repeats the last valid one."""
+    positions = torch.arange(support_mask.shape[-1], device=support_mask.device).expand(support_mask.shape)
+    last_valid = positions.masked_fill(~support_mask, 0).amax(-1, keepdim=True)
+    return torch.where(support_mask, positions, last_valid), support_mask
 
 
 def no_support(like: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,26 +60,40 @@ def check_labels(labels: Tensor | None, like_name: str, like: Tensor) -> Tensor 
     return labels.long()
 
 
-def check_temperature(temperature: float) -> None:
+def check_temperature(temperature: float, name: str = "temperature") -> None:
     """Check a temperature given as a number."""
-    validation.check_number("temperature", temperature)
+    validation.check_number(name, temperature)
     if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature must be positive and finite; got {temperature}")
+        raise ValueError(f"{name} must be positive and finite; got {temperature}")
 
 
-def row_temperature(temperature: float | Tensor, logits: Tensor, other_logits: Tensor) -> Tensor:
-    """The temperature as a tensor of the row shape; a number is expanded without memory."""
+def row_temperatures(
+    temperature: float | Tensor | tuple[float | Tensor, float | Tensor], noisy: Tensor, clean: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Temperatures as tensors of the row shape: the noisy side's, and the clean side's where it has its own."""
+    if not isinstance(temperature, tuple):
+        return _row_temperature("temperature", temperature, noisy, clean), None
+    if len(temperature) != 2:
+        raise ValueError(f"temperature must be one for both sides or a pair (noisy, clean); got {len(temperature)}")
+    return (
+        _row_temperature("temperature[0]", temperature[0], noisy, clean),
+        _row_temperature("temperature[1]", temperature[1], noisy, clean),
+    )
+
+
+def _row_temperature(name: str, temperature: float | Tensor, logits: Tensor, other_logits: Tensor) -> Tensor:
+    """One temperature; a number is expanded without memory."""
     dtype = rows.compute_dtype(logits, other_logits)
     if isinstance(temperature, Tensor):
         if temperature.requires_grad:
-            raise ValueError("temperature must not require a gradient: it is a constant of the divergence")
+            raise ValueError(f"{name} must not require a gradient: it is a constant of the divergence")
         if temperature.shape not in (logits.shape[:-1], torch.Size([])):
             raise ValueError(
-                f"temperature must be a number or have the row shape {tuple(logits.shape[:-1])}; "
+                f"{name} must be a number or have the row shape {tuple(logits.shape[:-1])}; "
                 f"got {tuple(temperature.shape)}"
             )
         return temperature.to(logits.device, dtype).expand(logits.shape[:-1])
-    check_temperature(temperature)
+    check_temperature(temperature, name)
     return torch.full((), temperature, dtype=dtype, device=logits.device).expand(logits.shape[:-1])
 
 
@@ -93,3 +107,20 @@ def check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
         raise ValueError(
             f"labels must be less than the vocabulary's size, {size}; got {labels[position]} at {position}"
         )
+
+
+def check_support_mask(support_mask: Tensor, logits: Tensor) -> None:
+    """Check a boolean mask that broadcasts to the logits."""
+    if not isinstance(support_mask, Tensor):
+        raise TypeError(f"support_mask must be a boolean torch.Tensor or None; got {type(support_mask).__name__}")
+    if support_mask.dtype != torch.bool:
+        raise TypeError(f"support_mask must be boolean; got {support_mask.dtype}")
+    trailing = logits.shape[logits.dim() - support_mask.dim() :]
+    if support_mask.dim() > logits.dim() or any(
+        size not in (1, full) for size, full in zip(support_mask.shape, trailing, strict=True)
+    ):
+        raise ValueError(
+            f"support_mask must have the logits' shape {tuple(logits.shape)} or broadcast to it; "
+            f"got {tuple(support_mask.shape)}"
+        )
+    validation.check_device("support_mask", support_mask, "noisy_logits", logits)

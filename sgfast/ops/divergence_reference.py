@@ -3,22 +3,54 @@
 import torch
 from torch import Tensor
 
+from sgfast.ops import rows, topk
+from sgfast.ops.divergence_chunks import indices_of_mask, no_support, settings_of
+from sgfast.ops.divergence_problem import Problem
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings
 
 
-def reference(
+def reference(problem: Problem, kept_indices: Tensor | None = None) -> Tensor:
+    """The definitions of `divergence`, by autograd: (kinds, ...). Keeps several temporaries per logit.
+
+    ``kept_indices`` are those of a top-k support.
+    """
+    noisy, clean, mask = problem.noisy, problem.clean, problem.mask
+    dtype = rows.compute_dtype(noisy, clean)
+    indices, valid = no_support(noisy)
+    if problem.support_mask is not None:
+        indices, valid = indices_of_mask(problem.support_mask)
+    elif problem.top_k:
+        assert kept_indices is not None
+        indices, valid = topk.unpack_union(kept_indices)
+    if mask is not None:
+        # Rows that do not count are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
+        noisy, clean = (torch.where(mask[..., None], side, 0) for side in (noisy, clean))
+        indices, valid = indices.clamp(min=0), valid | ~mask[..., None]
+    clean_temperature = problem.temperature if problem.clean_temperature is None else problem.clean_temperature
+    values = _values(
+        noisy.to(dtype),
+        clean.to(dtype),
+        settings_of(problem),
+        indices,
+        valid,
+        (problem.temperature, clean_temperature),
+        problem.labels,
+    )
+    return values if mask is None else torch.where(mask, values, 0)
+
+
+def _values(
     noisy: Tensor,
     clean: Tensor,
     settings: Settings,
     indices: Tensor,
     valid: Tensor,
-    temperature: Tensor,
-    labels: Tensor | None = None,
+    temperatures: tuple[Tensor, Tensor],
+    labels: Tensor | None,
 ) -> Tensor:
-    """The definitions of `divergence`, by autograd: (kinds, ...). Keeps several temporaries per logit."""
     a, b = (
-        _reference_log_probabilities(logits / temperature[..., None], settings.support, indices, valid)
-        for logits in (noisy, clean)
+        _log_probabilities(logits / temperature[..., None], settings.support, indices, valid)
+        for logits, temperature in zip((noisy, clean), temperatures, strict=True)
     )
     values = [_definition(kind, a, b, settings).sum(-1) for kind in settings.kinds if kind != LABEL_KIND]
     if labels is not None:
@@ -27,7 +59,7 @@ def reference(
     return torch.stack(values)
 
 
-def _reference_log_probabilities(logits: Tensor, support: str, indices: Tensor, valid: Tensor) -> Tensor:
+def _log_probabilities(logits: Tensor, support: str, indices: Tensor, valid: Tensor) -> Tensor:
     """Log-probabilities of the support's atoms; finite, so that 0 · log 0 = 0 also in gradients."""
     if support == "full":
         return logits.log_softmax(-1).clamp(min=-1e30)

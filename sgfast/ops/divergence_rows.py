@@ -14,11 +14,11 @@ from sgfast.ops import rows
 from sgfast.ops.divergence_terms import (
     Atoms,
     finish,
-    finite_rows,
     may_be_infinite,
     nan_to_zero,
     partial_derivative,
     row_sum,
+    total_of_rows,
 )
 
 # The name under which hard labels' cross-entropy travels among the kinds, always the last.
@@ -33,6 +33,7 @@ class Settings(NamedTuple):
     beta: float
     skew: float
     unit_temperature: bool = False  # the temperature is known to be 1: the labels' softmax is that of the kinds
+    paired: bool = False  # each side has a temperature of its own
 
     @property
     def divergences(self) -> tuple[str, ...]:
@@ -49,92 +50,167 @@ class _Side(NamedTuple):
     sum: Tensor
 
 
-def _side(
-    logits: Tensor, inverse_temperature: Tensor | float, dtype: torch.dtype, kept: Sequence[Tensor] | None = None
-) -> _Side:
+class _Rest(NamedTuple):
+    """What one side has outside the support: e^((logits − maximum) / T) (rows, V), 0 inside; its maximum and sum.
+
+    With a maximum of its own the sum has all its digits however little of the whole it is.
+    """
+
+    weights: Tensor
+    maximum: Tensor
+    sum: Tensor
+
+
+# The reciprocals of both sides' temperatures, (rows, 1): one tensor twice unless ``Settings.paired``.
+Scales = tuple[Tensor, Tensor]
+
+
+def _side(logits: Tensor, scale: Tensor | float, dtype: torch.dtype, kept: Sequence[Tensor] | None = None) -> _Side:
     """One side of the rows; its maximum and sum, unless they were kept, are taken from the logits."""
     logits = logits.to(dtype)
     maximum, total = kept or (logits.amax(-1, keepdim=True), None)
-    # exp2 is the cheapest exponential; where its argument is large, and its rounding felt, the weight is next to 0.
-    # log2 e is written out: torch.compile would take a constant of the module for an input.
-    weights = (logits - maximum).mul_(inverse_temperature * 1.4426950408889634).exp2_()
-    total = weights.sum(-1, keepdim=True) if total is None else total
+    weights = _weights(logits, maximum, scale)
+    total = total_of_rows(weights, precise=True) if total is None else total
     return _Side(logits, weights.div_(total), maximum, total)
 
 
-def _gathered(side: _Side, indices: Tensor, valid: Tensor, support: str) -> _Side:
-    """The side over the support's logits; under ``renormalize`` its probabilities sum to 1 there."""
+def _weights(logits: Tensor, maximum: Tensor, scale: Tensor | float) -> Tensor:
+    """e^((logits − maximum) / T)."""
+    # exp2 is the cheapest exponential; where its argument is large, and its rounding felt, the weight is next to 0.
+    # log2 e is written out: torch.compile would take a constant of the module for an input.
+    return (logits - maximum).mul_(scale * 1.4426950408889634).exp2_()
+
+
+def _atom_side(logits: Tensor, scale: Tensor, dtype: torch.dtype, indices: Tensor, valid: Tensor) -> _Side:
+    """One side under ``renormalize``: the support's logits are all there are."""
+    return _side(logits.to(dtype).gather(-1, indices).masked_fill_(~valid, -torch.inf), scale, dtype)
+
+
+def _gathered(side: _Side, indices: Tensor, valid: Tensor) -> _Side:
+    """The side over the support's logits."""
     probabilities = side.probabilities.gather(-1, indices).masked_fill_(~valid, 0)
-    total = side.sum
-    if support == "renormalize":
-        mass = probabilities.sum(-1, keepdim=True)
-        probabilities, total = probabilities.div_(mass), total * mass
-    return _Side(side.logits.gather(-1, indices), probabilities, side.maximum, total)
+    return _Side(side.logits.gather(-1, indices), probabilities, side.maximum, side.sum)
 
 
-def _tail(side: _Side, indices: Tensor) -> Tensor:
-    """The probability outside the support, summed, so that none of the tail's digits are lost, (rows, 1)."""
-    return side.probabilities.scatter(-1, indices, 0).sum(-1, keepdim=True)
+def _rest(side: _Side, scale: Tensor, indices: Tensor) -> _Rest:
+    logits = side.logits.scatter(-1, indices, -torch.inf)
+    maximum = logits.amax(-1, keepdim=True)
+    maximum = torch.where(maximum == -torch.inf, side.maximum, maximum)
+    weights = _weights(logits, maximum, scale)
+    return _Rest(weights, maximum, total_of_rows(weights, precise=True))
 
 
 def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.log1p((numerator - denominator) / denominator)
+    """log(a/b), with all its digits where a is near b and where it is far."""
+    difference = numerator - denominator
+    close = difference.abs() < 0.5 * denominator
+    return torch.where(close, (difference / denominator).log1p(), (numerator / denominator).log())
 
 
-def _ordered_probabilities(
-    noisy: _Side, clean: _Side, log_ratio: Tensor, inverse_temperature: Tensor
-) -> tuple[Tensor, Tensor]:
+def _log_ratio(noisy: _Side, clean: _Side, scales: Scales, paired: bool) -> Tensor:
+    """log p − log q of two sides over the same logits, a new tensor; 0 where both are 0."""
+    quotient = _log_quotient(noisy.sum, clean.sum)
+    if paired:
+        x, y = ((side.logits - side.maximum).mul_(scale) for side, scale in zip((noisy, clean), scales, strict=True))
+        return nan_to_zero(x.sub_(y).sub_(quotient))
+    # Differences before sums: x − y is exact where the sides are close, and so is what is subtracted from it. Where
+    # the sides lie apart, x − y would be rounded at the size of that shift: then each loses its own maximum first.
+    x, y, apart = noisy.logits, clean.logits, noisy.maximum - clean.maximum
+    shifted = (apart * scales[0]).abs() > 4
+    if torch.compiler.is_compiling() or shifted.device.type != "cpu" or shifted.any():
+        x, y = (side.logits - torch.where(shifted, side.maximum, 0) for side in (noisy, clean))
+        apart = torch.where(shifted, 0, apart)
+    return nan_to_zero((x - y).sub_(apart + quotient / scales[0]).mul_(scales[0]))
+
+
+def _ordered_probabilities(noisy: _Side, clean: _Side, log_ratio: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
     """The larger of p and q is one exponential, the smaller that times e^−|d|: what compiled code computes anew.
 
     With `exp`: Inductor takes that for costly and computes it once, where all sums over a row, then one loop, find it.
     """
     noisy_is_larger = log_ratio > 0
-    exponent = torch.where(noisy_is_larger, noisy.logits - noisy.maximum, clean.logits - clean.maximum)
-    larger = (exponent * inverse_temperature).exp() * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
+    x, y = ((side.logits - side.maximum) * scale for side, scale in zip((noisy, clean), scales, strict=True))
+    larger = torch.where(noisy_is_larger, x, y).exp() * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
     root = (log_ratio.abs() * -0.5).exp()
     return larger, larger * (root * root)
 
 
 def _atoms(
-    noisy: _Side, clean: _Side, inverse_temperature: Tensor, settings: Settings, indices: Tensor, valid: Tensor
-) -> tuple[Atoms, _Side, _Side]:
-    """The support's atoms, and both sides over the logits among them."""
+    noisy: _Side,
+    clean: _Side,
+    rests: tuple[_Rest, _Rest] | None,
+    scales: Scales,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+) -> Atoms:
+    """The support's atoms: its logits, and under ``tail`` one for the rest of each side."""
     whole = (noisy, clean)
-    if settings.support != "full":
-        noisy, clean = (_gathered(side, indices, valid, settings.support) for side in whole)
-    # Differences before sums: x − y is exact where the sides are close, and so is what is subtracted from it.
-    offset = noisy.maximum - clean.maximum + _log_quotient(noisy.sum, clean.sum) / inverse_temperature
-    log_ratio = (noisy.logits - clean.logits).sub_(offset).mul_(inverse_temperature)
-    log_ratio = nan_to_zero(log_ratio)
+    if settings.support in ("truncate", "tail"):
+        noisy, clean = (_gathered(side, indices, valid) for side in whole)
+    log_ratio = _log_ratio(noisy, clean, scales, settings.paired)
     p, q, ordered = noisy.probabilities, clean.probabilities, None
     if torch.compiler.is_compiling() and settings.support == "full":
-        ordered = larger, smaller = _ordered_probabilities(noisy, clean, log_ratio, inverse_temperature)
+        ordered = larger, smaller = _ordered_probabilities(noisy, clean, log_ratio, scales)
         p, q = torch.where(log_ratio > 0, larger, smaller), torch.where(log_ratio > 0, smaller, larger)
     log_p = None
     if "cross_entropy" in settings.kinds:
-        log_p = (noisy.logits - noisy.maximum).mul_(inverse_temperature).sub_(noisy.sum.log())
+        log_p = (noisy.logits - noisy.maximum).mul_(scales[0]).sub_(noisy.sum.log())
     if settings.support != "full":
         log_ratio.masked_fill_(~valid, 0)
-    if settings.support == "tail":
-        noisy_tail, clean_tail = (_tail(side, indices) for side in whole)
-        p, q = torch.cat([p, noisy_tail], -1), torch.cat([q, clean_tail], -1)
-        log_ratio = torch.cat([log_ratio, nan_to_zero(_log_quotient(noisy_tail, clean_tail))], -1)
+    if rests is not None:
+        below = [(rest.maximum - side.maximum) * scale for rest, side, scale in zip(rests, whole, scales, strict=True)]
+        rest_p, rest_q = (
+            distance.exp() * (rest.sum / side.sum) for distance, rest, side in zip(below, rests, whole, strict=True)
+        )
+        rest_ratio = below[0] - below[1] + _log_quotient(rests[0].sum, rests[1].sum)
+        rest_ratio = nan_to_zero(rest_ratio - _log_quotient(noisy.sum, clean.sum))
+        p, q, log_ratio = torch.cat([p, rest_p], -1), torch.cat([q, rest_q], -1), torch.cat([log_ratio, rest_ratio], -1)
         if log_p is not None:
-            log_p = torch.cat([log_p, noisy_tail.log()], -1)
-    return Atoms(p, q, log_ratio, log_p, settings.kinds, ordered), noisy, clean
+            log_p = torch.cat([log_p, below[0] + (rests[0].sum / noisy.sum).log()], -1)
+    return Atoms(p, q, log_ratio, log_p, settings.kinds, ordered)
 
 
-def softmax_scalars(noisy: Tensor, clean: Tensor, inverse_temperature: Tensor) -> tuple[Tensor, ...]:
+def softmax_scalars(noisy: Tensor, clean: Tensor, scales: Scales) -> tuple[Tensor, ...]:
     """Maximum and sum of both sides' rows, (rows, 1)."""
     dtype = rows.compute_dtype(noisy, clean)
-    sides = (_side(logits, inverse_temperature, dtype) for logits in (noisy, clean))
+    sides = (_side(logits, scale, dtype) for logits, scale in zip((noisy, clean), scales, strict=True))
     return tuple(scalar for side in sides for scalar in (side.maximum, side.sum))
+
+
+class _Rows(NamedTuple):
+    """Both sides of a chunk's rows, whole (under ``renormalize`` the support's logits), and their atoms."""
+
+    sides: tuple[_Side, _Side]
+    rests: tuple[_Rest, _Rest] | None
+    atoms: Atoms
+
+
+def _read(
+    noisy: Tensor,
+    clean: Tensor,
+    scales: Scales,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    kept: Sequence[Tensor] | None,
+) -> _Rows:
+    dtype = rows.compute_dtype(noisy, clean)
+    pairs = list(zip((noisy, clean), scales, strict=True))
+    if settings.support == "renormalize":
+        first, second = (_atom_side(logits, scale, dtype, indices, valid) for logits, scale in pairs)
+    else:
+        first, second = (_side(*pair, dtype, kept and kept[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs))
+    rests = None
+    if settings.support == "tail":
+        rests = _rest(first, scales[0], indices), _rest(second, scales[1], indices)
+    return _Rows((first, second), rests, _atoms(first, second, rests, scales, settings, indices, valid))
 
 
 def forward_rows(
     noisy: Tensor,
     clean: Tensor,
-    inverse_temperature: Tensor,
+    scales: Scales,
     settings: Settings,
     indices: Tensor,
     valid: Tensor,
@@ -145,26 +221,25 @@ def forward_rows(
     """(rows, V) twice → what `finish_values` takes: for each row and kind a sum, then row scalars, (rows, 3·kinds + 4).
 
     The scalars are both sides' maximum and sum and, over the whole vocabulary, two for each kind that backward needs;
-    0 stands for what is not computed. The reciprocal of the temperature is (rows, 1); ``kept`` are the
-    `softmax_scalars`, where they are at hand.
+    0 stands for what is not computed. ``kept`` are the `softmax_scalars`, where they are at hand.
     """
-    dtype = rows.compute_dtype(noisy, clean)
-    noisy_side = _side(noisy, inverse_temperature, dtype, kept and kept[:2])
-    none = torch.zeros_like(noisy_side.sum)
-    sums, row_scalars = [], [noisy_side.maximum, noisy_side.sum, none, none]
+    sums, row_scalars, noisy_side = [], [], None
     if settings.divergences:
-        clean_side = _side(clean, inverse_temperature, dtype, kept and kept[2:])
-        row_scalars[2:] = clean_side.maximum, clean_side.sum
-        atoms, *_ = _atoms(noisy_side, clean_side, inverse_temperature, settings, indices, valid)
+        (noisy_side, clean_side), _, atoms = _read(noisy, clean, scales, settings, indices, valid, kept)
+        none = torch.zeros_like(noisy_side.sum)
+        row_scalars = [noisy_side.maximum, noisy_side.sum, clean_side.maximum, clean_side.sum]
         for kind in settings.divergences:
             sums.append(row_sum(kind, atoms, settings.beta, settings.skew, settings.support == "truncate"))
             for side, wanted in enumerate(sides_wanted):
                 # Uncompiled, a partial only to be summed would cost more than its sum does in backward.
                 kept_sum = wanted and settings.support == "full" and torch.compiler.is_compiling()
-                row_scalars.append(_partial(kind, side, atoms, settings).sum(-1, keepdim=True) if kept_sum else none)
+                factor = _partial(kind, side, atoms, settings)[0] if kept_sum else None
+                row_scalars.append(none if factor is None else _mean_factor(factor, (atoms.p, atoms.q)[side]))
     if labels is not None:
-        at_temperature_1 = _at_temperature_1(noisy_side, settings)
+        at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, rows.compute_dtype(noisy, clean))
+        none = torch.zeros_like(at_temperature_1.sum)
         sums.append(_label_cross_entropy(at_temperature_1, labels))
+        row_scalars = row_scalars or [at_temperature_1.maximum, at_temperature_1.sum, none, none]
         row_scalars += [at_temperature_1.sum, none]
     return torch.cat(sums + row_scalars, -1)
 
@@ -183,7 +258,7 @@ def finish_values(found: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
 def backward_rows(
     noisy: Tensor,
     clean: Tensor,
-    inverse_temperature: Tensor,
+    scales: Scales,
     settings: Settings,
     indices: Tensor,
     valid: Tensor,
@@ -198,25 +273,27 @@ def backward_rows(
     """
     dtype = rows.compute_dtype(noisy, clean)
     kept = None if row_scalars is None else row_scalars[:, :, None].unbind(0)
-    noisy_side = _side(noisy, inverse_temperature, dtype, kept and kept[0:2])
-    gradients: list[Tensor | None] = [None, None]
+    noisy_side = None
+    gradients: list[Tensor | None] = [
+        torch.zeros_like(logits, dtype=dtype) if wanted and not settings.divergences else None
+        for logits, wanted in zip((noisy, clean), sides_wanted, strict=True)
+    ]
     if settings.divergences:
-        sides = noisy_side, _side(clean, inverse_temperature, dtype, kept and kept[2:4])
-        atoms, *_ = _atoms(*sides, inverse_temperature, settings, indices, valid)
-        weights = (upstream[:, :, None] * inverse_temperature + _nan_rows(*sides)).unbind(0)
+        sides, rests, atoms = _read(noisy, clean, scales, settings, indices, valid, kept)
+        noisy_side = sides[0]
+        nan = _nan_rows(*sides)
         for i in (0, 1):
             if sides_wanted[i]:
-                sums = kept[4 + i :: 2] if kept and torch.compiler.is_compiling() else None
-                partial, partial_sum = _weighted_partial(i, atoms, settings, weights, sums)
+                weights = (upstream[:, :, None] * scales[i] + nan).unbind(0)
+                means = kept[4 + i :: 2] if kept and torch.compiler.is_compiling() else None
                 probability = (atoms.p, atoms.q)[i]
-                gradients[i] = _logit_gradient(sides[i], probability, partial, partial_sum, settings, indices)
-    else:  # labels alone
-        gradients = [
-            torch.zeros_like(logits, dtype=dtype) if wanted else None
-            for logits, wanted in zip((noisy, clean), sides_wanted, strict=True)
-        ]
+                partials = _weighted_partials(i, atoms, settings, weights, probability, means)
+                outside = None if rests is None else rests[i]
+                gradients[i] = _logit_gradient(
+                    sides[i], outside, probability, *partials, settings, indices, noisy.shape[-1]
+                )
     if labels is not None and gradients[0] is not None:
-        at_temperature_1 = _at_temperature_1(noisy_side, settings, None if kept is None else kept[-2])
+        at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, dtype, None if kept is None else kept[-2])
         _add_label_gradient(gradients[0], at_temperature_1, labels, upstream[-1])
     return gradients
 
@@ -226,31 +303,58 @@ def _nan_rows(noisy: _Side, clean: _Side) -> Tensor:
     return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
 
 
-def _partial(kind: str, side: int, atoms: Atoms, settings: Settings) -> Tensor:
+def _partial(kind: str, side: int, atoms: Atoms, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
     return partial_derivative(kind, side, atoms, settings.beta, settings.skew, settings.support == "truncate")
 
 
-def _weighted_partial(
-    side: int, atoms: Atoms, settings: Settings, weights: Sequence[Tensor], sums: Sequence[Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """Σ over kinds of weight · partial towards one side, a new tensor, and its row sum; from each partial's if kept."""
-    total, total_sum = None, torch.zeros_like(weights[0])
+def _mean_factor(factor: Tensor, probability: Tensor) -> Tensor:
+    """Σ probability · factor, (rows, 1)."""
+    return total_of_rows(nan_to_zero(probability * factor))
+
+
+def _weighted_partials(
+    side: int,
+    atoms: Atoms,
+    settings: Settings,
+    weights: Sequence[Tensor],
+    probability: Tensor,
+    means: Sequence[Tensor] | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Σ over kinds of weight · partial towards one side: its factor, less the mean, the rest, and that mean.
+
+    Factors are finite. A kind whose mean is infinite has no part: there the divergence is infinite (q > 0 where p = 0,
+    or the reverse), and a step in that direction does not exist.
+    """
+    factors, rests, shift = None, None, torch.zeros_like(weights[0])
     for i, kind in enumerate(settings.divergences):
-        partial = _partial(kind, side, atoms, settings)
-        partial_sum = None if sums is None else sums[i]
-        if may_be_infinite(kind, side, settings.skew):
-            partial, partial_sum = finite_rows(partial, partial_sum)
-        if partial_sum is not None:
-            total_sum = total_sum + weights[i] * partial_sum
-        total = partial * weights[i] if total is None else total.addcmul_(partial, weights[i])
-    assert total is not None
-    return total, total.sum(-1, keepdim=True) if sums is None else total_sum
+        factor, rest = _partial(kind, side, atoms, settings)
+        if factor is not None:
+            mean = _mean_factor(factor, probability) if means is None else means[i]
+            # Where the probability is 0 the factor may be infinite, and must not be.
+            factor = factor.clamp(-1e36, 1e36)
+            if may_be_infinite(kind, side, settings.skew):
+                mean, factor, rest = _without_infinite_rows(mean, factor, rest)
+            factor = factor.sub_(mean)
+            factors = factor.mul_(weights[i]) if factors is None else factors.addcmul_(factor, weights[i])
+            shift = shift + weights[i] * mean
+        if rest is not None:
+            rests = rest * weights[i] if rests is None else rests.addcmul_(rest, weights[i])
+    return factors, rests, shift
+
+
+def _without_infinite_rows(mean: Tensor, factor: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """0 in rows whose mean is infinite. A CPU looks first: such rows are rare, and selecting is slow there."""
+    infinite = mean.abs() == torch.inf
+    if mean.device.type == "cpu" and not torch.compiler.is_compiling() and not infinite.any():
+        return mean, factor, rest
+    rest = None if rest is None else rest.masked_fill(infinite, 0)
+    return mean.masked_fill(infinite, 0), factor.masked_fill(infinite, 0), rest
 
 
 def write_gradients(
     noisy: Tensor,
     clean: Tensor,
-    inverse_temperature: Tensor,
+    scales: Scales,
     settings: Settings,
     indices: Tensor,
     valid: Tensor,
@@ -262,7 +366,7 @@ def write_gradients(
     """`backward_rows`, written to one target a side (None if not wanted): compiled code then needs no other copy."""
     sides_wanted = (targets[0] is not None, targets[1] is not None)
     gradients = backward_rows(
-        noisy, clean, inverse_temperature, settings, indices, valid, upstream, sides_wanted, labels, row_scalars
+        noisy, clean, scales, settings, indices, valid, upstream, sides_wanted, labels, row_scalars
     )
     for target, gradient in zip(targets, gradients, strict=True):
         if target is not None and gradient is not None:
@@ -271,32 +375,57 @@ def write_gradients(
 
 def _logit_gradient(
     side: _Side,
-    atom_probabilities: Tensor,
-    partial: Tensor,
-    partial_sum: Tensor,
+    outside: _Rest | None,
+    probability: Tensor,
+    factor: Tensor | None,
+    rest: Tensor | None,
+    shift: Tensor,
     settings: Settings,
     indices: Tensor,
+    size: int,
 ) -> Tensor:
-    """From partials with respect to the atoms' log-probabilities, a new tensor, to the gradient of the logits."""
-    if settings.support == "full":
-        return partial.addcmul_(atom_probabilities, -partial_sum)
-    if settings.support == "truncate":
-        return (side.probabilities * -partial_sum).scatter_add_(-1, indices, partial)
-    if settings.support == "renormalize":
-        inside = partial.addcmul_(atom_probabilities, -partial_sum)
-        return torch.zeros_like(side.probabilities).scatter_add_(-1, indices, inside)
-    tail_probability, tail_partial = atom_probabilities[:, -1:], partial[:, -1:]
-    # The tail's partial is shared among its logits in proportion to their probabilities.
-    tail_rate = torch.where(tail_probability == 0, 0, tail_partial / tail_probability) - partial_sum
-    outside = side.probabilities.scatter(-1, indices, 0).mul_(tail_rate)
-    return outside.scatter_add_(-1, indices, partial[:, :-1] - atom_probabilities[:, :-1] * partial_sum)
+    """The logits' gradient, from (factor + shift)·p + rest with respect to the atoms' log-probabilities."""
+    if settings.support != "truncate":
+        found, _ = _centred(probability, factor, rest)
+        if settings.support == "full":
+            return found
+        if settings.support == "renormalize":
+            return found.new_zeros(found.shape[0], size).scatter_add_(-1, indices, found)
+        assert outside is not None
+        # The rest's gradient is shared among its logits in proportion to their probabilities.
+        rate = torch.where(outside.sum == 0, 0, found[:, -1:] / outside.sum)
+        return outside.weights.mul_(rate).scatter_add_(-1, indices, found[:, :-1])
+    # What is left out is one more atom, whose partial is 0.
+    left_out = side.probabilities.scatter(-1, indices, 0)
+    probability = torch.cat([probability, total_of_rows(left_out)], -1)
+    factor = None if factor is None else torch.cat([factor, -shift], -1)
+    rest = None if rest is None else torch.cat([rest, torch.zeros_like(shift)], -1)
+    found, total = _centred(probability, factor, rest)
+    return left_out.mul_(-(shift + total)).scatter_add_(-1, indices, found[:, :-1])
 
 
-def _at_temperature_1(side: _Side, settings: Settings, kept_sum: Tensor | None = None) -> _Side:
+def _centred(probability: Tensor, factor: Tensor | None, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """p·(factor − Σ p·factor) + rest − p·Σ rest, a new tensor, and the sum of both sums, (rows, 1)."""
+    if factor is None:
+        assert rest is not None
+        total = total_of_rows(rest)
+        return rest.addcmul_(probability, -total), total
+    total = total_of_rows(probability * factor)
+    if rest is None:
+        return factor.sub_(total).mul_(probability), total
+    total = total + total_of_rows(rest)
+    return rest.addcmul_(factor.sub_(total), probability), total
+
+
+def _at_temperature_1(
+    noisy: Tensor, side: _Side | None, settings: Settings, dtype: torch.dtype, kept_sum: Tensor | None = None
+) -> _Side:
+    """The noisy side whole and at temperature 1; ``side``, where it is that or has its maximum."""
+    if side is None or settings.support == "renormalize":
+        return _side(noisy, 1.0, dtype)
     if settings.unit_temperature:
         return side
-    kept = None if kept_sum is None else (side.maximum, kept_sum)
-    return _side(side.logits, 1.0, side.logits.dtype, kept)
+    return _side(side.logits, 1.0, dtype, None if kept_sum is None else (side.maximum, kept_sum))
 
 
 def _label_cross_entropy(noisy: _Side, labels: Tensor) -> Tensor:

@@ -11,9 +11,10 @@ the rounded probabilities. With P = max(p, q), w = 1 − e^−|d| and h = 1 − 
 The linear part (1−λ)(p − q) sums to 0 over a whole distribution; a truncated sum goes without. Jensen–Shannon is
 beta·KL(q‖m) + (1−beta)·KL(p‖m), whose linear parts cancel.
 
-Partials with respect to log p and log q (not the logits) are given the same way: for whole distributions a multiple
-of p (of q) may be added to them without changing the gradient, because Σ p = 1; it is chosen so that nothing cancels
-near p = q.
+Partials with respect to log p (not the logits) are given as factor·p + rest, those with respect to log q likewise: the
+gradient of the logits is p·(factor − Σ factor·p) + rest − p·Σ rest, and factors are subtracted before p multiplies
+them, so that no digits are lost where one atom has nearly all mass. For whole distributions a multiple of p may be
+added to a partial without changing the gradient, because Σ p = 1; it is chosen so that nothing cancels near p = q.
 
 The arithmetic is written for the CPU, where every operation is a pass over memory: a selection (torch.where) costs as
 much as ten products there, so signs enter through copysign, and 0 · inf = 0 through nan_to_num.
@@ -122,16 +123,40 @@ class Atoms:
         """log(m/P) = log1p(−κw) for the mixture m with this weight of q; a new tensor."""
         if weight == 0.5 and torch.compiler.is_compiling() and self.shrinkage.dtype == torch.float32:
             return _log1p_of_half(self.shrinkage)
-        return self._negative_mixture_loss(weight).log1p_()
+        if _is_moderate(weight):
+            return self._negative_mixture_loss(weight).log1p_()
+        return torch.where(
+            self.shrinkage > -0.5, self._negative_mixture_loss(weight).log1p_(), self.mixture(weight).log_()
+        )
 
     def mixture(self, weight: float) -> Tensor:
         """m/P = 1 − κw; a new tensor."""
-        return self._negative_mixture_loss(weight).add_(1)
+        if _is_moderate(weight):
+            return self._negative_mixture_loss(weight).add_(1)
+        # Where κw is next to 1 its rounding would be felt: m/P = (1−κ) + κ·e^−|d| then.
+        share_of_larger = self._by_sign(1 - weight, weight)
+        return (-self.gap).exp_().mul_(self._by_sign(weight, 1 - weight)).add_(share_of_larger)
+
+    def over_mixture(self, weight: float) -> Tensor:
+        """(p − q)/m; a new tensor."""
+        return self.signed_shrinkage / self.mixture(weight)
 
     def _negative_mixture_loss(self, weight: float) -> Tensor:
         if weight == 0.5:
             return self.shrinkage * 0.5
-        return (self.shrinkage * 0.5).add_(self.signed_shrinkage, alpha=0.5 - weight)
+        if _is_moderate(weight):
+            return (self.shrinkage * 0.5).add_(self.signed_shrinkage, alpha=0.5 - weight)
+        return self._by_sign(weight, 1 - weight).mul_(self.shrinkage)
+
+    def _by_sign(self, where_positive: float, elsewhere: float) -> Tensor:
+        """One number where d > 0, another elsewhere; a new tensor."""
+        positive = indicator(self.log_ratio)
+        return positive.mul(where_positive).add_(1 - positive, alpha=elsewhere)
+
+
+def _is_moderate(weight: float) -> bool:
+    """Whether a mixture's weights are both large enough for a difference from ½ to carry their digits."""
+    return 1 / 64 <= weight <= 63 / 64
 
 
 def nan_to_zero(tensor: Tensor) -> Tensor:
@@ -139,6 +164,24 @@ def nan_to_zero(tensor: Tensor) -> Tensor:
     if torch.compiler.is_compiling():  # where Inductor tests for NaN it leaves the vector unit
         return torch.where(tensor == tensor, tensor, 0)
     return tensor.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+
+
+def indicator(tensor: Tensor) -> Tensor:
+    """1 where a tensor is positive, else 0, in its dtype: a fraction of the time of a selection on a CPU."""
+    if torch.compiler.is_compiling():
+        return (tensor > 0).to(tensor.dtype)
+    return torch.gt(tensor, 0, out=torch.empty_like(tensor))
+
+
+def total_of_rows(terms: Tensor, *, precise: bool = False) -> Tensor:
+    """Σ over each row, (rows, 1).
+
+    Where one term is far above the others, each addition to it rounds at its size. Compiled code adds thousands of
+    terms to one lane, so it adds in float64; eager PyTorch adds fifty, which ``precise`` sums cannot bear either.
+    """
+    if precise or torch.compiler.is_compiling():
+        return terms.sum(-1, keepdim=True, dtype=torch.float64).to(terms.dtype)
+    return terms.sum(-1, keepdim=True)
 
 
 def expm1(exponent: Tensor) -> Tensor:
@@ -171,7 +214,7 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 def row_sum(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
     """Sum of one kind's terms over each row, (rows, 1); `finish` makes values of them, of all rows at once."""
     kind = _without_skew(kind, skew)
-    return _terms(kind, atoms, beta, skew, not (truncated and _may_be_negative(kind))).sum(-1, keepdim=True)
+    return total_of_rows(_terms(kind, atoms, beta, skew, not (truncated and _may_be_negative(kind))))
 
 
 def finish(kind: str, sums: Tensor, beta: float, skew: float, truncated: bool) -> Tensor:
@@ -231,18 +274,24 @@ def _jensen_shannon(atoms: Atoms, beta: float) -> Tensor:
 
 def _times_log_mixture(atoms: Atoms, side: str, weight: float, factor: float) -> Tensor:
     """factor · q · log(m/q), or of p, for the mixture m = weight·q + (1−weight)·p, 0 < weight < 1; a new tensor."""
+    return nan_to_zero(_log_mixture_over(atoms, side, weight).mul_(atoms.q if side == "q" else atoms.p)).mul_(factor)
+
+
+def _log_mixture_over(atoms: Atoms, side: str, weight: float) -> Tensor:
+    """log(m/q), or log(m/p), for that mixture; infinite where q (or p) is 0; a new tensor."""
     log_mixture = atoms.log_mixture(weight)
     if side == "q":
-        log_mixture.add_(atoms.log_ratio.clamp(min=0)).mul_(atoms.q)
-    else:
-        log_mixture.sub_(atoms.log_ratio.clamp(max=0)).mul_(atoms.p)
-    return nan_to_zero(log_mixture).mul_(factor)
+        return log_mixture.add_(atoms.log_ratio.clamp(min=0))
+    return log_mixture.sub_(atoms.log_ratio.clamp(max=0))
 
 
-def partial_derivative(kind: str, side: int, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
-    """One kind's partial with respect to log p (side 0) or log q (side 1), (rows, atoms), a new tensor.
+def partial_derivative(
+    kind: str, side: int, atoms: Atoms, beta: float, skew: float, truncated: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """One kind's partial with respect to log p (side 0) or log q (side 1) as factor·p (or q) + rest.
 
-    Infinite ones stay as they are: `finite_rows` is for them.
+    A part that is None is 0; parts are not to be written to. A factor may be infinite, and has no meaning where the
+    probability is 0.
     """
     towards = (_partial_to_p, _partial_to_q)[side]
     return towards(_without_skew(kind, skew), atoms, beta, skew, not truncated)
@@ -253,76 +302,59 @@ def may_be_infinite(kind: str, side: int, skew: float) -> bool:
     return _without_skew(kind, skew) in (("reverse_kl", "jeffreys"), ("forward_kl", "jeffreys", "cross_entropy"))[side]
 
 
-def finite_rows(partial: Tensor, row_sum: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Partials and their row sums, both 0 in rows whose sum is infinite. A CPU looks first: such rows are rare.
-
-    There the divergence is infinite (q > 0 where p = 0, or the reverse): a step in that direction does not exist.
-    """
-    row_sum = partial.sum(-1, keepdim=True) if row_sum is None else row_sum
-    infinite = row_sum.abs() == torch.inf
-    if partial.device.type == "cpu" and not torch.compiler.is_compiling() and not infinite.any():
-        return partial, row_sum
-    return partial.masked_fill(infinite, 0), row_sum.masked_fill(infinite, 0)
-
-
-def _partial_to_p(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
+def _partial_to_p(
+    kind: str, atoms: Atoms, beta: float, skew: float, linear: bool
+) -> tuple[Tensor | None, Tensor | None]:
     match kind:
         case "forward_kl" | "cross_entropy":
-            return atoms.difference if linear else -atoms.q
+            return None, atoms.difference if linear else -atoms.q
         case "reverse_kl":
-            partial = nan_to_zero(atoms.p * atoms.log_ratio)
-            return partial if linear else partial.add_(atoms.p)
+            return atoms.log_ratio + (0 if linear else 1), None
         case "skew_forward_kl":
-            partial = _mixture_share(atoms, "p", skew).mul_(atoms.difference).mul_((1 - skew) ** 2)
-            return partial if linear else partial.sub_(atoms.p, alpha=1 - skew)
+            return atoms.over_mixture(skew).mul_((1 - skew) ** 2).sub_(0 if linear else 1 - skew), None
         case "skew_reverse_kl":
-            partial = _mixture_share(atoms, "p", 1 - skew).mul_(atoms.difference).mul_((skew - 1) * skew)
-            partial = partial.add_(_times_log_mixture(atoms, "p", 1 - skew, -1.0))
-            return partial if linear else partial.add_(atoms.p, alpha=1 - skew)
+            factor = atoms.over_mixture(1 - skew).mul_((skew - 1) * skew)
+            return factor.sub_(_log_mixture_over(atoms, "p", 1 - skew)).add_(0 if linear else 1 - skew), None
         case "jeffreys":
-            return nan_to_zero(atoms.p * atoms.log_ratio).add_(atoms.difference)
+            return atoms.log_ratio, atoms.difference
         case "jensen_shannon":
-            return _times_log_mixture(atoms, "p", beta, beta - 1)
+            return _log_mixture_over(atoms, "p", beta).mul_(beta - 1), None
         case "total_variation":
-            return atoms.log_ratio.sign().mul_(atoms.p).mul_(0.5)
+            return atoms.log_ratio.sign().mul_(0.5), None
         case "squared_hellinger":
-            # ½(p − √(pq)) = ¼((p − q) + (√p − √q)²)
-            squares = atoms.squared_half_shrinkage * atoms.larger
-            return squares.add_(atoms.difference).mul_(0.25)
+            return _hellinger_partial(atoms, indicator(atoms.log_ratio), atoms.q)
     raise AssertionError(kind)
 
 
-def _partial_to_q(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
+def _partial_to_q(
+    kind: str, atoms: Atoms, beta: float, skew: float, linear: bool
+) -> tuple[Tensor | None, Tensor | None]:
     match kind:
         case "forward_kl":
-            partial = nan_to_zero(atoms.q * atoms.log_ratio).neg_()
-            return partial if linear else partial.add_(atoms.q)
+            return (0 if linear else 1) - atoms.log_ratio, None
         case "reverse_kl":
-            return -atoms.difference if linear else -atoms.p
+            return None, -(atoms.difference if linear else atoms.p)
         case "skew_forward_kl":
-            partial = _mixture_share(atoms, "q", skew).mul_(atoms.difference).mul_((1 - skew) * skew)
-            partial = partial.add_(_times_log_mixture(atoms, "q", skew, -1.0))
-            return partial if linear else partial.add_(atoms.q, alpha=1 - skew)
+            factor = atoms.over_mixture(skew).mul_((1 - skew) * skew)
+            return factor.sub_(_log_mixture_over(atoms, "q", skew)).add_(0 if linear else 1 - skew), None
         case "skew_reverse_kl":
-            partial = _mixture_share(atoms, "q", 1 - skew).mul_(atoms.difference).mul_(-((1 - skew) ** 2))
-            return partial if linear else partial.sub_(atoms.q, alpha=1 - skew)
+            return atoms.over_mixture(1 - skew).mul_(-((1 - skew) ** 2)).sub_(0 if linear else 1 - skew), None
         case "jeffreys":
-            return nan_to_zero(atoms.q * atoms.log_ratio).add_(atoms.difference).neg_()
+            return -atoms.log_ratio, -atoms.difference
         case "jensen_shannon":
-            return _times_log_mixture(atoms, "q", beta, -beta)
+            return _log_mixture_over(atoms, "q", beta).mul_(-beta), None
         case "total_variation":
-            return atoms.log_ratio.sign().mul_(atoms.q).mul_(-0.5)
+            return atoms.log_ratio.sign().mul_(-0.5), None
         case "squared_hellinger":
-            squares = atoms.squared_half_shrinkage * atoms.larger
-            return squares.sub_(atoms.difference).mul_(0.25)
+            return _hellinger_partial(atoms, indicator(-atoms.log_ratio), atoms.p)
         case "cross_entropy":
             assert atoms.log_p is not None
-            return nan_to_zero(atoms.q * atoms.log_p).neg_()
+            return -atoms.log_p, None
     raise AssertionError(kind)
 
 
-def _mixture_share(atoms: Atoms, side: str, weight: float) -> Tensor:
-    """p/m or q/m for the mixture with this weight of q; a new tensor. The larger side over P is 1, the other 1 − w."""
-    sign = -1 if side == "p" else 1
-    share = atoms.shrinkage.sub(atoms.signed_shrinkage, alpha=sign).mul_(0.5).add_(1)
-    return share.div_(atoms.mixture(weight))
+def _hellinger_partial(atoms: Atoms, is_larger: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """½(p − √(pq)): ½h·p where p is the larger side, −½h(1−h)·q elsewhere; or the same with the sides exchanged."""
+    half = atoms.half_shrinkage * 0.5
+    factor = (half * is_larger).neg_()
+    return factor, half.addcmul_(half, atoms.half_shrinkage).mul_(other).mul_(1 - is_larger)

@@ -4,35 +4,23 @@ Kept per row are four float32 scalars (eight with a top-k support) and two per k
 from the whole-vocabulary kernels; beside a top-k support those run for it alone.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, topk
+from sgfast.ops.divergence_problem import Problem
 from sgfast.ops.divergence_rows import LABEL_KIND
 
 
-class Problem(NamedTuple):
-    """What the kernels are given besides labels; the options that both directions share."""
+def _only_labels(problem: Problem) -> Problem:
+    """The kind of hard labels, over the whole vocabulary."""
+    return problem._replace(kinds=LABEL_KIND, top_k=0)
 
-    noisy: Tensor
-    clean: Tensor
-    mask: Tensor | None
-    temperature: Tensor
-    kinds: list[str]
-    top_k: int
-    support: str
-    beta: float
-    skew: float
 
-    def without_support(self, *kinds: str) -> "Problem":
-        """These kinds over the whole vocabulary."""
-        return self._replace(kinds=list(kinds), top_k=0)
-
-    def without_labels(self) -> "Problem":
-        """The kinds but that of hard labels."""
-        return self._replace(kinds=[kind for kind in self.kinds if kind != LABEL_KIND])
+def _without_labels(problem: Problem) -> Problem:
+    return problem._replace(kinds=problem.kinds.removesuffix(f",{LABEL_KIND}"), labels=None)
 
 
 def refusal(
@@ -42,13 +30,25 @@ def refusal(
     *,
     top_k: int | None = None,
     mask: Tensor | None = None,
+    temperature: float | Tensor | tuple[Any, Any] = 1.0,
     **_: Any,
 ) -> str | None:
     """Why the kernels cannot run on these arguments of `divergences`, or None."""
+    if isinstance(temperature, tuple):
+        return "a temperature for each side (the kernels take one for both)"
     reason = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
     if reason is None and top_k:
         reason = topk.triton_size_refusal(top_k, noisy_logits.shape[-1])
     return reason or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
+
+
+def refusal_of(problem: Problem) -> str | None:
+    """Why the kernels cannot run on this problem, or None."""
+    if problem.support_mask is not None:
+        return "a support_mask runs in PyTorch"
+    if problem.clean_temperature is not None:
+        return refusal(problem.noisy, problem.clean, temperature=(problem.temperature, problem.clean_temperature))
+    return refusal(problem.noisy, problem.clean, top_k=problem.top_k, mask=problem.mask)
 
 
 def row_scalar_count(kinds: list[str], top_k: int) -> int:
@@ -58,55 +58,54 @@ def row_scalar_count(kinds: list[str], top_k: int) -> int:
     return (8 if top_k else 4) + 2 * len(kinds)
 
 
-def forward(problem: Problem, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars."""
     kernels = dispatch.kernels()
-    noisy, clean, mask, temperature, kinds, top_k, support, beta, skew = problem
-    if not top_k:
+    noisy, kinds = problem.noisy, problem.kinds.split(",")
+    read = (noisy, problem.clean, problem.mask, problem.temperature)
+    weights = (problem.beta, problem.skew)
+    if not problem.top_k:
         no_indices = noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32)
-        values, scalars = kernels.divergence_forward(noisy, clean, mask, temperature, kinds, beta, skew, labels)
+        values, scalars = kernels.divergence_forward(*read, kinds, *weights, problem.labels)
         return values, no_indices, scalars
-    if labels is None:
+    if problem.labels is None:
         found: tuple[Tensor, Tensor, Tensor] = kernels.divergence_topk_forward(
-            noisy, clean, mask, temperature, top_k, support, kinds, beta, skew
+            *read, problem.top_k, problem.support, kinds, *weights
         )
         return found
-    values, indices, scalars = forward(problem.without_labels(), None)
-    label_values, _, label_scalars = forward(problem.without_support(LABEL_KIND), labels)
+    values, indices, scalars = forward(_without_labels(problem))
+    label_values, _, label_scalars = forward(_only_labels(problem))
     return torch.cat([values, label_values]), indices, torch.cat([scalars, label_scalars])
 
 
 def backward(
-    problem: Problem,
-    labels: Tensor | None,
-    upstream: Tensor,
-    kept_indices: Tensor,
-    row_scalars: Tensor | None,
-    wanted: tuple[bool, bool],
+    problem: Problem, upstream: Tensor, kept_indices: Tensor, row_scalars: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to the sides wanted.
 
     ``row_scalars`` is None where PyTorch was to run when the graph was traced: they are computed again.
     """
     if row_scalars is None:
-        row_scalars = forward(problem, labels)[2]
+        row_scalars = forward(problem)[2]
     kernels = dispatch.kernels()
-    noisy, clean, mask, temperature, kinds, top_k, support, beta, skew = problem
-    read = (noisy, clean, mask, temperature, upstream)
+    kinds, weights = problem.kinds.split(","), (problem.beta, problem.skew)
+    wanted = (problem.noisy_wanted, problem.clean_wanted)
+    read = (problem.noisy, problem.clean, problem.mask, problem.temperature, upstream)
     gradients: tuple[Tensor | None, Tensor | None]
-    if not top_k:
-        gradients = kernels.divergence_backward(*read, row_scalars, kinds, beta, skew, *wanted, labels)
+    if not problem.top_k:
+        gradients = kernels.divergence_backward(*read, row_scalars, kinds, *weights, *wanted, problem.labels)
         return gradients
-    if labels is None:
+    if problem.labels is None:
         gradients = kernels.divergence_topk_backward(
-            *read, kept_indices, row_scalars, support, kinds, beta, skew, *wanted
+            *read, kept_indices, row_scalars, problem.support, kinds, *weights, *wanted
         )
         return gradients
-    own, label_kind = problem.without_labels(), problem.without_support(LABEL_KIND)
-    kept = row_scalar_count(own.kinds, top_k)
-    gradients = backward(own, None, upstream[:-1], kept_indices, row_scalars[:kept], wanted)
+    own = _without_labels(problem)
+    kept = row_scalar_count(own.kinds.split(","), problem.top_k)
+    gradients = backward(own, upstream[:-1], kept_indices, row_scalars[:kept])
     if gradients[0] is not None:
-        of_labels, _ = backward(label_kind, labels, upstream[-1:], kept_indices, row_scalars[kept:], (True, False))
+        label_problem = _only_labels(problem)._replace(clean_wanted=False)
+        of_labels, _ = backward(label_problem, upstream[-1:], kept_indices, row_scalars[kept:])
         assert of_labels is not None
         gradients[0].add_(of_labels)
     return gradients

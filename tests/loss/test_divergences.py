@@ -9,10 +9,11 @@ from torch import Tensor
 
 from sgfast.loss import divergences as losses
 from sgfast.metrics import get_top_k_support_mask
-from sgfast.ops import divergence_masked
+from sgfast.ops import divergence, divergence_chunks
 from tests.gates import registration
 from tests.gates.implementations import RUNS_TRITON
 from tests.gates.live_bytes import LiveBytes
+from tests.ops.problems import problem
 
 FUNCTIONS = {
     "jeffreys": losses.jeffreys_divergence,
@@ -220,21 +221,24 @@ def test_views_are_read_in_place_and_chunks_do_not_matter():
     expected = losses.jeffreys_divergence(*(view.clone() for view in views))
     assert torch.equal(losses.jeffreys_divergence(*views), expected)
     for chunk in (1, 100_000, 10**9):
-        value = divergence_masked.masked_divergence(*views, "jeffreys", max_chunk_bytes=chunk)
+        value = divergence.masked_divergence(*views, "jeffreys", max_chunk_bytes=chunk)
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
-def test_temporaries_stay_within_what_chunks_are_planned_for(support):
+def test_temporaries_stay_within_what_chunks_are_planned_for(monkeypatch, support):
+    monkeypatch.setattr(divergence_chunks.rows, "keep_freed_memory", lambda size: None)  # nobody writes to that block
     noisy, clean = pair(4, 10_000)
     support_mask = dense_mask(4, 10_000)
-    options = ("skew_forward_kl", support, None, torch.ones(4), 0.5, 0.1, 10**9, "torch")
+    options = {"support_mask": support_mask, "support": support, "max_chunk_bytes": 10**9, "impl": "torch"}
+    asked = problem(noisy, clean, ["skew_forward_kl"], **options)
     with LiveBytes() as counted:
-        divergence_masked._forward._init_fn(noisy, clean, support_mask, *options)
-    planned = noisy.numel() * 4 * divergence_masked._TEMPORARIES
+        divergence._forward.implementation(asked)
+    planned = noisy.numel() * 4 * divergence_chunks.masked_temporaries(divergence_chunks.settings_of(asked))
     assert planned / 4 < counted.peak < planned
+    no_indices = torch.empty(4, 0, dtype=torch.int32)
     with LiveBytes() as counted:
-        divergence_masked._backward._init_fn(noisy, clean, torch.ones(1, 4), support_mask, *options, True, True)
+        divergence._backward.implementation(divergence._Backward(asked, torch.ones(1, 4), no_indices, None))
     assert counted.peak - 2 * noisy.nbytes < planned
 
 

@@ -17,6 +17,7 @@ from sgfast.ops.divergence_terms import KINDS
 from tests.gates import registration
 from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
 from tests.gates.live_bytes import LiveBytes
+from tests.ops.problems import problem
 
 SUPPORTS = (None, "truncate", "renormalize", "tail")
 EACH_SUPPORT = SUPPORTS
@@ -348,19 +349,10 @@ def test_first_and_second_derivatives(support):
 def test_registration(support):
     noisy, clean = (side.requires_grad_() for side in pair(2, 3, 9))
     mask = torch.tensor([[True, False, True], [True, True, False]])
-    options = (
-        None,
-        "jeffreys,forward_kl",
-        2 if support else 0,
-        support or "tail",
-        mask,
-        torch.ones(2, 3),
-        0.5,
-        0.1,
-        1000,
-        None,
-    )
-    torch.library.opcheck(torch.ops.sgfast.divergences.default, (noisy, clean, *options))
+    options = {"top_k": 2 if support else 0, "support": support or "tail", "mask": mask}
+    asked = problem(noisy, clean, ["jeffreys", "forward_kl"], **options)
+    operator = divergence_module._forward
+    torch.library.opcheck(operator.overload, operator.flat(asked))
 
 
 def test_compiled_training_step_matches_eager_with_masked_rows():
@@ -540,12 +532,19 @@ def test_kept_row_scalars_give_the_gradient_that_is_had_without(impl):
     noisy[0, :7] = clean[1, :7] = noisy[2, 9] = clean[2, 9] = -torch.inf
     noisy[3, 0] = torch.nan
     labels, mask = torch.tensor([0, 1, -1, 3, 4, 5]), torch.arange(6) != 4
-    options = (",".join((*KINDS, LABEL_KIND)), 0, "tail", mask, torch.linspace(0.5, 2, 6), 0.3, 0.2, 4000, impl)
-    values, kept_indices, row_scalars = torch.ops.sgfast.divergences(noisy, clean, labels, *options, True, True)
+    options = {
+        "temperature": torch.linspace(0.5, 2, 6),
+        "beta": 0.3,
+        "skew": 0.2,
+        "max_chunk_bytes": 4000,
+        "impl": impl,
+    }
+    asked = problem(noisy, clean, (*KINDS, LABEL_KIND), labels=labels, mask=mask, **options)
+    values, kept_indices, row_scalars = divergence_module._forward(asked)
     assert values[:, 3].isnan().all()
     upstream = torch.rand_like(values)
     kept, again = (
-        torch.ops.sgfast.divergences_backward(noisy, clean, labels, upstream, kept_indices, one, *options, True, True)
+        divergence_module._backward(divergence_module._Backward(asked, upstream, kept_indices, one))
         for one in (row_scalars, None)
     )
     for gradient, expected in zip(kept, again, strict=True):
@@ -558,10 +557,10 @@ def test_kept_row_scalars_give_the_gradient_that_is_had_without(impl):
 def test_row_scalars_are_for_the_sides_a_gradient_was_expected_of():
     """A side that starts to need a gradient after forward, as in a graph exported for inference, gets its own."""
     noisy, clean = (side.requires_grad_() for side in pair(3, 40))
-    options = ("jeffreys,forward_kl", 0, "tail", None, torch.ones(3), 0.5, 0.1, 10_000, "compile")
+    asked = problem(noisy, clean, ["jeffreys", "forward_kl"], impl="compile")
     expected, actual = (
-        torch.autograd.grad(torch.ops.sgfast.divergences(noisy, clean, None, *options, *sides)[0].sum(), (noisy, clean))
-        for sides in ((True, True), (True, False))
+        torch.autograd.grad(divergence_module._forward(one)[0].sum(), (noisy, clean))
+        for one in (asked, asked._replace(clean_wanted=False))
     )
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
 
@@ -574,10 +573,9 @@ def test_backward_without_row_scalars(top_k):
     noisy, clean = (side.requires_grad_() for side in pair(3, 40))
     values = divergences(noisy, clean, "jeffreys", top_k=top_k or None, support="tail", impl="triton")["jeffreys"]
     expected = torch.autograd.grad(values.sum(), (noisy, clean))
-    options = ("jeffreys", top_k, "tail", None, torch.ones(3, device=DEVICE), 0.5, 0.1, 1000, "triton")
-    sides, upstream = (noisy.detach(), clean.detach()), torch.ones(1, 3, device=DEVICE)
-    kept_indices = torch.ops.sgfast.divergences(*sides, None, *options)[1]
-    actual = torch.ops.sgfast.divergences_backward(*sides, None, upstream, kept_indices, None, *options, True, True)
+    asked = problem(noisy.detach(), clean.detach(), ["jeffreys"], top_k=top_k, impl="triton")
+    kept_indices, upstream = divergence_module._forward(asked)[1], torch.ones(1, 3, device=DEVICE)
+    actual = divergence_module._backward(divergence_module._Backward(asked, upstream, kept_indices, None))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
@@ -668,8 +666,9 @@ def test_reference_is_the_definition():
     noisy, clean = pair(3, 12, dtype=torch.float64)
     indices, valid = top_k_support(noisy, clean, 3)
     for support in SUPPORTS:
-        settings = Settings(KINDS, support or "full", 0.4, 0.2)
-        values = divergence_module.reference(noisy, clean, settings, indices, valid, torch.full((3,), 1.5).double())
+        options = {"top_k": 3 if support else 0, "support": support or "tail", "beta": 0.4, "skew": 0.2}
+        asked = problem(noisy, clean, KINDS, temperature=torch.full((3,), 1.5).double(), **options)
+        values = divergence_module.reference(asked, indices.masked_fill(~valid, -1))
         expected = divergences(
             noisy, clean, KINDS, top_k=support and 3, support=support or "tail", temperature=1.5, beta=0.4, skew=0.2
         )
@@ -689,7 +688,7 @@ def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support, bet
         settings = Settings(tuple(kinds), support or "full", beta, 0.1)
         count = divergence_chunks.temporaries(settings, 2 * top_k / 10_000, dtype != torch.float32)
         planned = noisy.numel() * 4 * count + row_vectors
-        arguments = (noisy, clean, temperature, settings, indices, valid)
+        arguments = (noisy, clean, (temperature, temperature), settings, indices, valid)
         given_labels = labels if LABEL_KIND in kinds else None
         targets = [torch.empty_like(noisy), torch.empty_like(clean)]
         with LiveBytes() as counted:
@@ -737,15 +736,16 @@ def test_peak_memory_is_the_gradients_and_a_chunk(dtype, layout, top_k):
     noisy, clean = (side.view(8, 13, width) for side in pair(8 * 13, width, dtype=dtype))
     noisy, clean = (side[:, 1:] if layout == "shifted" else side[:, 1:].contiguous() for side in (noisy, clean))
     mask = torch.arange(96).view(shape) % 3 != 0 if layout == "masked" else None
-    options = ("jensen_shannon,jeffreys", top_k, "tail", mask, torch.ones(shape), 0.5, 0.1, bound, "torch")
+    kinds = ["jensen_shannon", "jeffreys"]
+    asked = problem(noisy, clean, kinds, top_k=top_k, mask=mask, max_chunk_bytes=bound, impl="torch")
     row_vectors = 96 * 4 * (64 + 2 * top_k)
     with LiveBytes() as counted:
-        values, indices, _ = divergence_module._forward._init_fn(noisy, clean, None, *options)
+        values, indices, _ = divergence_module._forward.implementation(asked)
     assert counted.peak <= bound + row_vectors
     upstream = torch.ones_like(values)
     with LiveBytes() as counted:
-        gradients = divergence_module._backward._init_fn(
-            noisy, clean, None, upstream, indices, None, *options, True, True
+        gradients = divergence_module._backward.implementation(
+            divergence_module._Backward(asked, upstream, indices, None)
         )
     own = sum(gradient.nbytes for gradient in gradients)
     assert own == 2 * 96 * width * noisy.element_size()

@@ -24,6 +24,7 @@ from ._divergence_terms import (
     TINY,
     clamped,
     difference_of,
+    log2_quotient,
     log2_ratio,
     mixture,
     offsets,
@@ -60,10 +61,10 @@ def load_support(union_ptr, o_row, m_read, size, a_row, b_row, BK: tl.constexpr)
 @triton.jit
 def atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT: tl.constexpr, BK: tl.constexpr):
     """p, q, log2 p/q and log2 p of every atom, the tail's in lane ``size``; and which lane is the tail's."""
-    c_a, c_b, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
+    c_a, c_b, row = offsets(m_a, s_a, m_b, s_b, slope)
     b_zx = tl.fma(b_x, slope, -c_a)
     b_p, b_q = tl.exp2(b_zx) / s_a, tl.exp2(tl.fma(b_y, slope, -c_b)) / s_b
-    b_d, b_log_p = tl.fma((b_x - b_y) - gap, slope, -shift), b_zx - tl.log2(s_a)
+    b_d, b_log_p = log2_quotient(b_x, b_y, row), b_zx - tl.log2(s_a)
     m_tail = tl.arange(0, BK)[None, :] == size
     if SUPPORT == TAIL:
         c_a, c_b, c_ra, c_rb = (
@@ -74,8 +75,8 @@ def atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT
         )
         p = (t_a / s_a) * tl.exp2(c_ra - c_a)
         q = (t_b / s_b) * tl.exp2(c_rb - c_b)
-        # Differences before sums, as in `offsets`.
-        d = ((c_ra - c_rb) - (c_a - c_b)) + (log2_ratio(t_a, t_b) - log2_ratio(s_a, s_b))
+        # Within each side first: the sides may lie apart.
+        d = ((c_ra - c_a) - (c_rb - c_b)) + (log2_ratio(t_a, t_b) - log2_ratio(s_a, s_b))
         b_p, b_q = tl.where(m_tail, p, b_p), tl.where(m_tail, q, b_q)
         b_d = tl.where(m_tail, d, b_d)
         b_log_p = tl.where(m_tail, (c_ra - c_a) + tl.log2(t_a / s_a), b_log_p)
@@ -99,6 +100,7 @@ def term_and_partials(
 
     Over whole distributions a multiple of p − q is added to the terms of the KL and skew kinds, and of p (of q) to
     partials: their sums are 0, and nothing cancels near p = q. Under ``truncate`` they are those of the definition.
+    ``beta`` and ``skew`` are pairs: a weight, and 1 less it.
     """
     b_difference = difference_of(b_p, b_q, b_d)
     b_pl, b_ql = times_ratio(b_p, b_d) * LN2, times_ratio(b_q, b_d) * LN2
@@ -117,8 +119,8 @@ def term_and_partials(
         b_a, b_b = b_pl + b_difference, -b_ql - b_difference
     elif KIND == JENSEN_SHANNON:
         b_log_m, _ = mixture(b_p, b_q, b_finite, b_difference, beta)
-        b_a = (beta - 1.0) * b_p * (tl.maximum(-b_finite, 0.0) + b_log_m) * LN2
-        b_b = -beta * b_q * (tl.maximum(b_finite, 0.0) + b_log_m) * LN2
+        b_a = -beta[1] * b_p * (tl.maximum(-b_finite, 0.0) + b_log_m) * LN2
+        b_b = -beta[0] * b_q * (tl.maximum(b_finite, 0.0) + b_log_m) * LN2
         b_term = b_a + b_b
     elif KIND == TOTAL_VARIATION:
         b_term, b_a, b_b = 0.5 * tl.abs(b_difference), 0.5 * sign_of(b_d, b_p), -0.5 * sign_of(b_d, b_q)
@@ -131,11 +133,11 @@ def term_and_partials(
         b_a, b_b = b_difference if SUPPORT != TRUNCATE else -b_q, b_term
     elif KIND == SKEW_FORWARD:
         b_term, b_a, b_b = skew_partials(b_p, b_q, b_finite, b_difference, skew)
-        linear = (1.0 - whole) * (1.0 - skew)
+        linear = (1.0 - whole) * skew[1]
         b_term, b_a, b_b = b_term - linear * b_difference, b_a - linear * b_p, b_b + linear * b_q
     else:
         b_term, b_b, b_a = skew_partials(b_q, b_p, -b_finite, -b_difference, skew)
-        linear = (1.0 - whole) * (1.0 - skew)
+        linear = (1.0 - whole) * skew[1]
         b_term, b_a, b_b = b_term + linear * b_difference, b_a + linear * b_p, b_b - linear * b_q
     return b_term, b_a, b_b
 

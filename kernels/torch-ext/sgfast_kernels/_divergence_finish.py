@@ -39,7 +39,7 @@ def _store_kind(values_ptr, scalars_ptr, i_kind, field, o_row, m_row, m_read, b_
 
 @triton.jit(
     do_not_specialize=[
-        *("rows", "width", "a_inner", "splits", "beta"),
+        *("rows", "width", "a_inner", "splits", "beta", "beta_rest"),
         *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr", "i_label"),
     ]
 )
@@ -68,6 +68,7 @@ def finish_kernel(
     i_sr,
     i_label,
     beta,
+    beta_rest,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -128,7 +129,7 @@ def finish_kernel(
         b_tv = 0.5 * b_1 * _total(sums_ptr, 4, splits, field, o_row, m_row)
     if JENSEN_SHANNON & KINDS:
         # Where no probability differs, what the logarithms were rounded by is left.
-        b_a = tl.where(b_tv == 0, 0.0, (1.0 - beta) * to_nats * b_1 * _total(sums_ptr, 2, splits, field, o_row, m_row))
+        b_a = tl.where(b_tv == 0, 0.0, beta_rest * to_nats * b_1 * _total(sums_ptr, 2, splits, field, o_row, m_row))
         b_b = tl.where(b_tv == 0, 0.0, beta * to_nats * b_1 * _total(sums_ptr, 3, splits, field, o_row, m_row))
         b_v = tl.minimum(b_a + b_b, LN2 * b_tv)
         _store_kind(values_ptr, scalars_ptr, i_js, field, o_row, m_row, m_read, b_valid, b_v, b_a, b_b)

@@ -41,6 +41,11 @@ def positions(kinds: Sequence[str], among: Sequence[str] = KINDS) -> list[int]:
     return [kinds.index(kind) if kind in kinds else 0 for kind in among]
 
 
+def weights_of(weight: float) -> tuple[float, float]:
+    """A mixture's weights, both with all digits: float32 would lose those of a small one in 1 − weight."""
+    return weight, 1.0 - weight
+
+
 def row_count(tensor: Tensor) -> int:
     return tensor.shape[:-1].numel()
 

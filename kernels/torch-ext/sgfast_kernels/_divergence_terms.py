@@ -24,9 +24,12 @@ def difference_of(b_p, b_q, b_d):
 
 
 @triton.jit
-def log2_of_one_minus(b_t):
-    """log2(1 − t) for t in [0, 1], relative error 1e-7: no GPU's fast logarithm has that near 1."""
-    b_u = tl.maximum(1.0 - b_t, TINY)
+def log2_of_one_minus(b_t, b_u):
+    """log2 of u = 1 − t for t in [0, 1], relative error 1e-7: no GPU's fast logarithm has that near 1.
+
+    ``b_u`` has the digits where t is near 1, ``b_t`` where it is near 0.
+    """
+    b_u = tl.maximum(b_u, TINY)
     b_bits = b_u.to(tl.int32, bitcast=True)
     # u = 2^e · (1 + f), −0.293 ≤ f < 0.415; where e = 0, f is −t with all its digits.
     b_e = (b_bits - 0x3F3504F3) >> 23
@@ -48,11 +51,31 @@ def log2_ratio(a, b):
 
 @triton.jit
 def offsets(m_a, s_a, m_b, s_b, slope):
-    """c of both sides, and (gap, shift) of d = k·(x − y − gap) − shift, which loses no digits to common offsets."""
+    """c of both sides, and what `log2_quotient` needs of the row."""
     c_a, c_b = m_a * slope, m_b * slope
     # What the c were rounded by is in the sums.
     rounding = tl.fma(m_a, slope, -c_a) - tl.fma(m_b, slope, -c_b)
-    return c_a, c_b, m_a - m_b, log2_ratio(s_a, s_b) - rounding
+    gap = m_a - m_b
+    # Close sides lose no digits in x − y; sides that lie apart would lose those of the shift between them.
+    apart = tl.abs(gap * slope) > 6.0
+    return (
+        c_a,
+        c_b,
+        (
+            slope,
+            tl.where(apart, m_a, 0.0),
+            tl.where(apart, m_b, 0.0),
+            tl.where(apart, 0.0, gap),
+            log2_ratio(s_a, s_b) - rounding,
+        ),
+    )
+
+
+@triton.jit
+def log2_quotient(b_x, b_y, row):
+    """d = log2 P/Q = k·((x − o_x) − (y − o_y) − gap) − shift, for a row's (k, o_x, o_y, gap, shift) of `offsets`."""
+    slope, o_a, o_b, gap, shift = row
+    return tl.fma(((b_x - o_a) - (b_y - o_b)) - gap, slope, -shift)
 
 
 @triton.jit
@@ -76,12 +99,12 @@ def sign_of(b_d, b_p):
 
 
 @triton.jit
-def mixture(b_p, b_q, b_d, b_difference, weight):
-    """For m = weight·Q + (1 − weight)·P: log2 of m over the larger of P and Q, and m itself."""
-    b_larger = tl.maximum(b_p, b_q)
-    b_shrinkage = tl.abs(b_difference) / tl.maximum(b_larger, TINY)
-    b_loss = tl.where(b_d > 0, weight, 1.0 - weight) * b_shrinkage
-    return log2_of_one_minus(b_loss), b_larger * (1.0 - b_loss)
+def mixture(b_p, b_q, b_d, b_difference, weights):
+    """For m = w·Q + (1 − w)·P with weights (w, 1 − w): log2 of m over the larger of P and Q, and m over it."""
+    b_inverse = 1.0 / tl.maximum(tl.maximum(b_p, b_q), TINY)
+    b_of_smaller, b_of_larger = tl.where(b_d > 0, weights[0], weights[1]), tl.where(b_d > 0, weights[1], weights[0])
+    b_share = tl.fma(b_of_smaller, tl.minimum(b_p, b_q) * b_inverse, b_of_larger)
+    return log2_of_one_minus(b_of_smaller * (tl.abs(b_difference) * b_inverse), b_share), b_share
 
 
 @triton.jit
@@ -121,8 +144,12 @@ def squares(b_u, b_v, KINDS: tl.constexpr):
 
 @triton.jit
 def skew_partials(b_p, b_q, b_d, b_difference, skew):
-    """Term of KL(Q‖m), m = skew·Q + (1 − skew)·P, and its partials with respect to log P and log Q (see the caller)."""
-    b_log_m, b_m = mixture(b_p, b_q, b_d, b_difference, skew)
+    """Term of KL(Q‖m), m = λQ + (1 − λ)P, and its partials with respect to log P and log Q (see the caller).
+
+    ``skew`` is (λ, 1 − λ).
+    """
+    b_log_m, b_share = mixture(b_p, b_q, b_d, b_difference, skew)
     b_inside = b_q * (tl.maximum(b_d, 0.0) + b_log_m) * LN2
-    b_over_m = (1.0 - skew) * b_difference / tl.maximum(b_m, TINY)
-    return (1.0 - skew) * b_difference - b_inside, (1.0 - skew) * b_p * b_over_m, skew * b_q * b_over_m - b_inside
+    b_m = b_share * tl.maximum(b_p, b_q)
+    b_over_m = skew[1] * b_difference / tl.maximum(b_m, TINY)
+    return skew[1] * b_difference - b_inside, skew[1] * b_p * b_over_m, skew[0] * b_q * b_over_m - b_inside

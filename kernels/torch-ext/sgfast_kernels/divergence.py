@@ -36,6 +36,7 @@ from ._divergence_launch import (
     split_rows,
     temperature_rows,
     tile,
+    weights_of,
 )
 from ._divergence_terms import (
     BIG,
@@ -44,6 +45,7 @@ from ._divergence_terms import (
     clamped,
     difference_of,
     joint_offsets,
+    log2_quotient,
     mixture,
     offsets,
     probabilities,
@@ -103,8 +105,8 @@ def divergence_forward(
                     span,
                     *row_layout(noisy),
                     *row_layout(clean),
-                    beta,
-                    skew,
+                    *weights_of(beta),
+                    *weights_of(skew),
                     **modes,
                     **sizes,
                     **LAUNCH_OPTIONS,
@@ -122,7 +124,7 @@ def divergence_forward(
                 *row_layout(noisy),
                 shares,
                 *positions(kinds),
-                beta,
+                *weights_of(beta),
                 **modes,
                 BN=128,
                 num_warps=4,
@@ -155,7 +157,7 @@ def _add_column(
 ):
     """Add logits to the sums of the kinds asked for; what ``finish_kernel`` makes of them is written there."""
     s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp, s_d = sums
-    slope, _, _, rescale, gap, shift = row
+    _, _, _, rescale, ratio_row = row
     b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, row, KINDS)
     b_p, b_q = squares(b_u, b_v, KINDS)
     # The scalar is what is negated: Triton 3.6 spends an instruction on a block's sign.
@@ -163,7 +165,7 @@ def _add_column(
     b_d = b_log_p - b_log_q
     bits: tl.constexpr = bits_per_unit(KINDS)
     if EXACT or (SKEWED and (SKEW_FORWARD | SKEW_REVERSE) & KINDS != 0):
-        b_bits = tl.fma((b_x - b_y) - gap, slope, -shift)
+        b_bits = log2_quotient(b_x, b_y, ratio_row)
         b_finite = clamped(b_bits)
         b_difference = difference_of(b_p * rescale, b_q, b_finite)
     if EXACT:
@@ -189,7 +191,7 @@ def _add_column(
             s_jsp -= b_p * ((tl.maximum(-b_finite, 0.0) + b_log_m) / bits)
             s_jsq -= b_q * ((tl.maximum(b_finite, 0.0) + b_log_m) / bits)
         else:
-            b_log_m = fast_log2(tl.fma(b_p, (1.0 - beta) * rescale, tl.fma(b_q, beta, TINY)))
+            b_log_m = fast_log2(tl.fma(b_p, beta[1] * rescale, tl.fma(b_q, beta[0], TINY)))
             s_jsp += _product(b_p, tl.fma(b_log_m, -1.0 / bits, b_log_p), GUARDED)
             s_jsq += _product(b_q, tl.fma(b_log_m, -1.0 / bits, b_log_q), GUARDED)
     if SKEWED and (SKEW_FORWARD | SKEW_REVERSE) & KINDS != 0:
@@ -238,7 +240,7 @@ def _add_tile(
     return sums
 
 
-@triton.jit(do_not_specialize=["rows", "t_step", "a_inner", "b_inner", "beta", "skew"])
+@triton.jit(do_not_specialize=["rows", "t_step", "a_inner", "b_inner", "beta", "beta_rest", "skew", "skew_rest"])
 def _forward_kernel(
     a_ptr,
     b_ptr,
@@ -257,7 +259,9 @@ def _forward_kernel(
     b_outer_stride,
     b_inner_stride,
     beta,
+    beta_rest,
     skew,
+    skew_rest,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -280,9 +284,10 @@ def _forward_kernel(
     m_a, s_a = tl.load(lse_ptr + i_row), tl.load(lse_ptr + field + i_row)
     m_b, s_b = tl.load(lse_ptr + 2 * field + i_row), tl.load(lse_ptr + 3 * field + i_row)
     c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
-    _, _, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
+    _, _, ratio_row = offsets(m_a, s_a, m_b, s_b, slope)
     rescale = tl.exp2(correction)
-    row = (slope, c_a, c_b, rescale, gap, shift)
+    row = (slope, c_a, c_b, rescale, ratio_row)
+    betas, skews = (beta, beta_rest), (skew, skew_rest)
 
     b_0 = tl.zeros([BV // NEIGHBOURS], tl.float32)
     sums = (b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0)
@@ -292,7 +297,9 @@ def _forward_kernel(
         b_a, b_b = tl.load(a_row + i_col + o_col), tl.load(b_row + i_col + o_col)
         if STAGES == 1:
             b_a, b_b = to_float32(b_a), to_float32(b_b)
-        sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=False)
+        sums = _add_tile(
+            sums, b_a, b_b, row, betas, skews, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=False
+        )
     # Infinite ratios show: 0 · inf is NaN, and no sum of finite ones is large. Such rows are read again, with care;
     # so is every row's tail.
     s_pd, s_qd, s_jsp, s_jsq, _, _, _, s_ce, _, _, _, _, _ = sums
@@ -302,7 +309,9 @@ def _forward_kernel(
         m_col = i_col + o_col < stop
         b_a = tl.load(a_row + i_col + o_col, mask=m_col, other=float("-inf"))
         b_b = tl.load(b_row + i_col + o_col, mask=m_col, other=float("-inf"))
-        sums = _add_tile(sums, b_a, b_b, row, beta, skew, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=True)
+        sums = _add_tile(
+            sums, b_a, b_b, row, betas, skews, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=True
+        )
     # What the logarithms of P lack is the same for all: one of the programs adds it, times ΣP = ΣQ.
     lacking = tl.where(tl.program_id(1) == 0, correction * s_b / bits_per_unit(KINDS), 0.0)
     o_part = sums_ptr + tl.program_id(1) * field + i_row

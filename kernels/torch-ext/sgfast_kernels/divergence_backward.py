@@ -34,6 +34,7 @@ from ._divergence_launch import (
     split_rows,
     temperature_rows,
     tile,
+    weights_of,
 )
 from ._divergence_terms import (
     LN2,
@@ -42,6 +43,7 @@ from ._divergence_terms import (
     clamped,
     difference_of,
     joint_offsets,
+    log2_quotient,
     mixture,
     offsets,
     probabilities,
@@ -109,8 +111,8 @@ def divergence_backward(
                 span,
                 *row_layout(noisy),
                 *row_layout(clean),
-                beta,
-                skew,
+                *weights_of(beta),
+                *weights_of(skew),
                 *positions(kinds),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
@@ -164,12 +166,12 @@ def _ratio_to_q(kinds, skewed):
 
 @triton.jit
 def _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT: tl.constexpr):
-    """log2 of P and of Q over beta·Q + (1 − beta)·P; exactly 0 where the sides are equal."""
+    """log2 of P and of Q over the mixture of weights ``beta``; exactly 0 where the sides are equal."""
     if EXACT:
         b_log_m, _ = mixture(b_p, b_q, b_d, b_difference, beta)  # over the larger side
         b_to_p, b_to_q = tl.minimum(b_d, 0.0) - b_log_m, tl.minimum(-b_d, 0.0) - b_log_m
     else:
-        b_log_m = fast_log2(tl.fma(b_p, 1.0 - beta, tl.fma(b_q, beta, TINY)))
+        b_log_m = fast_log2(tl.fma(b_p, beta[1], tl.fma(b_q, beta[0], TINY)))
         b_to_p = tl.where(b_d == 0, 0.0, clamped(b_log_p - b_log_m))
         b_to_q = tl.where(b_d == 0, 0.0, clamped(b_log_q - b_log_m))
     return b_to_p, b_to_q
@@ -190,7 +192,7 @@ def _gradients(
     EXACT: tl.constexpr,
 ):
     """Both sides' gradients of all kinds but that of labels."""
-    slope, c_a, c_b, rescale, correction, gap, shift, log_s_b = row
+    slope, c_a, c_b, rescale, correction, ratio_row, log_s_b = row
     b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
     b_p, b_q = squares(b_u, b_v, KINDS)
     # Its sign is the one that forward summed by.
@@ -200,7 +202,7 @@ def _gradients(
     b_log_q *= bits_per_unit(KINDS)
     # A product with a clamped ratio is 0 where the probability is, and is multiplied by 0 in rows that are infinite.
     if EXACT:
-        b_d = clamped(tl.fma((b_x - b_y) - gap, slope, -shift))
+        b_d = clamped(log2_quotient(b_x, b_y, ratio_row))
         b_difference = difference_of(b_p, b_q, b_d)
     else:
         b_d = clamped(b_log_p - b_log_q)
@@ -216,8 +218,8 @@ def _gradients(
         b_to_q += clamped(log_s_b - b_log_p) * (upstream[6][1] * LN2)
     if JENSEN_SHANNON & KINDS:
         b_p_over_m, b_q_over_m = _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT)
-        b_to_p += b_p_over_m * (upstream[3][0] * (1.0 - beta) * LN2)
-        b_to_q += b_q_over_m * (upstream[3][1] * beta * LN2)
+        b_to_p += b_p_over_m * (upstream[3][0] * beta[1] * LN2)
+        b_to_q += b_q_over_m * (upstream[3][1] * beta[0] * LN2)
     b_a, b_b = b_p * b_to_p, b_q * b_to_q
     if _ratio_to_q(KINDS, SKEWED) or CROSS_ENTROPY & KINDS:
         b_a += b_difference * a[2]
@@ -249,7 +251,7 @@ def _store(gradient_ptr, b_gradient, o_col, width):
 
 @triton.jit(
     do_not_specialize=[
-        *("rows", "t_step", "a_inner", "b_inner", "beta", "skew"),
+        *("rows", "t_step", "a_inner", "b_inner", "beta", "beta_rest", "skew", "skew_rest"),
         *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr", "i_label"),
     ]
 )
@@ -274,7 +276,9 @@ def _backward_kernel(
     b_outer_stride,
     b_inner_stride,
     beta,
+    beta_rest,
     skew,
+    skew_rest,
     i_fkl,
     i_rkl,
     i_jef,
@@ -316,8 +320,9 @@ def _backward_kernel(
     m_a, s_a = tl.load(scalars_ptr + i_row), tl.load(scalars_ptr + field + i_row)
     m_b, s_b = tl.load(scalars_ptr + 2 * field + i_row), tl.load(scalars_ptr + 3 * field + i_row)
     c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
-    _, _, gap, shift = offsets(m_a, s_a, m_b, s_b, slope)
-    row = (slope, c_a, c_b, tl.exp2(correction), correction, gap, shift, tl.log2(s_b))
+    _, _, ratio_row = offsets(m_a, s_a, m_b, s_b, slope)
+    row = (slope, c_a, c_b, tl.exp2(correction), correction, ratio_row, tl.log2(s_b))
+    betas, skews = (beta, beta_rest), (skew, skew_rest)
     valid = (s_a > 0) & (s_a < float("inf")) & (s_b > 0) & (s_b < float("inf"))
     rate = tl.where(valid, 1.0 / (s_b * temperature), float("nan"))
     i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
@@ -336,7 +341,7 @@ def _backward_kernel(
         b_y = to_float32(tl.load(b_row + o_col, mask=o_col < width))
         b_a, b_b = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
         if KINDS != LABEL_CROSS_ENTROPY:
-            b_a, b_b = _gradients(b_x, b_y, row, a, b, upstream, beta, skew, KINDS, SKEWED, EXACT)
+            b_a, b_b = _gradients(b_x, b_y, row, a, b, upstream, betas, skews, KINDS, SKEWED, EXACT)
         if LABEL_CROSS_ENTROPY & KINDS:
             # upstream · (softmax − 1 at the label), at temperature 1.
             b_label = tl.exp2(tl.fma(b_x, LOG2_E, -m_a * LOG2_E)) * label_rate

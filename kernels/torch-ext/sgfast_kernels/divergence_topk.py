@@ -29,7 +29,16 @@ from ._divergence_atoms import (
     rows_and_atoms,
     term_and_partials,
 )
-from ._divergence_launch import DIVERGENCES, LOG2_E, kind_bits, positions, row_count, rows_of, temperature_rows
+from ._divergence_launch import (
+    DIVERGENCES,
+    LOG2_E,
+    kind_bits,
+    positions,
+    row_count,
+    rows_of,
+    temperature_rows,
+    weights_of,
+)
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 from .topk import MASSES, reference, top_k_union
 
@@ -84,8 +93,8 @@ def divergence_topk_forward(
                 union.shape[-1],
                 *row_layout(noisy),
                 *row_layout(clean),
-                beta,
-                skew,
+                *weights_of(beta),
+                *weights_of(skew),
                 *positions(kinds, DIVERGENCES),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
@@ -147,7 +156,7 @@ def _load_masses(masses_ptr, field, o_row, m_read):
 
 @triton.jit(
     do_not_specialize=[
-        *("rows", "t_step", "size", "a_inner", "b_inner", "beta", "skew"),
+        *("rows", "t_step", "size", "a_inner", "b_inner", "beta", "beta_rest", "skew", "skew_rest"),
         *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr"),
     ]
 )
@@ -171,7 +180,9 @@ def _forward_kernel(
     b_outer_stride,
     b_inner_stride,
     beta,
+    beta_rest,
     skew,
+    skew_rest,
     i_fkl,
     i_rkl,
     i_jef,
@@ -219,9 +230,10 @@ def _forward_kernel(
 
     b_p, b_q, b_d, b_log_p, m_tail = atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK)
     i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
+    betas, skews = (beta, beta_rest), (skew, skew_rest)
     for i in tl.static_range(9):
         if KINDS >> i & 1:
-            b_term, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, beta, skew, 1 << i, SKEWED, SUPPORT)
+            b_term, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, betas, skews, 1 << i, SKEWED, SUPPORT)
             value = tl.sum(b_term, axis=1, keep_dims=True)
             if SUPPORT != TRUNCATE or _SIGNED & (1 << i) == 0:
                 value = tl.maximum(value, 0.0)  # but for rounding it is

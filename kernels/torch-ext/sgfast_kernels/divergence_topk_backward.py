@@ -23,7 +23,16 @@ from ._divergence_atoms import (
     rows_and_atoms,
     term_and_partials,
 )
-from ._divergence_launch import DIVERGENCES, LOG2_E, kind_bits, positions, row_count, rows_of, temperature_rows
+from ._divergence_launch import (
+    DIVERGENCES,
+    LOG2_E,
+    kind_bits,
+    positions,
+    row_count,
+    rows_of,
+    temperature_rows,
+    weights_of,
+)
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 from .topk import reference
 
@@ -104,8 +113,8 @@ def divergence_topk_backward(
                 union.shape[-1],
                 *row_layout(noisy),
                 *row_layout(clean),
-                beta,
-                skew,
+                *weights_of(beta),
+                *weights_of(skew),
                 *positions(kinds, DIVERGENCES),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
@@ -168,7 +177,7 @@ def _outside_kernel(
 
 @triton.jit(
     do_not_specialize=[
-        *("rows", "t_step", "size", "a_inner", "b_inner", "beta", "skew"),
+        *("rows", "t_step", "size", "a_inner", "b_inner", "beta", "beta_rest", "skew", "skew_rest"),
         *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr"),
     ]
 )
@@ -193,7 +202,9 @@ def _inside_kernel(
     b_outer_stride,
     b_inner_stride,
     beta,
+    beta_rest,
     skew,
+    skew_rest,
     i_fkl,
     i_rkl,
     i_jef,
@@ -229,11 +240,12 @@ def _inside_kernel(
     t_b = tl.load(scalars_ptr + 7 * field + o_row, mask=m_read, other=0.0)
     b_p, b_q, b_d, b_log_p, _ = atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK)
     i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
+    betas, skews = (beta, beta_rest), (skew, skew_rest)
     b_a, b_b = tl.zeros([BN, BK], tl.float32), tl.zeros([BN, BK], tl.float32)
     for i in tl.static_range(9):
         if KINDS >> i & 1:
             g = tl.load(upstream_ptr + i_kinds[i] * field + o_row, mask=m_read, other=0.0)
-            _, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, beta, skew, 1 << i, SKEWED, SUPPORT)
+            _, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, betas, skews, 1 << i, SKEWED, SUPPORT)
             b_to_p, p_total = finite_or_zero(b_to_p)
             b_to_q, q_total = finite_or_zero(b_to_q)
             b_a += g * (b_to_p - b_p * p_total)
