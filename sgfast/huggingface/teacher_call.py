@@ -106,23 +106,27 @@ def evaluating(student: nn.Module, teacher: Callable[..., Any]) -> Iterator[None
     """
     roots = [teacher] if isinstance(teacher, nn.Module) else [student, *_modules_in(teacher)]
     modules = {id(module): module for root in roots for module in root.modules()}.values()
-    training = [module for module in modules if module.training]
+    modes = [(module, module.training) for module in modules]
     configs = {id(config): config for module in modules if getattr(config := _config(module), "use_cache", False)}
     caching = {key: config.use_cache for key, config in configs.items()}
     try:
-        for module in training:
-            module.training = False
+        _set_modes((module, False) for module in modules)
         for config in configs.values():
             # A keyword does not reach every model. One whose configuration cannot be written to has to take it.
             with contextlib.suppress(AttributeError):
                 config.use_cache = False
         yield
     finally:
-        for module in training:
-            module.training = True
+        _set_modes(modes)
         for key, config in configs.items():
             with contextlib.suppress(AttributeError):
                 config.use_cache = caching[key]
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        if module.training != training:
+            module.training = training
 
 
 def _config(module: nn.Module) -> Any:

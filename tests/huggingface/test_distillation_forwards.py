@@ -205,7 +205,8 @@ def test_evaluation_in_every_step_changes_no_step(tmp_path):
     assert torch.equal(*trained)
 
 
-def test_mixed_precision_and_accumulation_in_a_trainer(tmp_path):
+def test_mixed_precision_and_accumulation_in_a_trainer(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")  # as transformers 4.57 does for all Trainers to come
     student, teacher = models()
     batch = {name: torch.stack([example[name] for example in examples()]) for name in examples()[0]}
     labels = batch.pop("labels")[:, 1:]

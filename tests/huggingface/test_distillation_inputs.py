@@ -183,7 +183,7 @@ def test_a_state_space_student():
     outputs = student(input_ids, use_cache=True)
     value = compute_loss(outputs, input_ids)
     assert value.item() == pytest.approx(plain_loss(*logits, input_ids[:, 1:]), rel=1e-5)
-    outputs = student(input_ids[:, :1], cache_params=outputs.cache_params, use_cache=True)
+    outputs = student(input_ids[:, :1], cache_params=outputs.cache_params, use_cache=False)
     with pytest.raises(ValueError, match="called with cache_params"):
         compute_loss(outputs, input_ids[:, :1])
 
@@ -244,3 +244,32 @@ def test_the_first_token_alone_is_nothing_once_labels_are_shifted():
         warnings.simplefilter("error", UserWarning)
         fresh(student(input_ids), input_ids)
         fresh(student(input_ids), labels)
+
+
+class Reads(torch.utils._python_dispatch.TorchDispatchMode):
+    """Counts reads of a value, each of which makes the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        self.count += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.equal.default)
+        return function(*arguments, **(keywords or {}))
+
+
+@pytest.mark.parametrize("with_graph", [True, False])
+@pytest.mark.parametrize("counts", [True, False])
+def test_no_value_is_read_after_the_first_step(counts, with_graph):
+    student, teacher, features = nn.Linear(4, 3), nn.Linear(4, 3), torch.randn(2, 6, 4)
+    labels = torch.full((2, 6), 1 if counts else IGNORED)
+    compute_loss = distillation_compute_loss(student, lambda x: {"logits": teacher(x)}, LOSS)
+    reads = []
+    with torch.set_grad_enabled(with_graph), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for _ in range(3):
+            with Reads() as counted:
+                compute_loss({"logits": student(features)}, labels, num_items_in_batch=torch.tensor(10))
+            reads.append(counted.count)
+    assert reads[0] > 0
+    assert reads[1:] == [0, 0]

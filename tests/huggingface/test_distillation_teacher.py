@@ -55,8 +55,9 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> float:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("as_function", [False, True])
 def test_packed_rows_give_the_loss_of_rows_alone(family, as_function, tmp_path):
-    """The Trainer switches the cache off in the student's configuration only."""
+    """The Trainer of transformers 5 switches the cache off, in the student's configuration only."""
     student, teacher = tiny_models(family)
+    student.config.use_cache = False
     expected = forward_kl(logits_one_by_one(student), logits_one_by_one(teacher))
     given = (lambda **inputs: teacher(**inputs)) if as_function else teacher
     training = trainer(student, distillation_compute_loss(student, given, LOSS), tmp_path)
@@ -166,7 +167,9 @@ def test_the_students_own_base_is_asked_in_eval_mode():
     def teacher(**inputs):
         assert not any(modes(student))
         with student.disable_adapter():
-            return student(**inputs)
+            outputs = student(**inputs)
+        student.train()  # as a function may that puts the student into eval mode itself
+        return outputs
 
     compute_loss = distillation_compute_loss(student, teacher, LOSS)
     for step in range(3):
