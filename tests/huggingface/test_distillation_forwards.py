@@ -142,6 +142,24 @@ def test_a_student_compiled_as_one_graph(in_place):
     assert len(compilations) == 1
 
 
+def test_two_forwards_in_one_compiled_graph():
+    """Both outputs have one node of the autograd graph."""
+    student, teacher = Smallest(), Smallest()
+    compute_loss = distillation_compute_loss(student, teacher, LOSS)
+
+    @torch.compile(backend="aot_eager")
+    def both(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+        return student(first).logits, student(second).logits
+
+    inputs = batches()
+    expected = [expected_loss(student, teacher, input_ids) for input_ids in inputs]
+    logits = both(*inputs)
+    assert logits[0].grad_fn is logits[1].grad_fn
+    for index in (1, 0):
+        value = compute_loss({"logits": logits[index].double()}, inputs[index])
+        assert value.item() == pytest.approx(expected[index].item(), rel=1e-5)
+
+
 def _two_forwards_in_parallel(rank: int) -> None:
     """One of two processes. The sink of DistributedDataParallel and fully_shard's casts return other tensors."""
     torch.manual_seed(0)
