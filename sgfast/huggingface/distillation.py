@@ -50,9 +50,10 @@ def distillation_compute_loss(
 
     The teacher sees what the student sees: the same tokens, masks and packed sequences
     (``transformers.DataCollatorWithFlattening``), without a cache, under which transformers would let packed sequences
-    attend to each other. At every call all its modules are in eval mode; their modes are given back after it. A
-    function is treated likewise: the student and the modules that the function uses (its closure, globals, defaults,
-    attributes) are in eval mode while it runs.
+    attend to each other. (The student's own cache is switched off by the Trainer, in transformers before 5 by
+    ``student.config.use_cache = False``.) At every call all modules of the teacher are in eval mode; their modes are
+    given back after it. A function is treated likewise: the student and the modules that the function uses (its
+    closure, globals, defaults, attributes) are in eval mode while it runs.
 
     A UserWarning says so, once, when the first training step or the first evaluation has no label that counts.
 
