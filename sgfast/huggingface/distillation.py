@@ -1,5 +1,7 @@
 """Distillation with a Hugging Face ``Trainer``: a ``compute_loss_func`` that knows a teacher."""
 
+import re
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -7,7 +9,18 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sgfast.huggingface.forward_calls import ForwardCalls
+from sgfast.huggingface.teacher_call import (
+    check_separate,
+    evaluating,
+    is_encoder_decoder,
+    teacher_inputs,
+    transformers_model,
+)
 from sgfast.loss.divergence_loss import DivergenceLoss
+
+# transformers' names of models whose labels belong to the position they stand at, or to the whole sequence.
+_ALIGNED_MODELS = re.compile(r"For(MaskedLM|\w*Classification)$")
 
 
 class ComputeLoss(Protocol):
@@ -23,10 +36,11 @@ def distillation_compute_loss(
 ) -> ComputeLoss:
     """Make a ``compute_loss_func`` for ``transformers.Trainer`` that trains a student on a teacher's logits.
 
-    The Trainer shows such a function the student's outputs and the labels, not the inputs. A pre-forward hook on the
-    student remembers them, and the teacher is called with the same under ``torch.no_grad()``:
+    The Trainer shows such a function the student's outputs and the labels, not the inputs. A forward hook on the
+    student remembers the inputs of each forward, and the teacher is called with those of the forward that made
+    ``outputs``, under ``torch.no_grad()``:
 
-        loss(student_logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:], num_items=num_items_in_batch)
+        loss(student_logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:], num_items=num_items_in_batch)
 
     (with the labels padded rather than the logits sliced, which costs a gradient less).
     ``num_items_in_batch`` is the Trainer's count of labels over the accumulation window (and the processes, with
@@ -34,25 +48,38 @@ def distillation_compute_loss(
     transformers before 5 counts the first label of each sequence too, which predicts nothing; collators that leave it
     at −100 give the same loss under every version.
 
+    The teacher sees what the student sees: the same tokens, masks and packed sequences
+    (``transformers.DataCollatorWithFlattening``), without a cache, under which transformers would let packed sequences
+    attend to each other. (The student's own cache is switched off by the Trainer, in transformers before 5 by
+    ``student.config.use_cache = False``.) At every call all modules of the teacher are in eval mode; their modes are
+    given back after it. A function is treated likewise: the student and the modules that the function uses (its
+    closure, globals, defaults, attributes) are in eval mode while it runs.
+
+    A UserWarning says so, once, when the first training step or the first evaluation has no label that counts.
+
     Args:
         student: the model that the Trainer trains (before the Trainer wraps it). The hook goes when the returned
             function does.
-        teacher: called with the student's arguments, without ``labels``; its result has ``logits``
-            (an attribute or an entry; in a tuple the first tensor of two dimensions or more). A module is put
-            into eval mode and belongs on the student's device. For the student's own base model write a function:
+        teacher: called with the student's arguments, without ``labels`` and, where it takes the argument, with
+            ``use_cache=False``; its result has ``logits`` (an attribute or an entry; in a tuple the first tensor of two
+            dimensions or more). A module belongs on the student's device. It may share frozen parameters with the
+            student, but none that the student trains. For the student's own base model write a function:
             ``def teacher(**inputs): with student.disable_adapter(): return student(**inputs)``.
         loss: with ``reduction="mean"``.
         shift_labels: True for causal language models, whose logits at t predict the label at t + 1; False where labels
-            and logits are aligned (classification, encoder-decoders).
+            and logits are aligned (classification, masked language models, encoder-decoders).
 
     Returns:
-        ``compute_loss(outputs, labels, num_items_in_batch=None)``. It raises RuntimeError without a forward of the
-        student since its last call, TypeError for outputs without logits, ValueError without labels (−100 where a
-        position does not count).
+        ``compute_loss(outputs, labels, num_items_in_batch=None)``. It raises RuntimeError where no forward of the
+        student is known that made ``outputs``, or several are; TypeError for outputs without logits; ValueError without
+        labels (−100 where a position does not count), for labels without a sequence dimension under
+        ``shift_labels=True``, for a student that was called with a cache, for a teacher that meanwhile has parameters
+        that the student trains.
 
     Raises:
         TypeError: an argument's type.
-        ValueError: another reduction.
+        ValueError: another reduction, a teacher with parameters that the student trains, ``shift_labels=True`` for a
+            model whose class says that its labels are aligned.
 
     Example:
         >>> def train(student, teacher, arguments, dataset):
@@ -68,25 +95,57 @@ def distillation_compute_loss(
         raise TypeError(f"loss must be a DivergenceLoss; got {type(loss).__name__}")
     if loss.reduction != "mean":
         raise ValueError(f"loss must have reduction='mean'; got {loss.reduction!r}")
-    if isinstance(teacher, nn.Module) and teacher is not student:
-        teacher.eval()
-    inputs = _LastInputs()
-    handle = student.register_forward_pre_hook(inputs, with_kwargs=True)
+    if not isinstance(shift_labels, bool):
+        raise TypeError(f"shift_labels must be a bool; got {type(shift_labels).__name__}")
+    if shift_labels:
+        _check_shifted(student)
+    check_separate(student, teacher)
+    calls, steps = ForwardCalls(), _FirstSteps()
+    handle = student.register_forward_hook(calls, with_kwargs=True)
 
     def compute_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         if labels is None:
             raise ValueError("distillation needs labels, -100 where a position does not count; got None")
-        arguments, keywords = inputs.take()
-        with torch.no_grad():
+        if not calls.has_any():
+            raise RuntimeError("compute_loss needs a forward pass of the student since its last call; there was none")
+        student_logits = _logits(outputs, "student")
+        call = calls.of(student_logits)
+        # Adapters can have been injected, and parameters unfrozen, since the last call.
+        check_separate(student, teacher)
+        arguments, keywords = teacher_inputs(call, student, teacher, student_logits)
+        with torch.no_grad(), calls.paused(), evaluating(student, teacher):
             teacher_logits = _logits(teacher(*arguments, **keywords), "teacher")
-        inputs.clear()  # a teacher that is the student has filled them again
-        if shift_labels:  # the labels alone: the backward of sliced logits would make a second gradient of their size
-            labels = nn.functional.pad(labels, (0, 1), value=loss.ignore_index)[..., 1:]
-        result: Tensor = loss(_logits(outputs, "student"), teacher_logits, labels, num_items=num_items_in_batch)
+        if shift_labels:
+            labels = _shifted(labels, loss.ignore_index)
+        steps.check(labels, num_items_in_batch, loss.ignore_index)
+        result: Tensor = loss(student_logits, teacher_logits, labels=labels, num_items=num_items_in_batch)
         return result
 
     weakref.finalize(compute_loss, handle.remove)
     return compute_loss
+
+
+def _check_shifted(student: nn.Module) -> None:
+    """Refuse to shift labels for a model whose labels are aligned with its logits."""
+    name = type(transformers_model(student)).__name__
+    if is_encoder_decoder(student):
+        name = f"the encoder-decoder {name}"
+    elif not _ALIGNED_MODELS.search(name):
+        return
+    raise ValueError(f"labels of {name} are not shifted: pass shift_labels=False")
+
+
+def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
+    """The next label at each position.
+
+    The labels alone are shifted: the backward of sliced logits would make a second gradient of their size.
+    """
+    if labels.dim() < 2:
+        raise ValueError(
+            f"labels of shape {tuple(labels.shape)} have no sequence dimension along which logits could predict the "
+            "next label; pass shift_labels=False to distillation_compute_loss"
+        )
+    return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def _logits(outputs: Any, model: str) -> Tensor:
@@ -100,27 +159,25 @@ def _logits(outputs: Any, model: str) -> Tensor:
     return found
 
 
-class _LastInputs:
-    """What a module was last called with, as its pre-forward hook saw it."""
-
-    # What the teacher must not see, and a cache that must not be kept alive.
-    _DROPPED = ("labels", "num_items_in_batch", "past_key_values")
+class _FirstSteps:
+    """Says once that nothing counts: the loss would be 0, and the training would go on without a word."""
 
     def __init__(self) -> None:
-        self._inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._seen: set[bool] = set()
+        self._warned = False
 
-    def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        self._inputs = arguments, {name: value for name, value in keywords.items() if name not in self._DROPPED}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_inputs": None}  # a copied student must not carry a batch
-
-    def take(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if self._inputs is None:
-            raise RuntimeError("compute_loss needs a forward pass of the student since its last call")
-        taken = self._inputs
-        self.clear()
-        return taken
-
-    def clear(self) -> None:
-        self._inputs = None
+    def check(self, labels: Tensor, num_items: Tensor | int | None, ignore_index: int) -> None:
+        """Look at the first training step and at the first evaluation: on a GPU each costs one synchronisation."""
+        training = torch.is_grad_enabled()
+        if self._warned or training in self._seen:
+            return
+        self._seen.add(training)
+        counted = bool((labels != ignore_index).any()) or (num_items is not None and int(num_items) > 0)
+        if not counted:
+            self._warned = True
+            where = "training step" if training else "evaluation"
+            warnings.warn(
+                f"distillation over nothing: every label of the first {where} is {ignore_index}, so the loss is 0. "
+                "Are all tokens a prompt, or did the collator leave the labels out?",
+                stacklevel=3,
+            )

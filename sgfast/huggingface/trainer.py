@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sgfast.huggingface import trainer_checkpoint as checkpoint
 from sgfast.huggingface.collator import NoiseMaskCollator
+from sgfast.huggingface.loss_over_nothing import LossOverNothing
 from sgfast.loss.factory import LossFunctions
 from sgfast.metrics.utility import token_divergences
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
@@ -33,6 +34,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
       `sgfast.metrics.get_utility_metrics_factory` defines them): averages over sequences, the loss's and its
       components' through their batch's. Evaluations draw the same noise each time, and training draws the noise that it
       would have drawn without them.
+    * **Warns** once, when the training loss is first logged, if no position has counted in the loss by then, if no
+      token has been transformed, or if the loss's weights leave no utility term.
     * **Saves** the noise layer and, for a student, its adapters, never the base model. A checkpoint appears under its
       name when it is whole. A resumed training goes on as if it had not been interrupted.
 
@@ -84,7 +87,9 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         self.teacher = teacher
         self._component_sums: dict[str, Tensor] = {}
         self._windows = 0  # optimizer steps since the components were last logged
+        self._hyperparameters: dict[str, Any] | None = None
         self._hyperparameters_logged = False
+        self._first_counts = LossOverNothing()
         self._evaluated: list[Tensor] = []
         self._evaluated_names: list[str] = []
         self._staging: Path | None = None
@@ -126,6 +131,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         counts = torch.stack([_token_counts(batch, device) for batch in batches]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
+        if self.is_world_process_zero():
+            self._first_counts.add(counts)
         return batches, Window(counts, len(batches) * self.accelerator.num_processes)
 
     # Loss
@@ -179,7 +186,9 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and with the training loss its components."""
+        """Log, and with the training loss its components; say once in a run that the loss is over nothing."""
+        if self._component_sums and not logs.keys().isdisjoint({"loss", "train_loss"}):
+            self._first_counts.warn_once(self._component_sums, self._read_hyperparameters)
         if "loss" in logs and self._component_sums:
             self._log_hyperparameters()
             logs = logs | self._take_components()
@@ -194,12 +203,18 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         names = ("loss" if name == "total" else name for name in sums)  # Trainer 4.57 rounds its own
         return dict(zip(names, values.tolist(), strict=True))
 
+    def _read_hyperparameters(self) -> Mapping[str, Any]:
+        """The factory's, which it reports once for each forward."""
+        if self._hyperparameters is None:
+            self._hyperparameters = dict(self._get_hyperparameters())
+        return self._hyperparameters
+
     def _log_hyperparameters(self) -> None:
         """Once a run, resumed or not."""
         if self._hyperparameters_logged:
             return
         self._hyperparameters_logged = True
-        values = {f"hyperparameters/{name}": value for name, value in self._get_hyperparameters().items()}
+        values = {f"hyperparameters/{name}": value for name, value in self._read_hyperparameters().items()}
         if not any(values.items() <= record.items() for record in self.state.log_history):
             super().log(values)
 

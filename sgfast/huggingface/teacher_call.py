@@ -1,0 +1,205 @@
+"""How a teacher is called: as the student was, but in eval mode and without a cache."""
+
+import contextlib
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from sgfast.huggingface.forward_calls import CACHES, ForwardCall
+
+# The teacher has no loss of its own.
+_LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
+_DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
+
+
+def transformers_model(module: nn.Module) -> nn.Module:
+    """The model of transformers under adapters and other wrappers; the module itself where there is none."""
+    models = (
+        part for part in module.modules() if any(kind.__name__ == "PreTrainedModel" for kind in type(part).__mro__)
+    )
+    return next(models, module)
+
+
+def is_encoder_decoder(module: nn.Module) -> bool:
+    """Whether the model of transformers has an encoder and a decoder."""
+    return bool(getattr(_config(transformers_model(module)), "is_encoder_decoder", False))
+
+
+def as_module(teacher: Callable[..., Any]) -> nn.Module | None:
+    """The module that a teacher is: itself, or what a partial or a bound ``forward`` calls."""
+    if isinstance(teacher, nn.Module):
+        return teacher
+    if isinstance(teacher, functools.partial):
+        return as_module(teacher.func)
+    owner = getattr(teacher, "__self__", None)
+    called = getattr(teacher, "__name__", None) in ("forward", "__call__", "_wrapped_call_impl")
+    return owner if called and isinstance(owner, nn.Module) else None
+
+
+def check_separate(student: nn.Module, teacher: Callable[..., Any]) -> None:
+    """Refuse a teacher that the student's training changes.
+
+    Raises:
+        ValueError: the teacher is a module, and a parameter that the student trains is one of its own, or lies in the
+            same memory. Parameters that nobody trains may be shared. A function is not looked into: it may switch the
+            student's adapters off.
+    """
+    module = as_module(teacher)
+    if module is None:
+        return
+    trained = {key for parameter in student.parameters() if parameter.requires_grad for key in _identities(parameter)}
+    for name, parameter in module.named_parameters():
+        if not trained.isdisjoint(_identities(parameter)):
+            raise ValueError(
+                f"teacher must not have parameters that the student trains, or it changes with the student; got "
+                f"{name} in both. For the model under a student's adapters write a function: def teacher(**inputs): "
+                "with student.disable_adapter(): return student(**inputs). Otherwise give a copy.deepcopy of the model "
+                "that was made before adapters were injected, or freeze what both share by requires_grad_(False)"
+            )
+
+
+def teacher_inputs(
+    call: ForwardCall, student: nn.Module, teacher: Callable[..., Any], logits: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The student's arguments as a teacher takes them, without labels and with ``use_cache=False`` where it is known.
+
+    An encoder-decoder that made its decoder's inputs from labels keeps the labels: its teacher must make the same.
+
+    Raises:
+        ValueError: the student was called with a cache, or an encoder-decoder with nothing for its decoder.
+    """
+    names = _parameter_names(type(student).forward)[: len(call.arguments)] if call.arguments else ()
+    given = dict(zip(names, call.arguments, strict=False)) | call.keywords
+    caches = [*call.caches, *(name for name in CACHES if given.get(name) is not None)]
+    if caches:
+        raise ValueError(
+            f"the student was called with {caches[0]}, which holds tokens that its teacher has not seen; "
+            "distil from forwards without a cache"
+        )
+    dropped = set(_LOSS_ARGUMENTS)
+    if is_encoder_decoder(student) and not any(given.get(name) is not None for name in _DECODER_INPUTS):
+        if given.get("labels") is not None:
+            dropped.remove("labels")
+        elif logits.dim() > 2:
+            raise ValueError(
+                "an encoder-decoder student needs decoder_input_ids: the Trainer keeps the labels from it, of which it "
+                "would make them; use transformers.DataCollatorForSeq2Seq(tokenizer, model=student)"
+            )
+    changed: dict[str, Any] = dict.fromkeys(dropped) | {"use_cache": False}
+    arguments = [changed.get(name, value) for name, value in zip(names, call.arguments, strict=False)]
+    arguments.extend(call.arguments[len(names) :])
+    keywords = {name: value for name, value in call.keywords.items() if name not in dropped}
+    if "use_cache" in keywords or ("use_cache" not in names and _takes_use_cache(teacher, student)):
+        keywords["use_cache"] = False
+    return tuple(arguments), keywords
+
+
+@contextlib.contextmanager
+def evaluating(student: nn.Module, teacher: Callable[..., Any]) -> Iterator[None]:
+    """Put the modules that a teacher runs into eval mode and switch their caches off, and give both back.
+
+    These are the teacher itself, or the student and what a function can be seen to use. The modes are set module by
+    module, without ``eval()``: a model may have parts in different modes, and its own ``train`` may do more.
+    """
+    roots = [teacher] if isinstance(teacher, nn.Module) else [student, *_modules_in(teacher)]
+    modules = {id(module): module for root in roots for module in root.modules()}.values()
+    modes = [(module, module.training) for module in modules]
+    configs = {id(config): config for module in modules if getattr(config := _config(module), "use_cache", False)}
+    caching = {key: config.use_cache for key, config in configs.items()}
+    try:
+        _set_modes((module, False) for module in modules)
+        for config in configs.values():
+            # A keyword does not reach every model. One whose configuration cannot be written to has to take it.
+            with contextlib.suppress(AttributeError):
+                config.use_cache = False
+        yield
+    finally:
+        _set_modes(modes)
+        for key, config in configs.items():
+            with contextlib.suppress(AttributeError):
+                config.use_cache = caching[key]
+
+
+def _set_modes(modes: Iterable[tuple[nn.Module, bool]]) -> None:
+    for module, training in modes:
+        if module.training != training:
+            module.training = training
+
+
+def _config(module: nn.Module) -> Any:
+    return getattr(module, "config", None)
+
+
+def _identities(parameter: nn.Parameter) -> Iterable[Any]:
+    """What tells that two parameters are one: the object, or where its values lie."""
+    yield id(parameter)
+    if type(parameter.data) is Tensor and parameter.device.type != "meta" and parameter.data_ptr():
+        yield parameter.device, parameter.data_ptr()
+
+
+def _takes_use_cache(teacher: Callable[..., Any], student: nn.Module) -> bool:
+    """Whether a teacher can be called with ``use_cache``.
+
+    Its signature names the argument, or passes keywords on to modules of which one does. What a function passes them
+    to is not always to be seen: then it is taken for a model like the student.
+    """
+    module = as_module(teacher)
+    named, open_ended = _signature(type(module).forward if module is not None else teacher)
+    if "use_cache" in named or not open_ended:
+        return "use_cache" in named
+    roots = [module] if module is not None else _modules_in(teacher) or [student]
+    forwards = {type(part).forward for root in roots for part in root.modules()}
+    return any("use_cache" in _parameter_names(forward) for forward in forwards)
+
+
+@functools.lru_cache(maxsize=1024)
+def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The parameters of a module class's ``forward``, without ``self``; none that a ``*args`` would take."""
+    names, _ = _signature(forward)
+    return names[1:]
+
+
+def _signature(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
+    """Names of parameters, and whether there is a ``**kwargs``."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # builtins have none
+        return (), False
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    names = tuple(parameter.name for parameter in parameters if parameter.kind not in variable)
+    return names, any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
+
+
+def _modules_in(teacher: Any, seen: set[int] | None = None) -> list[nn.Module]:
+    """Modules that a function uses, as far as its closure, its globals, its defaults and its object show."""
+    seen = set() if seen is None else seen
+    if isinstance(teacher, nn.Module):
+        return [teacher]
+    if id(teacher) in seen or not callable(teacher) or isinstance(teacher, type):
+        return []
+    seen.add(id(teacher))
+    values: list[Any] = []
+    if isinstance(teacher, functools.partial):
+        values += [teacher.func, *teacher.args, *teacher.keywords.values()]
+    owner = getattr(teacher, "__self__", None)
+    values += [owner, *_attributes(owner)]
+    function = getattr(teacher, "__func__", teacher)
+    code = getattr(function, "__code__", None)
+    if code is None:
+        values += [*_attributes(teacher), type(teacher).__call__]
+    else:
+        for cell in function.__closure__ or ():
+            with contextlib.suppress(ValueError):  # of a variable that has no value yet
+                values.append(cell.cell_contents)
+        values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+        named = [function.__globals__.get(name) for name in code.co_names]
+        values += [value for value in named if isinstance(value, nn.Module)]
+    return [module for value in values for module in _modules_in(value, seen)]
+
+
+def _attributes(value: Any) -> Iterable[Any]:
+    """What an object holds. A builtin's object is a module of Python, which holds everything."""
+    return () if inspect.ismodule(value) else list(getattr(value, "__dict__", {}).values())
