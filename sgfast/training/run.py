@@ -109,7 +109,7 @@ class _Trainer(SgtTrainer):
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except (RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             step, folder = self.state.global_step, self.args.output_dir
             raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
 
