@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sgfast.utils import locks
 
-# A file that is being written is `.NAME.RANDOM` with this ending. Sweeps delete such files: no other program makes them.
+# A file that is being written is `.NAME.RANDOM` with this ending. Sweeps delete such files: no others end so.
 _UNFINISHED = ".sgfast-unfinished"
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -63,12 +63,28 @@ def replacing(path: str | os.PathLike[str], *, alone: bool = False) -> Iterator[
         temporary.replace(target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM and error.filename in (None, str(temporary)):
-            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
-        raise
+        if isinstance(error, OSError) and error.filename == str(temporary):
+            error.filename = None
+        with naming(path):
+            raise
     finally:
         locks.release(descriptor)
     synchronize(target.parent)
+
+
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give the error of a full disk the name of the file that the block writes; Python's own has none.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _NO_ROOM and error.filename is None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
 
 
 def check_output_file(path: str | os.PathLike[str]) -> Path:
