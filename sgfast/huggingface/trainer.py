@@ -343,6 +343,10 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         self._staging = staged.parent
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:  # a full disk keeps no half of it
+                checkpoint.sweep(run)
+            raise
         finally:
             self._staging = None
         if self.state.best_model_checkpoint == str(staged):
