@@ -17,6 +17,7 @@ from sgfast.loss.factory import LossFunctions
 from sgfast.metrics.utility import token_divergences
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.weight_decay import exempt_parameters
+from sgfast.utils.files import replacing
 from sgfast.utils.one_writer import one_writer
 
 Batch = Mapping[str, Any]
@@ -373,7 +374,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            torch.save(without_secrets(self.args), folder / "training_args.bin")
+            with replacing(folder / "training_args.bin") as temporary:
+                torch.save(without_secrets(self.args), temporary)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 

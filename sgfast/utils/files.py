@@ -68,7 +68,8 @@ def replacing(path: str | os.PathLike[str], *, alone: bool = False) -> Iterator[
         with naming(path):
             raise
     finally:
-        locks.release(descriptor)
+        if descriptor is not None:
+            locks.release(descriptor)
     synchronize(target.parent)
 
 
@@ -146,18 +147,23 @@ def synchronize(path: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary(target: Path) -> tuple[int, Path]:
-    """A new file beside the target, locked, so that sweeps see that its process lives."""
+def _temporary(target: Path) -> tuple[int | None, Path]:
+    """A new file beside the target, locked by what is open, so that sweeps see that its process lives.
+
+    None is open where files have no locks, or, as on Windows, a locked file can be neither written nor renamed.
+    """
     while True:
         try:
             descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=_UNFINISHED)
         except OSError as error:
             raise type(error)(error.errno, error.strerror, str(target)) from error
         try:
-            locked = locks.try_lock(descriptor)
-        except OSError:  # without locks, nothing here is ever swept
+            locked = locks.try_lock(descriptor) if os.name == "posix" else None
+        except OSError:
+            locked = None
+        if locked is None:  # nothing here is ever swept
             os.close(descriptor)
-            return descriptor, Path(name)
+            return None, Path(name)
         if not locked:
             os.close(descriptor)
         elif locks.is_at(descriptor, Path(name)):
@@ -185,7 +191,7 @@ def _removed(path: Path) -> bool:
         return False
     try:
         status = os.fstat(descriptor)
-        owned = stat.S_ISREG(status.st_mode) and (os.name != "posix" or status.st_uid == os.geteuid())
+        owned = os.name == "posix" and stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         if not owned or not locks.try_lock(descriptor):
             os.close(descriptor)
             return False

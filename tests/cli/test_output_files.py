@@ -217,3 +217,13 @@ def test_one_seed_gives_equal_bytes(command, tmp_path, name):
     for file in files:
         one, two = (hashlib.sha256((tmp_path / out / file).read_bytes()).hexdigest() for out in ("one", "two"))
         assert one == two, file
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+def test_a_full_disk_behind_the_printed_result_is_one_line(tiny_model_folder):
+    command = [sys.executable, "-m", "sgfast", "voronoi", "--model", str(tiny_model_folder), "--json"]
+    with open("/dev/full", "w") as full:
+        finished = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert finished.returncode == 2
+    assert_one_line(finished.stderr, "No space left on device")
+    assert "Exception ignored" not in finished.stderr
