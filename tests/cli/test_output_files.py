@@ -11,7 +11,9 @@ import time
 
 import pytest
 
+from sgfast.client import StainedGlassTransformForText
 from sgfast.evaluation import run as evaluation_run
+from sgfast.examples import vision
 from sgfast.utils.files import replacing
 from sgfast.utils.one_writer import one_writer
 from tests.processes import forked
@@ -227,3 +229,14 @@ def test_a_full_disk_behind_the_printed_result_is_one_line(tiny_model_folder):
     assert finished.returncode == 2
     assert_one_line(finished.stderr, "No space left on device")
     assert "Exception ignored" not in finished.stderr
+
+
+def test_the_vision_example_and_saves_in_python_likewise(tiny_transform, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    client = StainedGlassTransformForText.from_pretrained(tiny_transform)
+    for path, message in ((tmp_path / "pipe", "it is a pipe, not a regular file"), (tmp_path, "it is a folder")):
+        with pytest.raises(OSError, match=message):
+            vision.run(path, percent_to_mask=0.5, alpha=0.5, epochs=1)
+        with pytest.raises(OSError, match=message):
+            client.save_pretrained(path)
+    assert os.listdir(tmp_path) == ["pipe"]
