@@ -16,6 +16,7 @@ import torch
 from benchmarks.bench_divergences import IMPLEMENTATIONS, SHAPES, job_task
 from sgfast.benchmarking.environment import environment, statement
 from sgfast.benchmarking.measuring import run_timed
+from sgfast.utils.files import check_output_file, replacing
 
 JOBS = ("four metrics", "jensen_shannon with gradient")
 
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=10)
     arguments = parser.parse_args()
+    if arguments.output:
+        check_output_file(arguments.output)
     text = "\n".join(
         [
             "# The divergences on a CPU beside PyTorch, eager and compiled",
@@ -60,7 +63,8 @@ def main() -> None:
     )
     print(text)
     if arguments.output:
-        arguments.output.write_text(text)
+        with replacing(arguments.output) as temporary:
+            temporary.write_text(text)
 
 
 if __name__ == "__main__":

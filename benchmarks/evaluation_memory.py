@@ -30,6 +30,7 @@ from sgfast.evaluation.subject import load_model, load_subject
 from sgfast.huggingface.assets import load_causal_lm
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.training.building import models_over
+from sgfast.utils.files import replacing
 
 RESULTS = Path(__file__).parent / "results" / "evaluation-cpu.md"
 LENGTH, RECORDS, WORDS = 2048, 2, 1600
@@ -146,7 +147,8 @@ def main() -> None:
             for path in (folder / "out").glob("*"):
                 path.unlink()
         if arguments.budget is None:
-            RESULTS.write_text(report(lines), encoding="utf-8")
+            with replacing(RESULTS) as temporary:
+                temporary.write_text(report(lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

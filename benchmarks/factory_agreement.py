@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 
+from sgfast.utils.files import check_output_file, replacing
 from tests.loss.factory_cases import CASES, COMBINE, MASK, four_rows, rewritten
 from tests.loss.rewrites import Rewrite, learning_parameters, relative_error
 from tests.tiny_models import tiny_pair, uneven_tokens
@@ -88,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Every loss factory beside a float64 rewrite")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
+    check_output_file(arguments.out)
     text = HEADING
     for name in CASES:
         for setting, (model_arguments, changed) in SETTINGS.items():
@@ -97,7 +99,8 @@ def main() -> None:
                 text += f"| {' | '.join(cells)} |\n"
     text += f"\nCPU, torch {torch.__version__}.\n"
     print(text)
-    arguments.out.write_text(text, encoding="utf-8")
+    with replacing(arguments.out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

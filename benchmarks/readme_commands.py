@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from sgfast.benchmarking.environment import environment, statement
+from sgfast.utils.files import check_output_file, replacing
 
 PYTHON = sys.executable
 SGFAST = str(Path(PYTHON).with_name("sgfast"))
@@ -45,6 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     output = parser.parse_args().output
+    if output:
+        check_output_file(output)
     lines = [HEADING.format(statement=statement(environment("cpu"))), "| command | seconds |", "|---|---:|"]
     with tempfile.TemporaryDirectory() as folder:
         for name, command in COMMANDS.items():
@@ -55,7 +58,8 @@ def main() -> None:
     text = "\n".join([*lines, ""])
     print(text)
     if output:
-        output.write_text(text)
+        with replacing(output) as temporary:
+            temporary.write_text(text)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from sgfast.training.configuration import LoraOptions
 from sgfast.training.objectives import DEFAULT_OPTIONS
 from sgfast.training.plot import smoothed
 from sgfast.training.record import versions
-from sgfast.utils.files import replacing
+from sgfast.utils.files import check_output_file, replacing
 
 DIVERGENCE = "next_token_utility/jensen_shannon"
 LEARNING_RATE, WARM_UP_STEPS, SEED = 5e-4, 10, 0
@@ -173,9 +173,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--loss", choices=SETUPS, action="append", help="only these losses; the others' curves stay")
     arguments = parser.parse_args()
+    path = arguments.out / "training-curves.json"
+    for file in (path, path.with_suffix(".png")):
+        check_output_file(file)
     base_model, tokenizer = load_causal_lm(None, torch.bfloat16)
     wrapper = TokenizerWrapper(tokenizer, type(base_model))
-    path = arguments.out / "training-curves.json"
     results: dict[str, Any] = json.loads(path.read_text())["losses"] if arguments.loss and path.exists() else {}
     for name in arguments.loss or SETUPS:
         setup = SETUPS[name]

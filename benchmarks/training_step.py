@@ -29,6 +29,7 @@ from sgfast.loss.jigsaw import jigsaw_loss_factory
 from sgfast.model import NoiseMaskedNoisyTransformerModel, PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
 from sgfast.ops import standard_normal
+from sgfast.utils.files import check_output_file, replacing
 from tests.tiny_models import with_lora
 
 RESULTS = Path(__file__).parent / "results" / "training-step-cpu.md"
@@ -263,6 +264,7 @@ def main() -> None:
     parser.add_argument("--case", choices=CASES, help="measure one case in this process and print it as JSON")
     parser.add_argument("--plain", action="store_true", help="with --case: the plain step")
     arguments = parser.parse_args()
+    check_output_file(arguments.out)
     if arguments.case:
         print(json.dumps(measure(arguments.case, arguments.plain)))
         return
@@ -280,7 +282,8 @@ def main() -> None:
         text += f"| {' | '.join([case, *pairs, f'{difference:.0e}'])} |\n"
         print(text.splitlines()[-1], flush=True)
     text += f"\nCPU, {torch.get_num_threads()} threads, torch {torch.__version__}.\n"
-    arguments.out.write_text(text, encoding="utf-8")
+    with replacing(arguments.out) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.model.decoder import embedding_scale_of
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.transformer_cloak import KNOWN_BODIES, TransformerCloak
+from sgfast.utils.files import check_output_file
 
 _NOISE_LAYER_PREFIX, _PARAMETER_PREFIX = "noise_layer.", "base_model."
 # Far above any model's. Configurations make a list or a dictionary of this many entries.
@@ -150,9 +151,15 @@ class StainedGlassTransformForText:
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file, replacing what is there only once the new one is whole and on the disk.
 
+        The same transform gives the same bytes, in every process. Where ``path`` is a symbolic link, the file that it
+        names is replaced.
+
         Raises:
             FileNotFoundError: there is no folder to write to.
+            IsADirectoryError: ``path`` is a folder.
+            OSError: ``path`` is a device, a pipe, a socket or a link that leads back to itself, or the disk is full.
         """
+        check_output_file(path)
         # Of the layer's state only the parameters: how often it ran is nobody's business.
         tensors: dict[str, Tensor] = {
             _NOISE_LAYER_PREFIX + name: parameter for name, parameter in self.noise_layer.named_parameters()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sgfast.utils import strict_json
 from sgfast.utils.files import replacing
+from sgfast.utils.tensor_stream import write_tensors
 
 FORMAT = "sgfast text transform"
 FORMAT_VERSION = 1
@@ -44,22 +45,21 @@ class _Entry(NamedTuple):
 def write_client_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], description: Any) -> None:
     """Write tensors and their description, replacing what is there only once the new file is whole and on the disk.
 
+    Equal tensors and an equal description give equal bytes.
+
     Raises:
         FileNotFoundError: there is no folder to write to.
+        OSError: ``path`` is something else than a file, or the disk is full.
         ValueError: the description holds NaN, or is larger than the format allows.
     """
-    from safetensors.torch import save_file
-
     metadata = {
         "format": FORMAT,
         "format_version": str(FORMAT_VERSION),
         "content": json.dumps(description, ensure_ascii=False, allow_nan=False),
         "sha256": _BLANK,
     }
-    # Tied parameters share memory, which the format refuses.
-    owned = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        save_file(owned, temporary, metadata=metadata)
+        write_tensors(temporary, tensors, metadata)
         _write_checksum(temporary)
 
 

@@ -1,9 +1,11 @@
-"""Run a function in several processes that form one group."""
+"""Run a function in several processes that form one group, or in a fork that is killed."""
 
 import os
+import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch.distributed
@@ -31,3 +33,29 @@ def _run(rank: int, count: int, directory: str, function: Callable[..., None], a
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+@contextmanager
+def forked(hold: Callable[[Callable[[], int]], None]) -> Iterator[int]:
+    """A fork of this process in the middle of `hold(begun)`, which calls `begun()` there; killed at the block's end."""
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        hold(lambda: os.write(writer, b"x"))
+        os._exit(0)
+    os.close(writer)
+    try:
+        assert os.read(reader, 1) == b"x", "the fork ended before"
+        yield pid
+    finally:
+        os.close(reader)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+        with suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def kill(pid: int) -> None:
+    """Kill -9, and wait until it is dead."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sgfast.utils.files import replacing
+
 _AXES = {
     "vocab": "vocabulary V",
     "tokens": "tokens N",
@@ -118,5 +120,6 @@ def _finish(figure: Any, labelled: Any, title: str, path: Path) -> None:
     figure.legend(handles, labels, loc="upper center", ncols=columns, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 0.98 - 0.028 * -(-len(labels) // columns)))
     figure.text(0.01, 0.01, title, fontsize=7, color="0.4", wrap=True)
-    figure.savefig(path, format="png", dpi=110)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
     _pyplot().close(figure)

@@ -178,11 +178,12 @@ def transform(
         int | None,
         typer.Option(min=0, max=2**64 - 1, help="To repeat an output; default: fresh randomness.", show_default=False),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace --out if it is there already.")] = False,
 ) -> None:
     """Transform a prompt, or the texts and chats of a file, into embeddings for a server: the client's half."""
     from sgfast.cli.transform import run_transform
 
-    run_transform(file=file, prompt=prompt, data=data, out=out, seed=seed, text_unit=text_unit)
+    run_transform(file=file, prompt=prompt, data=data, out=out, seed=seed, text_unit=text_unit, force=force)
 
 
 @app.command()

@@ -17,6 +17,7 @@ from sgfast.benchmarking.measuring import copy_gb_per_s
 from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
 from sgfast.benchmarking.results import write_result
 from sgfast.ops.dispatch import IMPLEMENTATIONS
+from sgfast.utils.files import check_output_file, check_output_folder
 
 Axes = Mapping[str, Sequence[int]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -76,7 +77,11 @@ def run_bench(
     planned = sweeps.points(asked or sizes, base)
     if max(sizes.get("top_k", [0])) > base.get("vocab", 0) and "top_k" in (asked or sizes):
         raise ValueError(f"--top-k must be at most the vocabulary, {base['vocab']}; got {max(sizes['top_k'])}")
+    check_output_folder(out)
     out.mkdir(parents=True, exist_ok=True)
+    plots = {name: out / f"{family}-{name}.png" for name in ("growth", "accuracy")}
+    for path in (out / f"{family}.json", *plots.values()):
+        check_output_file(path)
     described = environment(device)
     console, progress_console = Console(), Console(stderr=True)
     progress_console.print(statement(described), highlight=False)
@@ -113,9 +118,8 @@ def run_bench(
     write_result(written[0], described, records, copy_gb_per_s=copied)
     title = statement(described)
     for name, plot in (("growth", plot_growth), ("accuracy", plot_accuracy)):
-        path = out / f"{family}-{name}.png"
-        if plot(path, records, title):
-            written.append(path)
+        if plot(plots[name], records, title):
+            written.append(plots[name])
     console.print(statement(described), highlight=False)
     console.print(f"in {out}: {', '.join(path.name for path in written)}", highlight=False)
 

@@ -27,7 +27,8 @@ from sgfast.loss.distillation import distillation_loss_factory
 from sgfast.metrics.utility import UTILITY_DIVERGENCES
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.transformer_cloak import TransformerCloak
-from sgfast.utils.files import replacing
+from sgfast.utils.files import check_output_file, replacing
+from sgfast.utils.one_writer import one_writer
 
 DEFAULT_PROMPT = "I am Ada Lovelace. Explain in one sentence what a Python function is."
 WORDS_PER_PASSAGE, HELD_OUT, MAX_LENGTH, BATCH_SIZE = 60, 32, 128, 8
@@ -39,7 +40,12 @@ LOSS_WEIGHTS = {
     "input_embedding_similarity_loss_weight": 0.5,
     "distillation_layer_cosine_distance_loss_weight": 10.0,
 }
-TRANSFORM_FILE = "transform.safetensors"
+METRICS_FILE, RECORD_FILE, PLOT_FILE, TRANSFORM_FILE = _WRITTEN = (
+    "metrics.json",
+    "training.json",
+    "training.png",
+    "transform.safetensors",
+)
 
 _TABLE_ROWS = {
     "next-token agreement": ("next_token_agreement", "{:.1%}"),
@@ -64,6 +70,15 @@ def run_demo(
     prompt: str,
 ) -> None:
     """Run it; wrong input raises ValueError before anything is written, Ctrl-C keeps the transform trained so far."""
+    with one_writer(out):
+        for name in _WRITTEN:
+            check_output_file(out / name)
+        _run(steps, out, model, seed, data, layer, alpha, prompt)
+
+
+def _run(
+    steps: int, out: Path, model: str | None, seed: int, data: Path | None, layer: int, alpha: float, prompt: str
+) -> None:
     console = Console()
     passages = split_passages(read_text(data), WORDS_PER_PASSAGE, HELD_OUT, seed)
     console.print(
@@ -82,7 +97,6 @@ def run_demo(
     with console.status("measuring the untrained transform on held-out text"):
         before = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
     reading_before = _attacker_reads(client, prompt, client([{"role": "user", "content": prompt}], seed=seed))
-    out.mkdir(parents=True, exist_ok=True)
 
     training = train(
         noisy_model,
@@ -104,11 +118,11 @@ def run_demo(
     with console.status("measuring the trained transform on held-out text"):
         after = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
     hyperparameters = loss_functions[2]()
-    run = {"model": name, "seed": seed, "steps": steps, "sgfast": __version__, "torch": torch.__version__}
+    run = {"model": name, "steps": steps, "sgfast": __version__, "torch": torch.__version__}
     components = [step.components for step in history]
-    _write_json(out / "training.json", {**run, "hyperparameters": hyperparameters, "components": components})
-    _write_json(out / "metrics.json", {"before": before, "after": after})
-    with replacing(out / "training.png") as temporary:
+    _write_json(out / RECORD_FILE, {**run, "hyperparameters": hyperparameters, "components": components})
+    _write_json(out / METRICS_FILE, {"before": before, "after": after})
+    with replacing(out / PLOT_FILE) as temporary:
         plot_training(temporary, history, before, after)
     console.print(_table(before, after))
     with console.status("using the saved transform in a new process"):
@@ -117,7 +131,7 @@ def run_demo(
     for label, text in conversation.items():
         console.print(f"[bold]{label}[/bold]")
         console.print(Padding(Text(json.dumps(text, ensure_ascii=False)), (0, 0, 0, 4)))
-    console.print(f"in {out}: metrics.json, training.json, training.png, {TRANSFORM_FILE}")
+    console.print(f"in {out}: {', '.join(_WRITTEN)}")
 
 
 def _under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:

@@ -1,5 +1,6 @@
 """``sgfast evaluate``: utility and privacy of transforms over a file of any size."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from sgfast.evaluation.plot import COMPARISON_PLOT, plot_comparison
 from sgfast.evaluation.processes import Processes, joined
 from sgfast.evaluation.report import (
     PARQUET_FILE,
+    RESULT_FILES,
     SEQUENCES_FILE,
     check_continues,
     check_parquet,
@@ -23,6 +25,8 @@ from sgfast.evaluation.run import InterruptedEvaluationError, evaluate
 from sgfast.evaluation.settings import Settings
 from sgfast.evaluation.subject import load_model, load_subject
 from sgfast.huggingface.assets import PACKAGED_MODEL
+from sgfast.utils.files import check_output_file
+from sgfast.utils.one_writer import one_writer
 
 _ROWS = {
     "same likeliest next token": ("utility", "next_token_agreement", "{:.1%}"),
@@ -57,7 +61,12 @@ def run_evaluate(settings: Sequence[Settings], *, out: Path, resume: bool, attac
     """
     if settings[0].parquet:
         check_parquet()
-    with joined() as processes:
+    folders = dict.fromkeys([out, *(one.out for one in settings)])
+    with joined() as processes, contextlib.ExitStack() as writers:
+        for folder in folders:
+            writers.enter_context(one_writer(folder))
+        for path in (folder / name for folder in folders for name in (*RESULT_FILES, COMPARISON_PLOT)):
+            check_output_file(path)
         console = Console(stderr=True, quiet=processes.rank > 0, markup=False)
         try:
             _evaluate_all(settings, processes, console, resume, attacks_are_chosen)

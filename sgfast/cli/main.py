@@ -1,5 +1,6 @@
 """``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,7 +15,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         from sgfast.cli.app import app
 
-        app(arguments)
+        try:
+            app(arguments)
+        finally:
+            sys.stdout.flush()  # here, where an error is one line
     except (ValueError, OSError, ImplementationError) as error:
         _fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
@@ -25,6 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(message: str) -> None:
     print(f"sgfast: {message}", file=sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError:  # a full disk: the interpreter would try, and complain, once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(2)
 
 

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sgfast.huggingface.assets import PACKAGED_MODEL
+from sgfast.huggingface.trainer_checkpoint import Trained, save_adapters, trained_state
 from sgfast.loss.factory import LossFunctions
 from sgfast.training.building import Models, build_loss, build_models
 from sgfast.training.configuration import (
@@ -23,9 +24,10 @@ from sgfast.training.configuration import (
 )
 from sgfast.training.data import TokenizedRecords, check_trainable
 from sgfast.training.plot import plot_history
-from sgfast.training.record import RECORD_FILE, check_continues, components_in, ends, write_record
+from sgfast.training.record import CHECKPOINTS, RECORD_FILE, check_continues, components_in, ends, write_record
 from sgfast.training.run import History, train
-from sgfast.utils.files import replacing
+from sgfast.utils.files import check_output_file, check_output_folder, replacing
+from sgfast.utils.one_writer import one_writer
 from sgfast.utils.records import IndexedRecords, data_digest
 
 TRANSFORM_FILE, PLOT_FILE, ADAPTER_FOLDER = "transform.safetensors", "training.png", "adapter"
@@ -38,6 +40,15 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
     """
     configuration = _configuration(config, flags, overrides)
     processes = PartialState(cpu=not torch.accelerator.is_available())
+    with one_writer(configuration.out):
+        for name in (TRANSFORM_FILE, RECORD_FILE, PLOT_FILE):
+            check_output_file(configuration.out / name)
+        for name in (CHECKPOINTS, ADAPTER_FOLDER):
+            check_output_folder(configuration.out / name)
+        _run(configuration, processes, resume)
+
+
+def _run(configuration: Configuration, processes: PartialState, resume: bool) -> None:
     console = Console(stderr=True, quiet=not processes.is_main_process)
     records = IndexedRecords(configuration.data, text_unit=configuration.text_unit)
     batch = configuration.batch_size * processes.num_processes
@@ -55,12 +66,12 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
     loss = build_loss(models, configuration.loss_name, configuration.loss_options)
     data, scale = {"records": len(records), "sha256": digest}, models.noisy_model.noise_layer.scale
     if processes.is_main_process:
-        configuration.out.mkdir(parents=True, exist_ok=True)
         write_record(configuration, data, scale)  # a run that is killed is known by it
     history, finished = _follow(console, configuration, models, loss, examples, resume)
+    trained = None if models.student is None else trained_state(models.student)
     if not processes.is_main_process:
         return
-    _save(configuration, models)
+    _save(configuration, models, trained)
     write_record(configuration, data, scale, history, finished=finished)
     with replacing(configuration.out / PLOT_FILE) as temporary:
         plot_history(temporary, history)
@@ -119,11 +130,11 @@ def _follow(
         return train(configuration, models, loss, examples, resume=resume, on_step=on_step)
 
 
-def _save(configuration: Configuration, models: Models) -> None:
+def _save(configuration: Configuration, models: Models, trained: Trained | None) -> None:
     models.noisy_model.eval()
     models.client.save_pretrained(configuration.out / TRANSFORM_FILE)
-    if models.student is not None:
-        models.student.base_model.save_pretrained(str(configuration.out / ADAPTER_FOLDER), save_embedding_layers=False)
+    if trained is not None:
+        save_adapters(models.student, trained, configuration.out / ADAPTER_FOLDER)
 
 
 def _table(history: History) -> Table:

@@ -11,51 +11,68 @@ from torch import Tensor
 
 from sgfast.client import StainedGlassTransformForText
 from sgfast.training.data import as_chat
-from sgfast.utils.files import replacing
+from sgfast.utils.files import check_output_file, replacing
 from sgfast.utils.records import IndexedRecords, Record, RecordError, TextUnit
-from sgfast.utils.tensor_stream import streamed_tensors
+from sgfast.utils.tensor_stream import streamed_tensors, write_tensors
 
 
 def run_transform(
-    *, file: Path, prompt: str | None, data: Path | None, out: Path, seed: int | None, text_unit: TextUnit
+    *,
+    file: Path,
+    prompt: str | None,
+    data: Path | None,
+    out: Path,
+    seed: int | None,
+    text_unit: TextUnit,
+    force: bool = False,
 ) -> None:
-    """Transform one prompt or a file of records. Nothing is written unless all of it can be."""
+    """Transform one prompt or a file of records. Nothing is written unless all of it can be.
+
+    Args:
+        file: the transform.
+        prompt: a user's message; or ``data``.
+        data: records.
+        out: the file to write.
+        seed: of the noise; None draws from the operating system.
+        text_unit: what a record of a text file is.
+        force: replace a file that is there.
+    """
     if (prompt is None) == (data is None):
         raise ValueError("give --prompt or --data, one of them")
     if any(source and source.exists() and out.exists() and out.samefile(source) for source in (file, data)):
         raise ValueError(f"--out {out} is what is read: it would be replaced")
+    if check_output_file(out).exists() and not force:
+        raise FileExistsError(f"--out {out} is there already: give another file, or replace this one by --force")
     # Before the transform, which takes longer to load: this checks every line.
     records = None if data is None else IndexedRecords(data, text_unit=text_unit)
-    client = StainedGlassTransformForText.from_pretrained(file)
     if records is None:
-        _transform_prompt(client, str(prompt), out, seed)
+        _transform_prompt(file, str(prompt), out, seed)
     else:
-        _transform_records(client, records, out, seed)
+        _transform_records(file, records, out, seed)
 
 
-def _transform_prompt(client: StainedGlassTransformForText, prompt: str, out: Path, seed: int | None) -> None:
-    from safetensors.torch import save_file
-
-    encoded = client.encode([{"role": "user", "content": prompt}], seed=seed)
-    with replacing(out) as temporary:
-        save_file(encoded, temporary)
+def _transform_prompt(file: Path, prompt: str, out: Path, seed: int | None) -> None:
+    with replacing(out, alone=True) as temporary:
+        client = StainedGlassTransformForText.from_pretrained(file)
+        encoded = client.encode([{"role": "user", "content": prompt}], seed=seed)
+        write_tensors(temporary, encoded, {"format": "pt"})
     batch, tokens, width = encoded["inputs_embeds"].shape
     print(f"wrote {out}: {batch} x {tokens} tokens x {width} features")
 
 
-def _transform_records(
-    client: StainedGlassTransformForText, records: IndexedRecords, out: Path, seed: int | None
-) -> None:
+def _transform_records(file: Path, records: IndexedRecords, out: Path, seed: int | None) -> None:
     keys = list(_distinct_keys(records))
     metadata = {"format": "pt", "content": "sgfast transformed texts", "keys": json.dumps(keys)}
     columns = (TextColumn("records"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     tokens = 0
-    with streamed_tensors(out, metadata) as stream, Progress(*columns, console=Console(stderr=True)) as progress:
-        for index, record in enumerate(progress.track(records, total=len(records))):
-            encoded = _encode(client, records.path, record, None if seed is None else record_seed(seed, index))
-            for name, tensor in encoded.items():
-                stream.write(f"{record.key}.{name}", tensor)
-            tokens += encoded["attention_mask"].numel()
+    with streamed_tensors(out, metadata) as stream:
+        client = StainedGlassTransformForText.from_pretrained(file)
+        with Progress(*columns, console=Console(stderr=True)) as progress:
+            for index, record in enumerate(progress.track(records, total=len(records))):
+                encoded = _encode(client, records.path, record, None if seed is None else record_seed(seed, index))
+                for name, tensor in encoded.items():
+                    stream.write(f"{record.key}.{name}", tensor)
+                tokens += encoded["attention_mask"].numel()
     width = client.parameters[client.embedding_name].shape[-1]
     print(f"wrote {out}: {len(records)} records, {tokens} tokens x {width} features")
 

@@ -30,7 +30,10 @@ class Example:
 
 @dataclass(frozen=True, order=True)
 class Sampled:
-    """A record in the sample: its random priority, which one it is, how many of its transformed tokens are used."""
+    """A record in the sample: its random priority, which one it is, how many of its transformed tokens are used.
+
+    The priority follows from the seed, and the seed from the priority: it is not stored.
+    """
 
     priority: int
     index: int
@@ -80,13 +83,14 @@ class Survey:
             self.sampled_tokens -= heapq.heappop(self.sample).tokens
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, for `from_json`."""
-        return asdict(self)
+        """As plain values, for `from_json`, without what tells the seed: the order by priority."""
+        sample = [{"index": one.index, "tokens": one.tokens} for one in sorted(self.sample, key=lambda one: one.index)]
+        return asdict(self) | {"sample": sample}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Survey":
-        """Rebuild what `to_json` gave."""
-        return cls(**(values | {"sample": [Sampled(**sampled) for sampled in values["sample"]]}))
+        """Rebuild what `to_json` gave: a survey that is complete."""
+        return cls(**(values | {"sample": [Sampled(0, **sampled) for sampled in values["sample"]]}))
 
 
 def read_examples(

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from sgfast.evaluation.settings import EvaluationError
-from sgfast.utils.files import replacing
+from sgfast.utils.files import naming, replacing
+from sgfast.utils.tensor_stream import write_tensors
 
 _FOLDER, _RUN_FILE = "progress", "run.json"
 
@@ -141,13 +142,15 @@ class PartWriter:
 
     def __init__(self, folder: Path, run: int, rank: int, processes: int) -> None:
         self._state_path = folder / f"{run}-{rank}.safetensors"
-        self._lines: io.BufferedWriter = (folder / f"{run}-{rank}.jsonl").open("wb")
+        self._lines_path = folder / f"{run}-{rank}.jsonl"
+        self._lines: io.BufferedWriter = self._lines_path.open("wb")
         self.reached = Reached(rank, processes)
 
     def add(self, index: int, tokens: int, values: Mapping[str, Any]) -> None:
         """Add the values of one sequence."""
         line = json.dumps({"index": index, **values}, allow_nan=False, ensure_ascii=False).encode("utf-8") + b"\n"
-        self._lines.write(line)
+        with naming(self._lines_path):
+            self._lines.write(line)
         self.reached.last = index
         self.reached.records += 1
         self.reached.tokens += tokens
@@ -155,13 +158,12 @@ class PartWriter:
 
     def save(self, counts: Mapping[str, Tensor]) -> None:
         """Save the state, so that nothing before it is lost."""
-        from safetensors.torch import save_file
-
-        self._lines.flush()
-        os.fsync(self._lines.fileno())
+        with naming(self._lines_path):
+            self._lines.flush()
+            os.fsync(self._lines.fileno())
         with replacing(self._state_path) as temporary:
             tensors = {name: tensor.to("cpu", torch.int64) for name, tensor in counts.items()}
-            save_file(tensors, temporary, metadata={"reached": json.dumps(asdict(self.reached))})
+            write_tensors(temporary, tensors, {"reached": json.dumps(asdict(self.reached))})
 
     def close(self) -> None:
         """Close the file of lines."""

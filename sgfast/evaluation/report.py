@@ -18,11 +18,12 @@ from sgfast.utils.files import replacing
 from sgfast.utils.records import data_digest
 
 METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE = "metrics.json", "sequences.jsonl", "sequences.parquet"
+RESULT_FILES = (METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE, DIVERGENCES_PLOT, RANKS_PLOT)
 _PARQUET_ROWS = 4096
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
-    """What an evaluation is of: its settings, and digests of data and transform.
+    """What an evaluation is of: its settings without the seed, and digests of data and transform.
 
     Raises:
         RecordError: the data cannot be read.

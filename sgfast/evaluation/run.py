@@ -1,5 +1,7 @@
 """One evaluation: survey the file, measure every record of it, then attack a sample; interrupted anywhere, resumed."""
 
+import json
+import math
 import time
 from typing import Any, Protocol
 
@@ -24,6 +26,8 @@ from sgfast.utils.records import RecordError
 
 # A learned inversion needs texts to train on, to choose an epoch by, and to be measured on.
 _LEAST_TEXTS = 3
+# How far two measurements of one record under one seed may lie apart, relatively.
+_SAME_DRAW = 0.05
 
 
 class Watcher(Protocol):
@@ -63,7 +67,8 @@ def evaluate(
         attacks_are_chosen: an attack that cannot be run is an error; otherwise it is left out, and why is recorded.
 
     Raises:
-        EvaluationError: too small a budget, nothing to measure, or an attack that cannot be run.
+        EvaluationError: too small a budget, nothing to measure, an attack that cannot be run, or another seed than
+            that of what was measured before.
         RecordError: a record that cannot be read or tokenized.
         InterruptedEvaluationError: by Ctrl-C.
     """
@@ -79,6 +84,7 @@ def evaluate(
     found = Survey.from_json(run["survey"])
     budget_of(settings, subject).chunk_bytes(found.longest)
     run["left_out"] = attacks_left_out(settings, subject, found, run, attacks_are_chosen)
+    check_seed(settings, subject, run, progress, processes)
     measure_file(settings, subject, found, progress, processes, watcher)
     processes.gather(None)
     if processes.rank == 0:
@@ -141,6 +147,32 @@ def attacks_left_out(
     if attacks_are_chosen:
         raise EvaluationError(f"the attack learned cannot be run: {reason}")
     return {"learned": reason}
+
+
+def check_seed(
+    settings: Settings, subject: Subject, run: dict[str, Any], progress: Progress, processes: Processes
+) -> None:
+    """Check that what was measured before had this seed, which no file holds: one record is measured again.
+
+    Raises:
+        EvaluationError: its figures are others; on every process.
+    """
+    before = None
+    if processes.rank == 0 and run["device"] == subject.table.device.type:
+        before = next((json.loads(line) for line in progress.sequences()), None)
+    differs = False
+    if before is not None:
+        wrapper, longest = subject.tokenizer_wrapper, max_length_of(settings, subject)
+        example = next(read_examples(settings, wrapper, longest, lambda index: index == before["index"]))
+        measured = measure_example(settings, subject, budget_of(settings, subject), example)
+        now = add_measured(settings, Measurement(settings, subject), example, measured)
+        # Devices and budgets change the last digits; another draw of the noise changes the first ones.
+        pairs = [(value, before[name]) for name, value in now.items() if isinstance(value, float)]
+        differs = not all(math.isclose(one, other or 0.0, rel_tol=_SAME_DRAW, abs_tol=1e-6) for one, other in pairs)
+    if any(processes.gather(differs)):
+        raise EvaluationError(
+            f"--resume: {settings.out} was begun with another --seed; give that one (it is stored nowhere)"
+        )
 
 
 def measure_file(

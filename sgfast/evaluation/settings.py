@@ -46,14 +46,15 @@ class Settings:
     save_seconds: float = 10.0
 
     def compared(self) -> dict[str, Any]:
-        """What the results depend on: an evaluation is resumed only under the same."""
+        """What the results depend on, the seed excepted, which is stored nowhere: an evaluation is resumed only under
+        the same.
+        """
         return {
             "model": self.model,
             "attacks": list(self.attacks),
             "num_logits": self.num_logits,
             "beta": self.beta,
             "attack_tokens": self.attack_tokens,
-            "seed": self.seed,
             "text_unit": self.text_unit,
             "text_as": self.text_as,
             "max_length": self.max_length,

@@ -20,7 +20,7 @@ from sgfast.model import NoisyModel
 from sgfast.model.noise_loss import check_interpolation
 from sgfast.noise_layer import BaseNoiseLayer, CloakNoiseLayerOneShot, PatchCloakNoiseLayer, parameter_groups
 from sgfast.noise_layer.arguments import check_count
-from sgfast.utils.files import replacing
+from sgfast.utils.files import check_output_file, replacing
 
 BATCH_SIZE, HELD_OUT = 64, 360
 BASE_EPOCHS, BASE_LEARNING_RATE = 20, 2e-3
@@ -168,7 +168,7 @@ def run(
 
     Raises:
         ValueError: an option out of range, before anything is trained.
-        FileNotFoundError: likewise, ``out`` lies in no folder.
+        OSError: likewise, ``out`` lies in no folder or is something else than a regular file.
     """
     settings: dict[str, Any] = {"scale": SCALE, "percent_to_mask": percent_to_mask, "rhos_init": RHOS_INIT}
     layers: list[tuple[type[BaseNoiseLayer], dict[str, Any]]] = [
@@ -180,8 +180,7 @@ def run(
     check_count("epochs", epochs)
     if alpha is not None:
         check_interpolation(alpha)
-    if not out.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{out} cannot be written: there is no folder {out.parent}")
+    check_output_file(out)
     torch.manual_seed(seed)
     images = load_images(seed)
     base_model = train_base_model(images)
@@ -217,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             patch_size=options.patch_size,
             seed=options.seed,
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     except ModuleNotFoundError as error:
         sys.exit(f"{error}: install sgfast[vision]")

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from sgfast.huggingface import trainer_checkpoint as checkpoint
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.loss_over_nothing import LossOverNothing
+from sgfast.huggingface.step_seeds import seed_for, seed_generators, without_secrets, without_seeds
 from sgfast.loss.factory import LossFunctions
 from sgfast.metrics.utility import token_divergences
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.weight_decay import exempt_parameters
+from sgfast.utils.files import replacing
+from sgfast.utils.one_writer import one_writer
 
 Batch = Mapping[str, Any]
 
@@ -37,7 +40,12 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     * **Warns** once, when the training loss is first logged, if no position has counted in the loss by then, if no
       token has been transformed, or if the loss's weights leave no utility term.
     * **Saves** the noise layer and, for a student, its adapters, never the base model. A checkpoint appears under its
-      name when it is whole. A resumed training goes on as if it had not been interrupted.
+      name when it is whole. A resumed training goes on as if it had not been interrupted, if it is given the same
+      ``args.seed`` and ``args.data_seed``.
+    * **Stores no seed.** Draws depend on ``args.seed``, the step and the process alone, so that checkpoints need no
+      generator's state. ``trainer.args`` is a copy with ``seed`` = −1 and no ``data_seed``: what is logged, saved or
+      published of it tells neither. A seed that others can guess, such as the default 42, protects nothing.
+    * **Writes alone.** While it trains with checkpoints, no other training writes to ``args.output_dir``.
 
     Examples are dictionaries of ``input_ids`` and, optionally, ``attention_mask``, ``noise_mask`` and ``loss_mask``
     (without them: every token is attended; every attended token is transformed, and counts in the loss). Without
@@ -57,7 +65,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     Raises:
         TypeError: an argument of another type.
         ValueError: several GPUs in one process (launch one process for each), a ``teacher`` that does not share the
-            model's noise layer, ``args`` with a ``label_smoothing_factor`` or ``neftune_noise_alpha``.
+            model's noise layer, ``args`` with a ``label_smoothing_factor`` or ``neftune_noise_alpha``, or with a
+            negative seed, as arguments that were read from a checkpoint have.
 
     Example:
         >>> from transformers import TrainingArguments
@@ -71,6 +80,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     # Trainer divides by the number of micro-batches, in version 4.57 as in 5.
     loss_is_scaled_for_ga = False
 
+    args: Any
     _signature_columns: list[str] | None
 
     def __init__(
@@ -93,6 +103,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         self._evaluated: list[Tensor] = []
         self._evaluated_names: list[str] = []
         self._staging: Path | None = None
+        self._batches_of_epoch: Iterator[Batch] | None = None
         tokenizer = trainer_kwargs.get("processing_class")
         if trainer_kwargs.get("data_collator") is None and isinstance(tokenizer, transformers.PreTrainedTokenizerBase):
             trainer_kwargs["data_collator"] = NoiseMaskCollator(tokenizer)
@@ -101,12 +112,13 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             raise ValueError(f"SgtTrainer needs one process for each GPU (torchrun, accelerate); got {self.args.n_gpu}")
         if teacher is not None and self.place_model_on_device and not hasattr(teacher.causal_lm, "hf_device_map"):
             teacher.to(self.args.device)  # where Trainer has put the student: they need not share a base
-        if self.args.process_index:
-            # Trainer has given all processes one seed; different texts must not share their noise.
-            torch.manual_seed(self.args.seed + self.args.process_index)
-        if self.args.data_seed is None:
-            # In place of what torch was last seeded with, which a resumed program need not repeat.
-            self.accelerator.dataloader_config.data_seed = self.args.seed
+        self._seed = self.args.seed
+        # In place of what torch was last seeded with, which a resumed program need not repeat.
+        self.accelerator.dataloader_config.data_seed = (
+            self._seed if self.args.data_seed is None else self.args.data_seed
+        )
+        self.args = without_seeds(self.args)
+        self._seed_generators("start")
         # Inferred from the model's **kwargs, it would change how the loss is scaled.
         self.model_accepts_loss_kwargs = False
         self.label_names = self.args.label_names or ["labels"]
@@ -124,7 +136,14 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], "Window | None"]:
         """The micro-batches of an optimizer step and, in place of Trainer's count of labels, their `Window`."""
+        if epoch_iterator is not self._batches_of_epoch:
+            # Where its first batch is asked for, an epoch draws its order, wherever in it this run begins.
+            self._batches_of_epoch = epoch_iterator
+            self._seed_generators("epoch", int(self.state.epoch or 0))
+        else:
+            self._seed_generators("batches", self.state.global_step)
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self._seed_generators("step", self.state.global_step)
         if not batches:
             return batches, None
         self._windows += 1
@@ -134,6 +153,10 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.is_world_process_zero():
             self._first_counts.add(counts)
         return batches, Window(counts, len(batches) * self.accelerator.num_processes)
+
+    def _seed_generators(self, *place: str | int) -> None:
+        """Make what is drawn next depend on the seed, the place and the process: different texts share no noise."""
+        seed_generators(seed_for(self._seed, *place, self.args.process_index))
 
     # Loss
 
@@ -271,7 +294,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         devices = [] if device.type == "cpu" else [device]
         forwards = layer.forward_count.clone()
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            torch.manual_seed(self.args.seed + self.args.process_index)
+            torch.manual_seed(seed_for(self._seed, "evaluation", self.args.process_index))
             layer.forward_count.zero_()
             try:
                 yield
@@ -297,7 +320,13 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
 
         Raises:
             ValueError: there is no whole checkpoint, or it is another model's.
+            BlockingIOError: another training saves its checkpoints in ``args.output_dir``.
         """
+        saves = self.args.save_strategy != "no"
+        with one_writer(self.args.output_dir) if saves else contextlib.nullcontext():
+            return self._train(resume_from_checkpoint, *args, **kwargs)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, *args: Any, **kwargs: Any) -> Any:
         if resume_from_checkpoint is True:
             found = checkpoint.checkpoints(self.args.output_dir)
             if not found:
@@ -306,7 +335,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         elif resume_from_checkpoint and not checkpoint.is_whole(Path(resume_from_checkpoint)):
             raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint")
         # Of steps that an earlier call, ended or interrupted, did not come to log.
-        self._component_sums, self._windows = {}, 0
+        self._component_sums, self._windows, self._batches_of_epoch = {}, 0, None
         if resume_from_checkpoint and self.args.max_steps > 0:
             path = Path(resume_from_checkpoint)
             state = transformers.TrainerState.load_from_json(str(path / transformers.trainer.TRAINER_STATE_NAME))
@@ -330,6 +359,10 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         self._staging = staged.parent
         try:
             super()._save_checkpoint(model, trial)
+        except BaseException:
+            if self.args.should_save:  # a full disk keeps no half of it
+                checkpoint.sweep(run)
+            raise
         finally:
             self._staging = None
         if self.state.best_model_checkpoint == str(staged):
@@ -356,7 +389,8 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             tokenizer = self.processing_class or getattr(self.data_collator, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
-            torch.save(self.args, folder / "training_args.bin")
+            with replacing(folder / "training_args.bin") as temporary:
+                torch.save(without_secrets(self.args), temporary)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -369,6 +403,12 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         accelerate.utils.save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Store none: every step seeds the generators."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """There is none."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_trained(self.model if model is None else model, resume_from_checkpoint)
@@ -418,5 +458,11 @@ def _check_arguments(model: Any, args: Any, loss: Any, teacher: Any, trainer_kwa
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
         if getattr(args, name, None):
             raise ValueError(f"SgtTrainer takes no {name}: losses compare the model with itself, under its own noise")
+    for name in ("seed", "data_seed"):
+        if (getattr(args, name, None) or 0) < 0:
+            raise ValueError(
+                f"args.{name} must not be negative; got {getattr(args, name)}. Stored arguments hold no seed: "
+                "give the training's own"
+            )
     if teacher is not None and teacher.noise_layer is not model.noise_layer:
         raise ValueError("teacher must share the model's noise layer: build the student with noise_layer=teacher's")

@@ -8,6 +8,7 @@ import copy
 import os
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,10 +17,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from sgfast.model.adapters import adapter_layers
 from sgfast.utils.files import replacing, synchronize
+from sgfast.utils.tensor_stream import write_tensors
 
 NOISE_LAYER_FILE = "noise_layer.safetensors"
 STAGING_FOLDER = ".incomplete"
-_ADAPTER_FILE = "adapter_model.safetensors"
+_ADAPTER_FILE, _ADAPTER_CONFIG_FILE = "adapter_model.safetensors", "adapter_config.json"
 _STATE_FILE = "trainer_state.json"
 
 
@@ -54,10 +56,27 @@ def save_trained(model: Any, trained: Trained, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     _write(trained.noise_layer, folder / NOISE_LAYER_FILE)
     if runs_adapters(model):
-        _write(trained.adapters, folder / _ADAPTER_FILE)
-        config = copy.copy(model.base_model.active_peft_config)
-        config.inference_mode = True  # as PEFT writes it
-        config.save_pretrained(folder)
+        save_adapters(model, trained, folder)
+
+
+def save_adapters(model: Any, trained: Trained, folder: Path) -> None:
+    """Write a student's adapters and their configuration, as PEFT reads them; each file is whole or not there.
+
+    Args:
+        model: a noisy language model that runs adapters.
+        trained: its `trained_state`.
+        folder: made if it is not there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(trained.adapters, folder / _ADAPTER_FILE)
+    config = copy.copy(model.base_model.active_peft_config)
+    config.inference_mode = True  # as PEFT writes it
+    for name, value in vars(config).items():
+        if isinstance(value, set):  # its order differs between processes
+            setattr(config, name, sorted(value))
+    with tempfile.TemporaryDirectory() as elsewhere, replacing(folder / _ADAPTER_CONFIG_FILE) as temporary:
+        config.save_pretrained(elsewhere)
+        shutil.copyfile(Path(elsewhere) / _ADAPTER_CONFIG_FILE, temporary)
 
 
 def load_trained(model: Any, folder: str | os.PathLike[str]) -> None:
@@ -113,10 +132,8 @@ def _placed(values: dict[str, Tensor], present: dict[str, Tensor], path: Path) -
 
 
 def _write(tensors: dict[str, Tensor], path: Path) -> None:
-    import safetensors.torch
-
     with replacing(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata={"format": "pt"})
+        write_tensors(temporary, tensors, {"format": "pt"})
 
 
 def runs_adapters(model: Any) -> bool:

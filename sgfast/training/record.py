@@ -34,11 +34,8 @@ def check_continues(configuration: Configuration, digest: str, resume: bool) -> 
     A run that came to no step does not count.
 
     Raises:
-        ConfigurationError: the folder is a file; there is a run and ``resume`` is False, or it had other settings or
-            other data.
+        ConfigurationError: there is a run and ``resume`` is False, or it had other settings or other data.
     """
-    if configuration.out.is_file():
-        raise ConfigurationError(f"--out must be a folder; {configuration.out} is a file")
     path, saved = configuration.out / RECORD_FILE, checkpoints(configuration.out / CHECKPOINTS)
     if not path.exists() and not saved:
         return

@@ -104,14 +104,18 @@ def _training_arguments(configuration: Configuration) -> transformers.TrainingAr
 
 
 class _Trainer(SgtTrainer):
-    """Says in one line that a checkpoint cannot be written; to torch and safetensors a full disk is no OSError."""
+    """Says in one line that a checkpoint cannot be written; to torch and tokenizers a full disk is no OSError."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:
             super()._save_checkpoint(model, trial)
-        except (RuntimeError, SafetensorError) as error:
+        except Exception as error:
+            # tokenizers raises Exception itself.
+            if not (isinstance(error, OSError | RuntimeError | SafetensorError) or type(error) is Exception):
+                raise
             step, folder = self.state.global_step, self.args.output_dir
-            raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}") from error
+            asked = "" if isinstance(error, OSError) else "; is the disk full?"
+            raise OSError(f"the checkpoint of step {step} cannot be written to {folder}: {error}{asked}") from error
 
 
 class _Watch(transformers.TrainerCallback):  # type: ignore[misc]

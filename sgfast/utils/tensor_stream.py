@@ -1,4 +1,7 @@
-"""A safetensors file written tensor by tensor: safetensors' own writer needs all of them in memory at once."""
+"""Safetensors files, written here because safetensors' own writer orders metadata anew each time.
+
+The same tensors and metadata give the same bytes in every process, and a full disk is an OSError.
+"""
 
 import json
 import os
@@ -6,6 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import torch
@@ -18,7 +22,13 @@ _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
     torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
 # What readers of the format accept.
@@ -39,16 +49,14 @@ class TensorStream:
         """Append one tensor.
 
         Raises:
-            ValueError: a name that was written before, a dtype that is not among float64 to bfloat16, int64 and bool,
-                or more tensors than the format's header holds (100 MB).
+            ValueError: a name that was written before, a complex dtype or another that the format does not have, or
+                more tensors than the format's header holds (100 MB).
         """
         if name in self._header:
             raise ValueError(f"the tensor {name!r} is written already")
-        if tensor.dtype not in _DTYPES:
-            raise ValueError(f"a tensor of {tensor.dtype} cannot be written")
-        content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+        content = _bytes_of(tensor)
         end = self._position + len(content)
-        entry = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [self._position, end]}
+        entry = _entry(tensor, self._position, end)
         self._header_size += len(json.dumps({name: entry}))
         if self._header_size > _LARGEST_HEADER:
             raise ValueError("too many tensors for one safetensors file: split the data")
@@ -58,11 +66,62 @@ class TensorStream:
 
     def copy_to(self, file: IO[bytes]) -> None:
         """Write the whole file: the header's length, the header, the tensors."""
-        header = json.dumps(self._header, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % _ALIGNMENT)
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(_encoded(self._header))
         self._data.seek(0)
         shutil.copyfileobj(self._data, file, 1 << 20)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a whole safetensors file in place, tensors by falling width of their elements and by name.
+
+    Args:
+        path: a file, `sgfast.utils.files.replacing`'s temporary one, say.
+        tensors: on any device; those that share memory are written each for itself.
+        metadata: of the header.
+
+    Raises:
+        ValueError: a dtype that the format does not have, or a header beyond 100 MB.
+        OSError: the disk is full.
+
+    Example:
+        >>> from safetensors.torch import load_file
+        >>> path = Path(tempfile.mkdtemp()) / "numbers.safetensors"
+        >>> write_tensors(path, {"b": torch.tensor([2]), "a": torch.tensor([1.0])}, {"format": "pt"})
+        >>> sorted(load_file(path).items())
+        [('a', tensor([1.])), ('b', tensor([2]))]
+    """
+    # Wider elements first: each tensor then begins at a multiple of its element's size.
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    position = 0
+    for name, tensor in ordered:
+        end = position + tensor.numel() * tensor.dtype.itemsize
+        header[name] = _entry(tensor, position, end)
+        position = end
+    encoded = _encoded(header)
+    if len(encoded) > _LARGEST_HEADER:
+        raise ValueError(f"names and metadata take {len(encoded)} bytes; the format allows {_LARGEST_HEADER}")
+    with open(path, "wb") as file:
+        file.write(encoded)
+        for _, tensor in ordered:
+            file.write(_bytes_of(tensor))
+
+
+def _entry(tensor: Tensor, begin: int, end: int) -> dict[str, Any]:
+    if tensor.dtype not in _DTYPES:
+        raise ValueError(f"a tensor of {tensor.dtype} cannot be written")
+    return {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _encoded(header: Mapping[str, Any]) -> bytes:
+    """The header's length and the header, filled up with spaces."""
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return len(text).to_bytes(8, "little") + text
 
 
 @contextmanager
@@ -72,8 +131,11 @@ def streamed_tensors(path: str | os.PathLike[str], metadata: Mapping[str, str]) 
     The tensors wait in an unnamed file in the same folder, since the format's header, which says where each one lies,
     comes first: the disk needs room for both.
 
+    Raises:
+        OSError: before the block is entered, another process writes the same file, or what
+            `sgfast.utils.files.replacing` refuses.
+
     Example:
-        >>> from pathlib import Path
         >>> from safetensors.torch import load_file
         >>> path = Path(tempfile.mkdtemp()) / "numbers.safetensors"
         >>> with streamed_tensors(path, {"format": "pt"}) as stream:
@@ -82,7 +144,7 @@ def streamed_tensors(path: str | os.PathLike[str], metadata: Mapping[str, str]) 
         >>> load_file(path)["2"]
         tensor([2])
     """
-    with replacing(path) as temporary, tempfile.TemporaryFile(dir=temporary.parent) as data:
+    with replacing(path, alone=True) as temporary, tempfile.TemporaryFile(dir=temporary.parent) as data:
         stream = TensorStream(data, metadata)
         yield stream
         with temporary.open("wb") as file:

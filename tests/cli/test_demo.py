@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from sgfast.cli.main import main
 from sgfast.client import StainedGlassTransformForText
 from sgfast.demo import training
+from tests.seed_search import SEED, assert_tells_no_seed
 from tests.tiny_models import tiny_causal_lm
 from tests.tiny_tokenizer import tiny_tokenizer
 
@@ -84,10 +85,11 @@ def test_demo_writes_its_results(demo, tmp_path, capsys):
 
 
 def test_same_seed_same_numbers(demo, tmp_path):
-    assert demo("one") == demo("two") == demo("three", seed=1) == 0
+    assert demo("one") == demo("two") == demo("three", seed=SEED) == 0
     one, two, three = ((tmp_path / name / "metrics.json").read_text() for name in ("one", "two", "three"))
     assert one == two
     assert one != three
+    assert_tells_no_seed(tmp_path / "three", SEED)
 
 
 def test_ctrl_c_keeps_what_was_trained(demo, tmp_path, monkeypatch, capsys):

@@ -8,12 +8,12 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
 from sgfast.cli.main import main
 from sgfast.client import StainedGlassTransformForText
+from sgfast.huggingface import trainer_checkpoint
 from sgfast.training.data import TokenizedRecords
 from sgfast.training.objectives import FACTORIES
 from tests.processes import in_processes
@@ -277,16 +277,17 @@ def test_wrong_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):
         assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("module", [torch, safetensors.torch])
-def test_a_full_disk_is_one_line_and_costs_no_checkpoint(train, tmp_path, monkeypatch, capsys, module):
-    """torch and safetensors report it by an error of their own."""
-    name = "save" if module is torch else "save_file"
-    write, full = getattr(module, name), RuntimeError if module is torch else safetensors.SafetensorError
+@pytest.mark.parametrize(
+    ("module", "name", "full"), [(torch, "save", RuntimeError), (trainer_checkpoint, "write_tensors", OSError)]
+)
+def test_a_full_disk_is_one_line_and_costs_no_checkpoint(train, tmp_path, monkeypatch, capsys, module, name, full):
+    """torch reports it by an error of its own."""
+    write = getattr(module, name)
 
-    def fill(values, path, *arguments, **options):
-        if "checkpoint-2" in str(path):
+    def fill(*arguments, **options):
+        if any("checkpoint-2" in str(argument) for argument in arguments):
             raise full("no room\n  on the disk")
-        return write(values, path, *arguments, **options)
+        return write(*arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fill)

@@ -48,7 +48,7 @@ def test_results_and_table(evaluate, tmp_path, capsys):
     assert set(metrics["privacy"]) == {"nearest_neighbor_failure_rate", "mean_reconstruction_rank"}
     assert metrics["memory_budget"] == 2**26
     assert {"sgfast", "torch", "transformers"} == set(metrics["versions"])
-    assert metrics["identity"]["seed"] == 0
+    assert "seed" not in metrics["identity"]
     assert len(metrics["identity"]["data"]) == len(metrics["identity"]["transform"]) == 64
     printed = capsys.readouterr()
     assert "13 records" in printed.out
@@ -94,7 +94,7 @@ def test_resume_of_nothing_of_a_finished_one_and_of_another(evaluate, base_model
     for options, message in (
         ({"data": other}, "is not the data that"),
         ({"transform": weak}, "is not the transform that"),
-        ({"seed": 3}, "was begun with --seed 0; now it is 3"),
+        ({"beta": 3}, "was begun with --beta 1; now it is 3"),
         ({"attacks": "nearest"}, "was begun with --attacks none; now it is nearest"),
     ):
         assert evaluate("--resume", **({"attacks": "none"} | options)) == 2
@@ -159,8 +159,12 @@ def test_ctrl_c_ends_after_a_record_and_resume_goes_on(evaluate, tmp_path, monke
     monkeypatch.setattr(run, "measure_example", interrupted)
     assert evaluate() == 130
     assert "--resume goes on from here" in capsys.readouterr().err
+    assert evaluate("--resume", seed=3) == 2  # which no file says: a record measured again does
+    error = capsys.readouterr().err
+    assert f"{tmp_path / 'out'} was begun with another --seed" in error
+    assert "Traceback" not in error
     assert evaluate("--resume") == 0
-    assert measured == list(range(13))
+    assert measured == [0, 1, 2, 0, 0, *range(3, 13)]
 
 
 def test_names_with_brackets_are_shown_as_they_are(evaluate, data_file, tmp_path, capsys):

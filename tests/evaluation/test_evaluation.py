@@ -266,8 +266,11 @@ def test_the_sample_depends_on_the_records_alone():
     assert 100 <= together.sampled_tokens < 100 + 100 // 8
     assert max(one.tokens for one in together.sample) == 100 // 8
     assert together.transformed_tokens == sum(int(one.noise_mask.sum()) for one in examples)
-    again = Survey.from_json(json.loads(json.dumps(together.to_json())))
-    assert again == together
+    stored = json.loads(json.dumps(together.to_json()))
+    again = Survey.from_json(stored)
+    assert again.to_json() == together.to_json() == stored
+    assert {(one.index, one.tokens) for one in again.sample} == {(one.index, one.tokens) for one in together.sample}
+    assert all(one.keys() == {"index", "tokens"} for one in stored["sample"])  # the priority would tell the seed
 
 
 def test_every_record_is_measured_once_whatever_the_processes_of_each_run():

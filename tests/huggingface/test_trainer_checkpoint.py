@@ -113,7 +113,7 @@ def test_what_a_checkpoint_holds(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-1"}
     tensors = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt", ".pth")]
     trained = sum(tensor.nbytes for tensor in [*stored.values(), *adapters.values()])
-    assert sum(path.stat().st_size for path in tensors) < 3 * trained + 60_000  # Adam's two moments, RNG, arguments
+    assert sum(path.stat().st_size for path in tensors) < 3 * trained + 60_000  # Adam's two moments, arguments
     other = model("student")
     load_trained(other, folder)
     assert_same(values_of(other), values_of(student))
@@ -148,14 +148,14 @@ import os, signal, sys
 from tests.huggingface.test_trainer_checkpoint import model, training_of
 
 training = training_of(model(), sys.argv[1])
-save = training._save_rng_state
+save = training._save_scaler  # after the optimizer's state, before the trainer's
 
 def save_or_die(folder):
     save(folder)
     if training.state.global_step == 4:
         os.kill(os.getpid(), signal.SIGKILL)
 
-training._save_rng_state = save_or_die
+training._save_scaler = save_or_die
 training.train()
 """
 
@@ -167,7 +167,7 @@ def test_a_kill_in_the_middle_of_a_save_loses_one_interval(tmp_path):
     result = subprocess.run([sys.executable, "-c", KILLED, str(killed)], timeout=300)
     assert result.returncode == -signal.SIGKILL
     assert [path.name for path in checkpoints(killed)] == ["checkpoint-1", "checkpoint-2", "checkpoint-3"]
-    assert (killed / ".incomplete" / "checkpoint-4" / "rng_state.pth").exists()
+    assert (killed / ".incomplete" / "checkpoint-4" / "optimizer.pt").exists()
     resumed = model()
     again = training_of(resumed, killed)
     again.train(resume_from_checkpoint=True)
