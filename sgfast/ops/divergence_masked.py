@@ -254,8 +254,7 @@ def masked_divergence(
 
 
 def _check_support_mask(support_mask: Tensor, logits: Tensor) -> None:
-    if not isinstance(support_mask, Tensor):
-        raise TypeError(f"support_mask must be a boolean torch.Tensor or None; got {type(support_mask).__name__}")
+    validation.check_tensor("support_mask", support_mask, "a boolean torch.Tensor or None", logits)
     if support_mask.dtype != torch.bool:
         raise TypeError(f"support_mask must be boolean; got {support_mask.dtype}")
     trailing = logits.shape[logits.dim() - support_mask.dim() :]

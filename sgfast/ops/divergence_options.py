@@ -50,8 +50,7 @@ def check_labels(labels: Tensor | None, like_name: str, like: Tensor) -> Tensor 
     """Check hard labels of the row shape of ``like`` and return them as int64."""
     if labels is None:
         return None
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor or None; got {type(labels).__name__}")
+    validation.check_tensor("labels", labels, "a torch.Tensor or None", like)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers; got {labels.dtype}")
     if labels.shape != like.shape[:-1]:
@@ -71,6 +70,7 @@ def row_temperature(temperature: float | Tensor, logits: Tensor, other_logits: T
     """The temperature as a tensor of the row shape; a number is expanded without memory."""
     dtype = rows.compute_dtype(logits, other_logits)
     if isinstance(temperature, Tensor):
+        validation.check_tensor("temperature", temperature)
         if temperature.requires_grad:
             raise ValueError("temperature must not require a gradient: it is a constant of the divergence")
         if temperature.shape not in (logits.shape[:-1], torch.Size([])):
