@@ -63,7 +63,7 @@ def counted_seed(seed: int, forward_count: Tensor, device: torch.device) -> Tens
     Raises:
         RuntimeError: the forward is a recomputation in backward, and the count has moved on.
     """
-    counted: Tensor = _count_forward(forward_count, as_int64(seed), device)
+    counted: Tensor = _count_forward(forward_count, as_int64(seed), torch.empty(0, dtype=torch.int64, device=device))
     return counted
 
 
@@ -166,20 +166,20 @@ def _(like: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("sgfast::count_forward", mutates_args=("forward_count",))
-def _count_forward(forward_count: Tensor, seed: int, device: torch.device) -> Tensor:
+def _count_forward(forward_count: Tensor, seed: int, like: Tensor) -> Tensor:
     if _in_backward():
         raise RuntimeError(
             "a noise layer with a fixed seed cannot be recomputed under activation checkpointing: it would draw "
             "other noise. Pass seed= to its forward, or build it with seed=None"
         )
     with _draws.lock:  # or two threads may count one forward
-        count = forward_count.add_(1).to(device, copy=True)
-    return fold_in(mix_seed(seed % 2**64, process_word(device)), count)
+        count = forward_count.add_(1).to(like.device, copy=True)
+    return fold_in(mix_seed(seed % 2**64, process_word(like.device)), count)
 
 
 @_count_forward.register_fake
-def _(forward_count: Tensor, seed: int, device: torch.device) -> Tensor:
-    return torch.empty_like(forward_count, device=device)
+def _(forward_count: Tensor, seed: int, like: Tensor) -> Tensor:
+    return torch.empty_like(forward_count, device=like.device)
 
 
 def _in_backward() -> bool:

@@ -139,6 +139,12 @@ def test_two_forwards_in_one_graph_are_two_draws(seed, inputs):
     torch.testing.assert_close((first, second), (eager(inputs), eager(inputs)))
 
 
+def test_the_operators_are_registered_as_pytorch_asks():
+    torch.library.opcheck(seeds._draw_seed, (torch.empty(1, dtype=torch.int64),))
+    count = torch.zeros((), dtype=torch.int64)
+    torch.library.opcheck(seeds._count_forward, (count, 7, torch.empty(0, dtype=torch.int64)))
+
+
 def draws(seed, count=2):
     """Seeds of a layer's next forwards, after a state that every process has."""
     torch.manual_seed(0)
