@@ -17,7 +17,7 @@ from sgfast.evaluation.subject import Subject, record_noise_seed
 from sgfast.metrics.information import fano_error_bound, information_bounds, pac_privacy_success_bound
 from sgfast.metrics.inversion import LearnedInversionAttack
 from sgfast.metrics.privacy import repeated_query_attack
-from sgfast.noise_layer.base import mix_seed
+from sgfast.noise_layer.seeds import mix_seed
 
 DRAWS = 16
 CANDIDATES = 256

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sgfast.evaluation.settings import EvaluationError, Settings
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
-from sgfast.noise_layer.base import mix_seed
+from sgfast.noise_layer.seeds import mix_seed
 from sgfast.training.data import as_chat
 from sgfast.utils.records import Record, RecordError, read_records
 

@@ -8,6 +8,7 @@ is a float32 scalar (float64 for float64 inputs) whatever the model's dtype.
 import torch
 from torch import Tensor
 
+from sgfast.ops import validation
 from sgfast.ops.gaussian import pairwise_gaussian_kl
 
 
@@ -29,6 +30,7 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = Non
         >>> masked_mean(torch.tensor([1.0, 3.0, float("nan")]), torch.tensor([True, True, False]))
         tensor(2.)
     """
+    validation.check_tensors(values=values, mask=mask, count=count)
     total = torch.where(mask, wide(values), 0).sum()
     if count is None:
         return total / mask.sum().clamp(min=1)
@@ -53,6 +55,7 @@ def std_log_ratio(
         suppressed: (B, T, D) bool, features that leave the mean; every token has equally many.
         count: number of selected tokens, in place of the batch's own.
     """
+    validation.check_tensors(std=std, selected=selected, suppressed=suppressed, count=count)
     std = wide(std)
     kept = selected[..., None] if suppressed is None else selected[..., None] & ~suppressed
     ratios = -(torch.where(kept, std, max_scale) / max_scale).log()
@@ -70,6 +73,7 @@ def input_embedding_similarity(
         selected: (B, T) bool, n & a.
         count: number of selected tokens, in place of the batch's own.
     """
+    validation.check_tensors(cosine_similarity=cosine_similarity, selected=selected, count=count)
     return masked_mean(cosine_similarity, selected, count)
 
 
@@ -83,6 +87,7 @@ def absolute_cosine_similarity(
         selected: (B, T) bool, n & a.
         count: number of selected tokens, in place of the batch's own.
     """
+    validation.check_tensors(cosine_similarity=cosine_similarity, selected=selected, count=count)
     return masked_mean(cosine_similarity.abs(), selected, count)
 
 
@@ -97,6 +102,7 @@ def median_norm_penalty(
         selected: (B, T) bool, n & a.
         count: number of selected tokens, in place of the batch's own.
     """
+    validation.check_tensors(shifted=shifted, median_norm=median_norm, selected=selected, count=count)
     norms = torch.linalg.vector_norm(torch.where(selected[..., None], wide(shifted), 0), dim=-1)
     return masked_mean((norms - median_norm).abs(), selected, count)
 
@@ -123,6 +129,7 @@ def mutual_information(
         suppressed: (B, T, D) bool, features that no pair of their row uses.
         combine_noise_masks: a pair uses the positions of n_i & n_j & a_i & a_j; False: of n_i & a_i & a_j.
     """
+    validation.check_tensors(mean=mean, std=std, selected=selected, attended=attended, suppressed=suppressed)
     half = mean.shape[0] // 2
     of_first, of_second = selected[:half], (selected if combine_noise_masks else attended)[half:]
     if suppressed is not None:
@@ -151,6 +158,7 @@ def inverse_l2_power_law_catalyst(
         selected: (B, T) bool, n & a.
         count: number of selected tokens, in place of the batch's own.
     """
+    validation.check_tensors(l2=l2, selected=selected, count=count)
     squared = (l2 / characteristic_length).square() + 1e-4
     return masked_mean(squared ** (-exponent / 2), selected, count)
 
@@ -165,6 +173,7 @@ def distillation_layer_cosine_distance(
         counted: (B, T) bool, l & a.
         count: number of counted positions, in place of the batch's own.
     """
+    validation.check_tensors(cosine_distance=cosine_distance, counted=counted, count=count)
     return masked_mean(cosine_distance, counted, count)
 
 
@@ -178,6 +187,7 @@ def distillation_layer_l2_distance(
         counted: (B, T) bool, l & a.
         count: number of counted positions, in place of the batch's own.
     """
+    validation.check_tensors(normalized_l2=normalized_l2, counted=counted, count=count)
     return masked_mean(normalized_l2, counted, count)
 
 
@@ -189,6 +199,7 @@ def distillation_cross_entropy(cross_entropy: Tensor, counted: Tensor, count: Te
         counted: (B, T) bool, l & a.
         count: number of counted positions, in place of the batch's own.
     """
+    validation.check_tensors(cross_entropy=cross_entropy, counted=counted, count=count)
     return masked_mean(cross_entropy, counted, count)
 
 
@@ -203,6 +214,7 @@ def distillation_protection_l2(normalized_l2: Tensor, counted: Tensor, count: Te
         counted: (B, T) bool, l & a, or a.
         count: number of counted positions, in place of the batch's own.
     """
+    validation.check_tensors(normalized_l2=normalized_l2, counted=counted, count=count)
     return masked_mean(2 * torch.sigmoid(-normalized_l2), counted, count)
 
 

@@ -188,7 +188,7 @@ class DivergenceLoss(nn.Module):
     def _shared_columns(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
         sides = {"student_logits": student_logits, "teacher_logits": teacher_logits}
         for name, logits in sides.items():
-            validation.check_floating(name, logits)
+            validation.check_floating(name, logits, None if name == "student_logits" else student_logits)
             if self.shared_vocab is not None and (logits.dim() == 0 or logits.shape[-1] < self.shared_vocab):
                 raise ValueError(
                     f"{name} needs shared_vocab={self.shared_vocab} columns at least; got shape {tuple(logits.shape)}"
@@ -216,6 +216,7 @@ class DivergenceLoss(nn.Module):
         if not isinstance(num_items, int | float | Tensor):
             raise TypeError(f"num_items must be a number, a one-element tensor or None; got {type(num_items).__name__}")
         if isinstance(num_items, Tensor):
+            validation.check_tensor("num_items", num_items)
             if num_items.numel() != 1:
                 raise ValueError(f"num_items must have one element; got shape {tuple(num_items.shape)}")
         elif num_items < 0:

@@ -210,8 +210,7 @@ class _State:
 
 
 def _check_loss_arguments(loss_mask: Tensor, attended: Tensor, normalizers: Normalizers | None) -> None:
-    if not isinstance(loss_mask, Tensor):
-        raise TypeError(f"loss_mask must be a torch.Tensor; got {type(loss_mask).__name__}")
+    validation.check_tensor("loss_mask", loss_mask, beside=attended)
     if loss_mask.shape != attended.shape:
         raise ValueError(
             f"loss_mask must have the shape of the tokens, {tuple(attended.shape)}; got {tuple(loss_mask.shape)}"
@@ -222,6 +221,8 @@ def _check_loss_arguments(loss_mask: Tensor, attended: Tensor, normalizers: Norm
         allowed = "loss_tokens, noise_tokens and attended_tokens"
         raise ValueError(f"normalizers may hold {allowed}; got {', '.join(sorted(unknown))}")
     for name, count in (normalizers or {}).items():
+        if isinstance(count, Tensor):
+            validation.check_tensor(f"normalizers[{name!r}]", count)
         if not isinstance(count, numbers.Real) and not (isinstance(count, Tensor) and count.dim() == 0):
             got = f"shape {tuple(count.shape)}" if isinstance(count, Tensor) else type(count).__name__
             raise TypeError(f"normalizers[{name!r}] must be a number or a tensor without dimensions; got {got}")

@@ -57,6 +57,7 @@ class _Accumulator:
             raise ValueError(f"state_dict must have the keys counts and options; got {sorted(state_dict)}")
         self._check_options("state_dict", state_dict["options"])
         counts = state_dict["counts"]
+        validation.check_tensors(counts=counts)
         if not isinstance(counts, Tensor) or counts.shape != self._counts.shape or counts.dtype != torch.int64:
             raise ValueError(f"state_dict's counts must be an int64 tensor of shape {tuple(self._counts.shape)}")
         self._counts = counts.to(self._counts.device, copy=True)
@@ -146,6 +147,7 @@ class UtilityMetrics(_Accumulator):
 
     def add(self, per_sequence: dict[str, Tensor]) -> None:
         """Add sequences by their values: what ``sequence_utility`` or ``sequence_utility_from_hidden`` returned."""
+        validation.check_tensors(**per_sequence)
         attended, predicted = (per_sequence[name].flatten() for name in ("attended_tokens", "predicted_tokens"))
         nothing = torch.zeros_like(per_sequence[ATTENDED_MEANS[0]]).flatten()
         columns = [torch.where(attended > 0, per_sequence[name].flatten(), 0) for name in ATTENDED_MEANS]
@@ -263,6 +265,7 @@ class PrivacyMetrics(_Accumulator):
 
     def add(self, ranks: Tensor) -> None:
         """Add tokens by their ranks: what ``token_ranks`` returned."""
+        validation.check_tensor("ranks", ranks)
         ranks = ranks.flatten()
         # In place of an index of −1, which there is none of, the first with a weight of 0.
         counts = torch.zeros_like(self._counts, device=ranks.device)
@@ -273,6 +276,7 @@ class PrivacyMetrics(_Accumulator):
 
         NaN where no token is counted; ``transformed_tokens`` in int64. Nothing is added.
         """
+        validation.check_tensor("ranks", ranks)
         counted, ranks = ranks >= 0, ranks.clamp(min=0)
         tokens = counted.sum(-1)
         means = {

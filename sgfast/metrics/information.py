@@ -88,8 +88,8 @@ def information_bounds(
     validation.check_number("alpha", alpha)
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must lie in [0, 1]; got {alpha}")
-    if mask is not None and not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor or None; got {type(mask).__name__}")
+    if mask is not None:
+        validation.check_tensor("mask", mask, "a torch.Tensor or None")
     if mask is not None and mask.shape not in (mean.shape, mean.shape[:-1]):
         raise ValueError(
             f"mask must have the shape of mean, {tuple(mean.shape)}, or that without its last dimension; "
@@ -218,6 +218,7 @@ def pac_privacy_success_bound(mutual_information: _Real, prior: float) -> _Real:
 def _in_float64(bound: Callable[[Tensor], Tensor], mutual_information: _Real) -> _Real:
     """Apply to a tensor, or to a number, which is checked."""
     if isinstance(mutual_information, Tensor):
+        validation.check_tensor("mutual_information", mutual_information)
         return bound(mutual_information.detach().to(torch.float64))
     if mutual_information < 0:
         raise ValueError(f"mutual_information must not be negative; got {mutual_information}")

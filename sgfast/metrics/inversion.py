@@ -227,7 +227,7 @@ class LearnedInversionAttack:
         return self._predict(flat).view(transformed.shape[:-1])
 
     def _check_width(self, transformed: Tensor) -> None:
-        validation.check_floating("transformed", transformed)
+        validation.check_floating("transformed", transformed, self._table)
         validation.check_device("transformed", transformed, "table", self._table)
         if transformed.dim() == 0 or transformed.shape[-1] != self._table.shape[1]:
             raise ValueError(
@@ -244,6 +244,7 @@ class LearnedInversionAttack:
             raise ValueError(f"transformed must have shape (B, T, D); got {tuple(transformed.shape)}")
         check_token_ids(input_ids, transformed.shape[:-1])
         mask = validation.row_mask(noise_mask, "noise_mask", "transformed", transformed)
+        validation.check_tensors(groups=groups)
         selected = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask
         if groups is None:
             groups = _groups_of_equal_sequences(input_ids, selected)

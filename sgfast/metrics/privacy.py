@@ -78,8 +78,7 @@ def token_ranks(
     validation.check_floating("transformed", transformed)
     check_token_ids(input_ids, transformed.shape[:-1])
     if noise_mask is not None:
-        if not isinstance(noise_mask, Tensor):
-            raise TypeError(f"noise_mask must be a torch.Tensor or None; got {type(noise_mask).__name__}")
+        validation.check_tensor("noise_mask", noise_mask, "a torch.Tensor or None", input_ids)
         if noise_mask.shape != input_ids.shape:
             raise ValueError(
                 f"noise_mask must have the shape of input_ids, {tuple(input_ids.shape)}; got {tuple(noise_mask.shape)}"
@@ -352,6 +351,7 @@ def repeated_query_attack(
         {1: tensor(1.), 2: tensor(0.)}
     """
     check_rank("beta", beta, _table_size(table))
+    validation.check_tensors(transformed=transformed, noise_mask=noise_mask)
 
     def rate(total: Tensor, draws: int, dtype: torch.dtype) -> Tensor:
         mean = (total / draws).to(dtype)

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from sgfast.ops import validation
+
 
 def percentage_changed_ids(input_ids: Tensor, reconstructed_ids: Tensor, noise_mask: Tensor) -> Tensor:
     """Compute the fraction of the transformed tokens that a reconstruction gets wrong, for each sequence.
@@ -32,8 +34,7 @@ def percentage_changed_ids(input_ids: Tensor, reconstructed_ids: Tensor, noise_m
     """
     tensors = {"input_ids": input_ids, "reconstructed_ids": reconstructed_ids, "noise_mask": noise_mask}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+        validation.check_tensor(name, tensor, beside=None if name == "input_ids" else input_ids)
         if name != "noise_mask" and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
             raise TypeError(f"{name} must hold integers; got {tensor.dtype}")
         if tensor.shape != input_ids.shape or tensor.dim() == 0:

@@ -145,6 +145,7 @@ def token_divergences(
 
 def mean_over_sequences(values: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean over attended tokens of each sequence, then over sequences that have one; NaN if none has."""
+    validation.check_tensors(values=values, attention_mask=attention_mask)
     attended = attention_mask != 0
     means = _sequence_means(values, attended)
     any_attended = attended.any(-1)
@@ -296,8 +297,7 @@ def _check_sequences(
 
 def check_token_ids(input_ids: Tensor, shape: torch.Size) -> None:
     """Check for a tensor of integers of the given shape."""
-    if not isinstance(input_ids, Tensor):
-        raise TypeError(f"input_ids must be a torch.Tensor; got {type(input_ids).__name__}")
+    validation.check_tensor("input_ids", input_ids)
     if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
         raise TypeError(f"input_ids must hold integers; got {input_ids.dtype}")
     if input_ids.shape != shape:

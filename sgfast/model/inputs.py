@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.noise_layer.base import BaseNoiseLayer
+from sgfast.ops import validation
 from sgfast.utils.positions import position_ids_of
 
 CleanPass = Literal["separate", "joint"]
@@ -41,8 +42,8 @@ def prepare_inputs(
     if (input_ids is None) == (inputs_embeds is None):
         raise ValueError("give exactly one of input_ids and inputs_embeds")
     for name, tokens in (("input_ids", input_ids), ("inputs_embeds", inputs_embeds)):
-        if tokens is not None and not isinstance(tokens, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(tokens).__name__}")
+        if tokens is not None:
+            validation.check_tensor(name, tokens)
     shape = inputs_embeds.shape[:2] if input_ids is None else input_ids.shape
     device = inputs_embeds.device if input_ids is None else input_ids.device
     if len(shape) != 2:
@@ -50,8 +51,8 @@ def prepare_inputs(
     if arguments.get("past_key_values") is not None:
         raise ValueError("past_key_values cannot be given: the clean and the noisy pass would share one cache")
     for name, mask in (("attention_mask", attention_mask), ("noise_mask", noise_mask)):
-        if mask is not None and not isinstance(mask, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
+        if mask is not None:
+            validation.check_tensor(name, mask, "a torch.Tensor or None")
         if mask is not None and mask.shape != shape:
             raise ValueError(f"{name} must have the shape of the tokens, {tuple(shape)}; got {tuple(mask.shape)}")
     everything = torch.ones(shape, dtype=torch.bool, device=device)

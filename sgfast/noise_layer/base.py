@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sgfast.noise_layer.arguments import Scale, ValueRange, check_scale, check_seed, check_value_range
 from sgfast.noise_layer.masker import PercentMasker
+from sgfast.noise_layer.seeds import counted_seed, drawn_seed
 from sgfast.ops import validation
 from sgfast.ops.noise import apply_noise
 from sgfast.ops.philox import standard_normal
@@ -19,8 +20,12 @@ class BaseNoiseLayer(nn.Module, ABC):
     """Add learned noise: ``output = where(n, (input + std·eps)·keep + mean, input)``.
 
     A subclass says what mean and std are, in `estimate`. eps is `sgfast.ops.standard_normal` under a seed that
-    changes with every forward: drawn from torch's generator of the input's device, or, given ``seed``, mixed from it,
-    the number of the forward and the process rank, so that no two inputs share their noise.
+    changes with every forward: drawn from torch's generator of the input's device, or, given ``seed``, mixed from it
+    and the number of the forward. No two inputs share their noise, whatever ``torch.manual_seed`` is called with and
+    where: the process rank (of the process group, or ``RANK`` in the environment), the number of a child process
+    without a rank, and the device's index are mixed into every seed. The same program on the same rank and device
+    repeats its noise. Processes that compute one model together on one input (tensor parallelism) need one noise: give
+    ``seed`` for the forward.
 
     After a forward these attributes hold its values, until the next one: ``input``, ``mean``, ``std``, ``mask``
     (True = suppressed feature, or None), ``noise_mask`` (True = transformed, or None), ``noise`` (std·eps) and
@@ -91,8 +96,10 @@ class BaseNoiseLayer(nn.Module, ABC):
         Raises:
             TypeError: the input is not a floating tensor.
             ValueError: masks or input of another shape than the layer's.
-            RuntimeError: the layer has a ``seed`` of its own and is recomputed under activation checkpointing: its
-                stream has moved on. Give ``seed`` for the forward, or leave the layer's None.
+            RuntimeError: the forward is recomputed in backward and cannot know its first noise: the layer has a
+                ``seed`` of its own, whose stream has moved on, or has none and the random state was not restored
+                (``checkpoint(preserve_rng_state=False)``, torch.compile under an ``activation_memory_budget``). Give
+                ``seed`` for the forward.
         """
         if not self.enabled:
             self.clear()
@@ -148,17 +155,7 @@ class BaseNoiseLayer(nn.Module, ABC):
             self.enabled = enabled
 
     def _next_seed(self, device: torch.device) -> Tensor:
-        if self.seed is None:
-            # On the device, so that nothing waits for it; from torch's generator, so that manual_seed and the
-            # restoring of RNG states (activation checkpointing, resumed training) replay it.
-            return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:  # inside a backward
-            raise RuntimeError(
-                "a noise layer with a fixed seed cannot be recomputed under activation checkpointing: it would draw "
-                "other noise. Pass seed= to its forward, or build it with seed=None"
-            )
-        self.forward_count.add_(1)
-        return fold_in(mix_seed(self.seed, _process_rank()), self.forward_count.to(device, copy=True))
+        return drawn_seed(device) if self.seed is None else counted_seed(self.seed, self.forward_count, device)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles carry parameters and settings, not the last forward's graph."""
@@ -166,36 +163,3 @@ class BaseNoiseLayer(nn.Module, ABC):
         for name in ("input", "mean", "std", "mask", "noise_mask", "output", "_forward_seed"):
             state[name] = None
         return state
-
-
-def mix_seed(*words: int) -> int:
-    """Fold integers into one 64-bit seed (SplitMix64 steps, Steele et al. 2014): close inputs, unrelated seeds."""
-    state = 0
-    for word in words:
-        state = (state + word + 0x9E3779B97F4A7C15) % 2**64
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
-        state ^= state >> 31
-    return state
-
-
-def fold_in(seed: int, count: Tensor) -> Tensor:
-    """Fold an int64 tensor into a seed as `mix_seed` folds a word, on the tensor's device."""
-
-    def signed(value: int) -> int:  # the int64 with the lower 64 bits; products of int64 wrap as those of words do
-        return (value + 2**63) % 2**64 - 2**63
-
-    def shifted(words: Tensor, bits: int) -> Tensor:  # a logical shift: zeros come in from the left
-        return words.bitwise_right_shift(bits).bitwise_and(2 ** (64 - bits) - 1)
-
-    words = count + signed(seed + 0x9E3779B97F4A7C15)
-    words = (words ^ shifted(words, 30)) * signed(0xBF58476D1CE4E5B9)
-    words = (words ^ shifted(words, 27)) * signed(0x94D049BB133111EB)
-    mixed: Tensor = words ^ shifted(words, 31)
-    return mixed
-
-
-def _process_rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return 0

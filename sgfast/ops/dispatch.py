@@ -29,6 +29,8 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from sgfast.ops import validation
+
 Implementation = Literal["auto", "torch", "compile", "triton"]
 IMPLEMENTATIONS = ("auto", "torch", "compile", "triton")
 
@@ -80,6 +82,7 @@ def explain(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
 
     Raises:
         TypeError: ``operation`` is not an operation of ``sgfast.ops``, or the arguments do not fit it.
+        ValueError: an argument is a DTensor.
         RuntimeError: an explicit choice cannot run; the message has the reason.
     """
     if operation not in _triton_refusals:
@@ -89,6 +92,7 @@ def explain(operation: Callable[..., Any], *args: Any, **kwargs: Any) -> Choice:
     bound.apply_defaults()
     impl = bound.arguments.pop("impl")
     check_impl(impl)
+    validation.check_tensors(**bound.arguments)
     return select(impl, _triton_refusals[operation](**bound.arguments))
 
 

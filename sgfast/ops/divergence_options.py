@@ -50,8 +50,7 @@ def check_labels(labels: Tensor | None, like_name: str, like: Tensor) -> Tensor 
     """Check hard labels of the row shape of ``like`` and return them as int64."""
     if labels is None:
         return None
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor or None; got {type(labels).__name__}")
+    validation.check_tensor("labels", labels, "a torch.Tensor or None", like)
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise TypeError(f"labels must be integers; got {labels.dtype}")
     if labels.shape != like.shape[:-1]:
@@ -85,6 +84,7 @@ def _row_temperature(name: str, temperature: float | Tensor, logits: Tensor, oth
     """One temperature; a number is expanded without memory."""
     dtype = rows.compute_dtype(logits, other_logits)
     if isinstance(temperature, Tensor):
+        validation.check_tensor("temperature", temperature)
         if temperature.requires_grad:
             raise ValueError(f"{name} must not require a gradient: it is a constant of the divergence")
         if temperature.shape not in (logits.shape[:-1], torch.Size([])):
@@ -111,8 +111,7 @@ def check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
 
 def check_support_mask(support_mask: Tensor, logits: Tensor) -> None:
     """Check a boolean mask that broadcasts to the logits."""
-    if not isinstance(support_mask, Tensor):
-        raise TypeError(f"support_mask must be a boolean torch.Tensor or None; got {type(support_mask).__name__}")
+    validation.check_tensor("support_mask", support_mask, "a boolean torch.Tensor or None", logits)
     if support_mask.dtype != torch.bool:
         raise TypeError(f"support_mask must be boolean; got {support_mask.dtype}")
     trailing = logits.shape[logits.dim() - support_mask.dim() :]

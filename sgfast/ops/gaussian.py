@@ -288,7 +288,7 @@ def pairwise_gaussian_kl(
                 [2, 2]]))
     """
     validation.check_pair("mean_a", mean_a, "std_a", std_a)
-    validation.check_pair("mean_b", mean_b, "std_b", std_b)
+    validation.check_pair("mean_b", mean_b, "std_b", std_b, beside=mean_a)
     for name, mean in (("mean_a", mean_a), ("mean_b", mean_b)):
         if mean.dim() != 3 or mean.shape[1:] != mean_a.shape[1:]:
             raise ValueError(
@@ -314,8 +314,7 @@ def _feature_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) 
     """Check a mask of positions, (n, T), or of features, (n, T, D), and return it as bool (nonzero = used)."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
+    validation.check_tensor(name, mask, "a torch.Tensor or None", like)
     if mask.shape not in (like.shape, like.shape[:2]):
         raise ValueError(
             f"{name} must have the shape of {like_name}, {tuple(like.shape)}, or that without its last dimension; "

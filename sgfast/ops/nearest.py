@@ -165,8 +165,7 @@ def embedding_ranks(
         tensor([0, 1, 2])
     """
     _check_pair(queries, table, metric)
-    if not isinstance(targets, Tensor):
-        raise TypeError(f"targets must be a torch.Tensor; got {type(targets).__name__}")
+    validation.check_tensor("targets", targets, beside=queries)
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise TypeError(f"targets must hold integers; got {targets.dtype}")
     if targets.shape != queries.shape[:-1]:
@@ -182,8 +181,8 @@ def embedding_ranks(
 
 def _check_pair(queries: Tensor, table: Tensor, metric: str) -> None:
     """Check queries (..., D) against a table (V, D), both on one device, and the metric."""
-    for name, tensor in (("queries", queries), ("table", table)):
-        validation.check_floating(name, tensor)
+    validation.check_floating("queries", queries)
+    validation.check_floating("table", table, queries)
     if table.dim() != 2 or 0 in table.shape:
         raise ValueError(f"table must have shape (V, D), both at least 1; got {tuple(table.shape)}")
     if queries.dim() == 0 or queries.shape[-1] != table.shape[1]:

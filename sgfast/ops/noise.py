@@ -361,10 +361,10 @@ def apply_noise(
     """
     validation.check_floating("input", input)
     for name, operand in (("mean", mean), ("std", std)):
-        validation.check_floating(name, operand)
+        validation.check_floating(name, operand, input)
         _check_broadcast(name, operand, input)
-    noise_mask = _boolean_mask("noise_mask", noise_mask)
-    keep_mask = _boolean_mask("keep_mask", keep_mask)
+    noise_mask = _boolean_mask("noise_mask", noise_mask, input)
+    keep_mask = _boolean_mask("keep_mask", keep_mask, input)
     noise_mask = _over_leading(noise_mask, input)
     if noise_mask is not None:
         _check_broadcast("noise_mask", noise_mask, input)
@@ -378,11 +378,10 @@ def apply_noise(
     return _forward(input, mean, std, key, offset, noise_mask, keep_mask, lowest, highest, impl)  # type: ignore[no-any-return]
 
 
-def _boolean_mask(name: str, mask: Tensor | None) -> Tensor | None:
+def _boolean_mask(name: str, mask: Tensor | None, input: Tensor) -> Tensor | None:
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
+    validation.check_tensor(name, mask, "a torch.Tensor or None", input)
     return mask if mask.dtype == torch.bool else mask != 0
 
 

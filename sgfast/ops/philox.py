@@ -111,6 +111,7 @@ def as_int64(value: int) -> int:
 def seed_tensor(seed: int | Tensor, device: torch.device | str | None) -> Tensor:
     """Check a seed and return it as a 0-dimensional int64 tensor on the device."""
     if isinstance(seed, Tensor):
+        validation.check_tensor("seed", seed, beside=None if device is None else seed)
         if seed.dtype != torch.int64:
             raise TypeError(f"a seed tensor must be int64; got {seed.dtype}")
         if seed.numel() != 1:

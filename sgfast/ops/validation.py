@@ -1,17 +1,70 @@
 """Checks at the door, shared by the operations: shapes, dtypes and devices only, never values on a GPU."""
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sgfast.ops.rows import DEFAULT_CHUNK_BYTES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN_TYPES = (Tensor, nn.Parameter)
+# Tensors that PyTorch makes of plain ones: while it traces, and until a collective has ended.
+_STAND_INS = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor")
 
 
-def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor) -> None:
-    """Check two floating tensors of one shape (at least one dimension) on one device."""
-    for name, tensor in ((first_name, first), (second_name, second)):
-        check_floating(name, tensor)
+def check_tensor(name: str, tensor: Any, wanted: str = "a torch.Tensor", beside: Tensor | None = None) -> None:
+    """Check for a tensor that holds plain numbers in strided memory: what every argument that is a tensor must be.
+
+    A tensor ``beside`` another one may be a meta tensor here: `check_device` says more about the two.
+
+    Raises:
+        TypeError: no tensor, or one that is sparse, nested, quantised, complex, without values, or of a class that
+            computes in its own way.
+        ValueError: a DTensor, whatever its placements.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be {wanted}; got {type(tensor).__name__}")
+    if type(tensor) not in _PLAIN_TYPES:
+        _check_class(name, tensor)
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor; got one of layout {tensor.layout}: give {name}.to_dense()")
+    if tensor.is_nested:
+        raise TypeError(f"{name} must be one rectangular tensor; got a nested one: give a padded tensor and a mask")
+    if tensor.is_complex():
+        raise TypeError(f"{name} must hold real numbers; got {tensor.dtype}")
+    if tensor.is_quantized:
+        raise TypeError(f"{name} must not be quantised; got {tensor.dtype}: give {name}.dequantize()")
+    if beside is None and tensor.device.type == "meta":
+        raise TypeError(f"{name} must hold values; got a meta tensor")
+
+
+def check_tensors(**arguments: Any) -> None:
+    """`check_tensor` for those of some arguments that are tensors; the others are for their own checks."""
+    for name, argument in arguments.items():
+        if isinstance(argument, Tensor):
+            check_tensor(name, argument)
+
+
+def _check_class(name: str, tensor: Tensor) -> None:
+    """Check a tensor whose class is neither Tensor nor Parameter."""
+    if hasattr(tensor, "placements"):
+        raise ValueError(
+            f"{name} must be a plain tensor; got a DTensor with the placements {tuple(tensor.placements)}: "
+            f"give {name}.full_tensor()"
+        )
+    kind = type(tensor)
+    if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
+        raise TypeError(f"{name} must hold values; got an {kind.__name__}")
+    # A class without a dispatch of its own adds names or attributes to a tensor, and changes no operation.
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind.__name__ not in _STAND_INS:
+        raise TypeError(f"{name} must be a plain tensor; got a {kind.__name__}")
+
+
+def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor, beside: Tensor | None = None) -> None:
+    """Check two floating tensors of one shape (at least one dimension) on one device; ``beside``: `check_tensor`."""
+    check_floating(first_name, first, beside)
+    check_floating(second_name, second, first)
     if first.shape != second.shape:
         raise ValueError(
             f"{first_name} and {second_name} must have one shape; got {tuple(first.shape)} and {tuple(second.shape)}"
@@ -21,10 +74,9 @@ def check_pair(first_name: str, first: Tensor, second_name: str, second: Tensor)
     check_device(second_name, second, first_name, first)
 
 
-def check_floating(name: str, tensor: Tensor) -> None:
-    """Check for a float32, bfloat16, float16 or float64 tensor."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+def check_floating(name: str, tensor: Tensor, beside: Tensor | None = None) -> None:
+    """Check for a float32, bfloat16, float16 or float64 tensor; ``beside``: see `check_tensor`."""
+    check_tensor(name, tensor, beside=beside)
     if tensor.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64; got {tensor.dtype}")
 
@@ -39,8 +91,7 @@ def row_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) -> Te
     """Check a mask of ``like``'s shape without its last dimension and return it as bool (nonzero = selected)."""
     if mask is None:
         return None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or None; got {type(mask).__name__}")
+    check_tensor(name, mask, "a torch.Tensor or None", like)
     if mask.shape != like.shape[:-1]:
         raise ValueError(
             f"{name} must have the shape of {like_name} without its last dimension, "

@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 import transformers
 
 from sgfast.noise_layer import TransformerCloak, recommend_scale
-from sgfast.noise_layer.base import fold_in, mix_seed
+from sgfast.noise_layer.seeds import fold_in, mix_seed
 from sgfast.ops.philox import standard_normal
 from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, tiny_causal_lm
 
@@ -172,7 +172,7 @@ def test_a_resumed_layer_does_not_repeat_its_noise(embeddings):
 
 def test_the_process_rank_is_folded_in(embeddings, monkeypatch):
     first = make_layer(seed=5)(embeddings)
-    monkeypatch.setattr("sgfast.noise_layer.base._process_rank", lambda: 1)
+    monkeypatch.setattr("sgfast.noise_layer.seeds.process_rank", lambda: 1)
     assert not torch.equal(make_layer(seed=5)(embeddings), first)
 
 

@@ -167,7 +167,7 @@ def _check(
 ) -> None:
     sides = {"attention_S": attention_S, "attention_T": attention_T}
     for side, attention in sides.items():
-        validation.check_floating(side, attention)
+        validation.check_floating(side, attention, None if side == "attention_S" else attention_S)
         if attention.dim() not in ranks:
             shapes = " or ".join({3: "(B, L, L)", 4: "(B, H, L, L)"}[rank] for rank in ranks)
             raise ValueError(f"{name} needs {side} of shape {shapes}; got {tuple(attention.shape)}")

@@ -10,8 +10,7 @@ def check_mask(mask: Tensor | None, shape: torch.Size, like_name: str, *states: 
     """Check an inputs mask against the (batch, length) of what it masks."""
     if mask is None:
         return
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a torch.Tensor or None; got {type(mask).__name__}")
+    validation.check_tensor("mask", mask, "a torch.Tensor or None", *states[:1])
     if mask.shape != shape:
         raise ValueError(f"mask must have shape {tuple(shape)} for this {like_name}; got {tuple(mask.shape)}")
     for state in states:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sgfast.loss.presets import registry
 from sgfast.loss.presets.config import DistillationConfig, IntermediateMatch
 from sgfast.loss.presets.logits import HeadLoss, as_list, pair_heads
+from sgfast.ops import validation
 
 Outputs = Mapping[str, Any]
 
@@ -121,6 +122,9 @@ class DistillationLoss(nn.Module):
                     f"{name} must be a dictionary with keys among {', '.join(registry.ADAPTOR_KEYS)}; "
                     f"got {type(outputs).__name__}"
                 )
+            for key, values in outputs.items():
+                for value in as_list(values):
+                    validation.check_tensors(**{f"{name}[{key!r}]": value})
         weighted: list[tuple[float | Tensor, Tensor]] = []
         components: dict[str, Tensor] = {}
         repeats: dict[str, int] = {}

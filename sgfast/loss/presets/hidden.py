@@ -99,9 +99,10 @@ def pkd_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Te
         TypeError: an argument's type.
         ValueError: ranks or sizes that do not fit.
     """
+    validation.check_tensors(mask=mask)
     first = []
     for name, state in (("state_S", state_S), ("state_T", state_T)):
-        validation.check_floating(name, state)
+        validation.check_floating(name, state, None if name == "state_S" else state_S)
         if state.dim() not in (2, 3) or (state.dim() == 3 and state.shape[1] == 0):
             raise ValueError(f"pkd needs {name} of shape (B, L, D) or (B, D); got {tuple(state.shape)}")
         first.append(state.select(1, 0) if state.dim() == 3 else state)

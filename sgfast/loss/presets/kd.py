@@ -78,6 +78,7 @@ def kd_ce_loss(
 def _check(logits_S: Tensor, logits_T: Tensor, temperature: float | Tensor, mask: Tensor | None) -> Tensor | None:
     validation.check_pair("logits_S", logits_S, "logits_T", logits_T)
     if isinstance(temperature, Tensor):
+        validation.check_tensor("temperature", temperature)
         if temperature.shape not in (logits_S.shape[:-1], ()):
             raise ValueError(
                 f"temperature must be a number or have the row shape {tuple(logits_S.shape[:-1])}; "

@@ -32,7 +32,7 @@ def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor 
     """
     layers = _check("fsp", state_S, state_T, mask)
     for name, student, teacher in (("0", *layers[::2]), ("1", *layers[1::2])):
-        validation.check_pair(f"state_S[{name}]", student, f"state_T[{name}]", teacher)
+        validation.check_pair(f"state_S[{name}]", student, f"state_T[{name}]", teacher, beside=layers[0])
     first = layers[0]
     if mask is None:
         weights = first.new_full(first.shape[:2], 1 / max(first.shape[1], 1), dtype=rows.compute_dtype(*layers))
@@ -74,11 +74,12 @@ def _check(
     loss: str, state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for name, states in (("state_S", state_S), ("state_T", state_T)):
+        validation.check_tensors(**{name: states})
         if isinstance(states, Tensor) or len(states) != 2:
             got = f"a tensor of shape {tuple(states.shape)}" if isinstance(states, Tensor) else f"{len(states)} layers"
             raise ValueError(f"{loss} needs {name} as a list of two layers; got {got}")
         for index, state in enumerate(states):
-            validation.check_floating(f"{name}[{index}]", state)
+            validation.check_floating(f"{name}[{index}]", state, None if state is state_S[0] else state_S[0])
             if state.dim() != 3 or state.shape[:2] != state_S[0].shape[:2] or 0 in state.shape[2:]:
                 raise ValueError(
                     f"{loss} needs every layer of shape (B, L, D) with one B and L; "

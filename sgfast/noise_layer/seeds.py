@@ -1,0 +1,200 @@
+"""Where the seeds of noise come from: every process, device and forward its own, and none that a recomputation changes.
+
+Both operators are opaque to torch.compile: a graph asks for the rank, the fork and the backward it runs in when it
+runs, not when it was traced.
+"""
+
+import multiprocessing
+import os
+import threading
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.ops.philox import as_int64
+
+# How many draws are remembered until their backward: more than any step makes, and about 2 MB.
+REMEMBERED_DRAWS = 2**14
+
+
+def mix_seed(*words: int) -> int:
+    """Fold integers into one 64-bit seed (SplitMix64 steps, Steele et al. 2014): close inputs, unrelated seeds."""
+    state = 0
+    for word in words:
+        state = (state + word + 0x9E3779B97F4A7C15) % 2**64
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) % 2**64
+        state ^= state >> 31
+    return state
+
+
+def fold_in(seed: int, count: Tensor) -> Tensor:
+    """Fold an int64 tensor into a seed as `mix_seed` folds a word, on the tensor's device."""
+
+    def shifted(words: Tensor, bits: int) -> Tensor:  # a logical shift: zeros come in from the left
+        return words.bitwise_right_shift(bits).bitwise_and(2 ** (64 - bits) - 1)
+
+    # Products of int64 wrap as those of words do.
+    words = count + as_int64((seed + 0x9E3779B97F4A7C15) % 2**64)
+    words = (words ^ shifted(words, 30)) * as_int64(0xBF58476D1CE4E5B9)
+    words = (words ^ shifted(words, 27)) * as_int64(0x94D049BB133111EB)
+    mixed: Tensor = words ^ shifted(words, 31)
+    return mixed
+
+
+def drawn_seed(device: torch.device) -> Tensor:
+    """Draw a seed from torch's generator of a device, on the device: (1,) int64.
+
+    The seed repeats with the generator's state (``torch.manual_seed``, a restored state). Processes of other ranks,
+    forks and devices never repeat each other's, whatever their generators hold.
+
+    Raises:
+        RuntimeError: the draw belongs to a recomputation in backward, and the generator's state is not the forward's.
+    """
+    # Two equal calls in one graph are two draws: torch.compile merges equal calls, but never an empty tensor.
+    seed: Tensor = _draw_seed(torch.empty(1, dtype=torch.int64, device=device))
+    return seed
+
+
+def counted_seed(seed: int, forward_count: Tensor, device: torch.device) -> Tensor:
+    """Count one forward, and return the seed that belongs to it and to this process: () int64 on the device.
+
+    Raises:
+        RuntimeError: the forward is a recomputation in backward, and the count has moved on.
+    """
+    counted: Tensor = _count_forward(forward_count, as_int64(seed), torch.empty(0, dtype=torch.int64, device=device))
+    return counted
+
+
+def process_word(device: torch.device) -> int:
+    """A number for what must not share noise: the process rank, and what else tells two places of one rank apart.
+
+    0 in a process that is alone. A device's index counts because ``torch.manual_seed`` gives all devices one state.
+    """
+    rank, child, index = process_rank() or 0, _children.word(), device.index or 0
+    return mix_seed(rank, child, index) if child or index else rank
+
+
+def process_rank() -> int | None:
+    """The rank in the process group, or what a launcher has put into the environment before there is a group."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    rank = os.environ.get("RANK", "")
+    return int(rank) if rank.isdecimal() else None
+
+
+class _Children:
+    """Tells the processes apart that a program starts, by numbers that repeat when the program is run again."""
+
+    def __init__(self) -> None:
+        self._fork = 0
+        self._forks = 0
+        in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self._inherited_rank = None if in_group else process_rank()  # a group is joined, its environment inherited
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
+
+    def word(self) -> int:
+        """0 in a first process, and in one that was given a rank of its own since its start, which is enough."""
+        numbers = self._fork, *multiprocessing.current_process()._identity
+        return mix_seed(*numbers) if any(numbers) and process_rank() == self._inherited_rank else 0
+
+    def _before_fork(self) -> None:
+        self._forks += 1
+
+    def _after_fork(self) -> None:
+        self._fork = mix_seed(self._fork, self._forks)
+        self._inherited_rank = process_rank()
+        _draws.unlock()
+
+
+class _Draws:
+    """The last draws of forwards, each known by the generator's state before it."""
+
+    def __init__(self) -> None:
+        self._states: dict[Any, None] = {}
+        self.unlock()
+
+    def unlock(self) -> None:
+        """Give a forked process a lock that no thread of its parent holds."""
+        self.lock = threading.Lock()
+
+    def remember(self, state: Any) -> None:
+        """Keep a forward's state. One that comes again says that the generator was set back: what followed is void."""
+        if state in self._states:
+            states = list(self._states)
+            for later in states[states.index(state) :]:
+                del self._states[later]
+        self._states[state] = None
+        if len(self._states) > REMEMBERED_DRAWS:
+            del self._states[next(iter(self._states))]
+
+    def __contains__(self, state: Any) -> bool:
+        return state in self._states
+
+
+_draws = _Draws()
+_children = _Children()
+
+
+@torch.library.custom_op("sgfast::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_seed(like: Tensor) -> Tensor:
+    with _draws.lock:
+        state: Any = _generator_state(like.device)
+        # On the device, so that nothing waits for it.
+        drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
+        if not _is_capturing(like.device):
+            # The state of a CPU's generator is 5 kB; the number that it gave is as good.
+            state = drawn.item() if state is None else state
+            if not _in_backward():
+                _draws.remember(state)
+            elif state not in _draws:
+                raise RuntimeError(
+                    "a noise layer without a seed is recomputed in backward, and would draw other noise than in its "
+                    "forward: the random state was not restored. Under torch.utils.checkpoint leave "
+                    "preserve_rng_state=True; under an activation_memory_budget of torch.compile, or elsewhere, draw "
+                    "a seed outside what is recomputed and pass it to the layer's forward, seed="
+                )
+    word = process_word(like.device)
+    return drawn.bitwise_xor_(as_int64(mix_seed(word))) if word else drawn
+
+
+@_draw_seed.register_fake
+def _(like: Tensor) -> Tensor:
+    return torch.empty_like(like)
+
+
+@torch.library.custom_op("sgfast::count_forward", mutates_args=("forward_count",))
+def _count_forward(forward_count: Tensor, seed: int, like: Tensor) -> Tensor:
+    if _in_backward():
+        raise RuntimeError(
+            "a noise layer with a fixed seed cannot be recomputed under activation checkpointing: it would draw "
+            "other noise. Pass seed= to its forward, or build it with seed=None"
+        )
+    with _draws.lock:  # or two threads may count one forward
+        count = forward_count.add_(1).to(like.device, copy=True)
+    return fold_in(mix_seed(seed % 2**64, process_word(like.device)), count)
+
+
+@_count_forward.register_fake
+def _(forward_count: Tensor, seed: int, like: Tensor) -> Tensor:
+    return torch.empty_like(forward_count, device=like.device)
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+def _is_capturing(device: torch.device) -> bool:
+    # A graph's warm-up has run the same draw outside; inside, the generator does not tell its state.
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _generator_state(device: torch.device) -> tuple[str, int, int, int] | None:
+    """Seed and position of an accelerator's generator, known without waiting for the device; None where it has none."""
+    if device.type not in ("cuda", "xpu") or _is_capturing(device):
+        return None
+    index = torch.get_device_module(device).current_device() if device.index is None else device.index
+    generator = torch.get_device_module(device).default_generators[index]
+    return device.type, index, generator.initial_seed(), generator.get_offset()
