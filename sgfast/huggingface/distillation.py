@@ -82,7 +82,8 @@ def distillation_compute_loss(
         inputs.clear()  # a teacher that is the student has filled them again
         if shift_labels:  # the labels alone: the backward of sliced logits would make a second gradient of their size
             labels = nn.functional.pad(labels, (0, 1), value=loss.ignore_index)[..., 1:]
-        result: Tensor = loss(_logits(outputs, "student"), teacher_logits, labels, num_items=num_items_in_batch)
+        student_logits = _logits(outputs, "student")
+        result: Tensor = loss(student_logits, teacher_logits, labels=labels, num_items=num_items_in_batch)
         return result
 
     weakref.finalize(compute_loss, handle.remove)

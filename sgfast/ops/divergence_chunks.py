@@ -17,12 +17,20 @@ _LOGITS_PER_THREAD_TO_SELECT_FROM = 256 * 1024
 
 
 def make_settings(
-    kinds: str, top_k: int, support: str, beta: float, skew: float, labels: Tensor | None, temperature: Tensor
+    kinds: str,
+    top_k: int,
+    support: str,
+    beta: float,
+    skew: float,
+    labels: Tensor | None,
+    label_smoothing: float,
+    temperature: Tensor,
 ) -> Settings:
     """The settings of a chunk's arithmetic."""
     # Only a CPU can look at the temperature without waiting for a queue.
     unit_temperature = labels is not None and temperature.device.type == "cpu" and bool((temperature == 1).all())
-    return Settings(tuple(kinds.split(",")), support if top_k else "full", beta, skew, unit_temperature)
+    kind_names = tuple(kinds.split(","))
+    return Settings(kind_names, support if top_k else "full", beta, skew, unit_temperature, label_smoothing)
 
 
 def row_chunks(
@@ -32,6 +40,7 @@ def row_chunks(
     choice: dispatch.Choice,
     settings: Settings,
     top_k: int,
+    support_width: int,
     max_chunk_bytes: int,
 ) -> Iterator[Tensor | slice]:
     """Chunks whose temporaries stay within the caller's bound, and are fewer where that is faster.
@@ -44,7 +53,7 @@ def row_chunks(
     if choice.implementation == "compile":
         count += compiled_temporaries(settings, dtype)
     else:
-        count += temporaries(settings, min(2 * top_k, size) / size, converted=logits.dtype != dtype)
+        count += temporaries(settings, support_width / size, converted=logits.dtype != dtype)
     row_bytes = math.ceil(size * dtype.itemsize * count)
     if mask is None:
         row_bytes += sum(map(rows.copied_bytes, sides))
@@ -65,8 +74,8 @@ def temporaries(settings: Settings, selected: float, converted: bool) -> float:
     """
     kinds = min(len(settings.kinds), 5)
     if settings.support == "full":
-        return 12 + kinds + 2 * converted
-    return 4 + (LABEL_KIND in settings.kinds) + 2 * converted + (17 + kinds) * selected
+        return 12 + kinds + (settings.label_smoothing > 0) + 2 * converted
+    return 4 + (settings.label_smoothing > 0) + (LABEL_KIND in settings.kinds) + 2 * converted + (17 + kinds) * selected
 
 
 def compiled_temporaries(settings: Settings, dtype: torch.dtype) -> float:

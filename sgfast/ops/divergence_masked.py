@@ -205,11 +205,11 @@ def masked_divergence(
     support_mask: Tensor,
     kind: str,
     *,
-    support: Support = "truncate",
+    support: Support = "tail",
     mask: Tensor | None = None,
     temperature: float | Tensor = 1.0,
-    beta: float = 0.5,
-    skew: float = 0.1,
+    beta: float | None = None,
+    skew: float | None = None,
     max_chunk_bytes: int | None = None,
     impl: dispatch.Implementation | None = None,
 ) -> Tensor:
@@ -220,11 +220,11 @@ def masked_divergence(
         clean_logits: of the same shape.
         support_mask: bool, (..., V) or broadcastable to it: True = in S. It is read as it lies, also when broadcast.
         kind: one of `sgfast.ops.divergences`' kinds.
-        support: ``truncate``, ``renormalize`` or ``tail``.
-        mask: (...), nonzero = selected.
+        support: ``tail``, ``truncate`` or ``renormalize``.
+        mask: (...), bool or numbers equal to 0 or 1, 1 = selected.
         temperature: divides both logits; a number or a tensor of shape (...).
-        beta: weight of q in the Jensen–Shannon mixture.
-        skew: weight of the first argument in the skew kinds' mixture.
+        beta: weight of q in the mixture of ``jensen_shannon``; None: 0.5.
+        skew: weight of the first argument in the skew kinds' mixture; None: 0.1.
         max_chunk_bytes: bound on temporaries beyond outputs and gradients (at least one row); default 8 MiB.
         impl: ``"triton"`` is refused: there is no kernel.
 
@@ -235,7 +235,7 @@ def masked_divergence(
     validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
     mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
     _check_support_mask(support_mask, noisy_logits)
-    check_options(kind, support, beta, skew, impl)
+    _, beta, skew = check_options(kind, support, beta, skew, impl)
     dispatch.refuse_forward_mode("divergences", noisy_logits, clean_logits)
     values: Tensor = _forward(
         noisy_logits,
@@ -245,8 +245,8 @@ def masked_divergence(
         support,
         mask,
         row_temperature(temperature, noisy_logits, clean_logits),
-        float(beta),
-        float(skew),
+        beta,
+        skew,
         validation.chunk_bytes(max_chunk_bytes),
         impl,
     )

@@ -22,6 +22,7 @@ class Problem(NamedTuple):
     temperature: Tensor
     kinds: list[str]
     top_k: int
+    top_k_of: str
     support: str
     beta: float
     skew: float
@@ -42,10 +43,13 @@ def refusal(
     *,
     top_k: int | None = None,
     mask: Tensor | None = None,
+    label_smoothing: float = 0.0,
     **_: Any,
 ) -> str | None:
     """Why the kernels cannot run on these arguments of `divergences`, or None."""
     reason = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
+    if reason is None and label_smoothing > 0:
+        reason = f"label_smoothing={label_smoothing} (the kernels have hard labels only)"
     if reason is None and top_k:
         reason = topk.triton_size_refusal(top_k, noisy_logits.shape[-1])
     return reason or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
@@ -61,14 +65,14 @@ def row_scalar_count(kinds: list[str], top_k: int) -> int:
 def forward(problem: Problem, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """Values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars."""
     kernels = dispatch.kernels()
-    noisy, clean, mask, temperature, kinds, top_k, support, beta, skew = problem
+    noisy, clean, mask, temperature, kinds, top_k, top_k_of, support, beta, skew = problem
     if not top_k:
         no_indices = noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32)
         values, scalars = kernels.divergence_forward(noisy, clean, mask, temperature, kinds, beta, skew, labels)
         return values, no_indices, scalars
     if labels is None:
         found: tuple[Tensor, Tensor, Tensor] = kernels.divergence_topk_forward(
-            noisy, clean, mask, temperature, top_k, support, kinds, beta, skew
+            noisy, clean, mask, temperature, top_k, support, kinds, beta, skew, top_k_of
         )
         return found
     values, indices, scalars = forward(problem.without_labels(), None)
@@ -91,7 +95,7 @@ def backward(
     if row_scalars is None:
         row_scalars = forward(problem, labels)[2]
     kernels = dispatch.kernels()
-    noisy, clean, mask, temperature, kinds, top_k, support, beta, skew = problem
+    noisy, clean, mask, temperature, kinds, top_k, _, support, beta, skew = problem
     read = (noisy, clean, mask, temperature, upstream)
     gradients: tuple[Tensor | None, Tensor | None]
     if not top_k:

@@ -206,7 +206,7 @@ def test_a_student_that_is_its_own_teacher():
     compute_loss = distillation_compute_loss(student, teacher, DivergenceLoss("jensen_shannon"))
     value = compute_loss(student(**batch), labels)
     logits = student(**batch).logits[:, :-1]
-    expected = DivergenceLoss("jensen_shannon")(logits, 2 * logits.detach(), labels[:, 1:])
+    expected = DivergenceLoss("jensen_shannon")(logits, 2 * logits.detach(), labels=labels[:, 1:])
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
     fresh = distillation_compute_loss(student, teacher, DivergenceLoss("jensen_shannon"))
     with pytest.raises(RuntimeError, match="needs a forward pass of the student since its last call"):

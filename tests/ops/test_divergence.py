@@ -199,7 +199,7 @@ def test_truncated_sums_grow_with_k_and_the_tail_bounds_from_below():
     full = divergences(noisy, clean, KINDS)
     previous = {kind: torch.zeros(32) for kind in SYMMETRIC}
     for k in (1, 3, 10, 100, 400):
-        truncated = divergences(noisy, clean, SYMMETRIC, top_k=k)
+        truncated = divergences(noisy, clean, SYMMETRIC, top_k=k, support="truncate")
         tail = divergences(noisy, clean, [k for k in KINDS if k != "cross_entropy"], top_k=k, support="tail")
         for kind in SYMMETRIC:
             assert (truncated[kind] >= previous[kind] - 1e-6).all()
@@ -213,7 +213,7 @@ def test_truncated_sums_grow_with_k_and_the_tail_bounds_from_below():
 def test_truncated_kl_may_be_negative_and_is_not_clamped(impl):
     noisy, clean = torch.tensor([[2.0, 0.0, 0.0]], device=DEVICE), torch.tensor([[1.0, 0.0, 0.0]], device=DEVICE)
     p, q = noisy.softmax(-1)[0, 0], clean.softmax(-1)[0, 0]
-    value = divergences(noisy, clean, "forward_kl", top_k=1, impl=impl)["forward_kl"]
+    value = divergences(noisy, clean, "forward_kl", top_k=1, support="truncate", impl=impl)["forward_kl"]
     assert value.item() < 0
     assert value.item() == pytest.approx((q * (q / p).log()).item(), rel=1e-6)
 
@@ -352,11 +352,13 @@ def test_registration(support):
         None,
         "jeffreys,forward_kl",
         2 if support else 0,
+        "both",
         support or "tail",
         mask,
         torch.ones(2, 3),
         0.5,
         0.1,
+        0.0,
         1000,
         None,
     )
@@ -457,7 +459,7 @@ def test_kinds_do_not_depend_on_what_else_is_asked(impl, skew):
     together = divergences(noisy, clean, KINDS, skew=skew, impl=impl)
     reordered = divergences(noisy, clean, KINDS[::-1], skew=skew, impl=impl)
     for kind in KINDS:
-        alone = divergences(noisy, clean, kind, skew=skew, impl=impl)[kind]
+        alone = divergences(noisy, clean, kind, impl=impl, **({"skew": skew} if "skew" in kind else {}))[kind]
         expected = torch.autograd.grad(together[kind].sum(), (noisy, clean), retain_graph=True)
         for other in (alone, reordered[kind]):
             torch.testing.assert_close(other, together[kind], rtol=1e-6, atol=1e-8)
@@ -540,7 +542,19 @@ def test_kept_row_scalars_give_the_gradient_that_is_had_without(impl):
     noisy[0, :7] = clean[1, :7] = noisy[2, 9] = clean[2, 9] = -torch.inf
     noisy[3, 0] = torch.nan
     labels, mask = torch.tensor([0, 1, -1, 3, 4, 5]), torch.arange(6) != 4
-    options = (",".join((*KINDS, LABEL_KIND)), 0, "tail", mask, torch.linspace(0.5, 2, 6), 0.3, 0.2, 4000, impl)
+    options = (
+        ",".join((*KINDS, LABEL_KIND)),
+        0,
+        "both",
+        "tail",
+        mask,
+        torch.linspace(0.5, 2, 6),
+        0.3,
+        0.2,
+        0.0,
+        4000,
+        impl,
+    )
     values, kept_indices, row_scalars = torch.ops.sgfast.divergences(noisy, clean, labels, *options, True, True)
     assert values[:, 3].isnan().all()
     upstream = torch.rand_like(values)
@@ -558,7 +572,7 @@ def test_kept_row_scalars_give_the_gradient_that_is_had_without(impl):
 def test_row_scalars_are_for_the_sides_a_gradient_was_expected_of():
     """A side that starts to need a gradient after forward, as in a graph exported for inference, gets its own."""
     noisy, clean = (side.requires_grad_() for side in pair(3, 40))
-    options = ("jeffreys,forward_kl", 0, "tail", None, torch.ones(3), 0.5, 0.1, 10_000, "compile")
+    options = ("jeffreys,forward_kl", 0, "both", "tail", None, torch.ones(3), 0.5, 0.1, 0.0, 10_000, "compile")
     expected, actual = (
         torch.autograd.grad(torch.ops.sgfast.divergences(noisy, clean, None, *options, *sides)[0].sum(), (noisy, clean))
         for sides in ((True, True), (True, False))
@@ -574,7 +588,7 @@ def test_backward_without_row_scalars(top_k):
     noisy, clean = (side.requires_grad_() for side in pair(3, 40))
     values = divergences(noisy, clean, "jeffreys", top_k=top_k or None, support="tail", impl="triton")["jeffreys"]
     expected = torch.autograd.grad(values.sum(), (noisy, clean))
-    options = ("jeffreys", top_k, "tail", None, torch.ones(3, device=DEVICE), 0.5, 0.1, 1000, "triton")
+    options = ("jeffreys", top_k, "both", "tail", None, torch.ones(3, device=DEVICE), 0.5, 0.1, 0.0, 1000, "triton")
     sides, upstream = (noisy.detach(), clean.detach()), torch.ones(1, 3, device=DEVICE)
     kept_indices = torch.ops.sgfast.divergences(*sides, None, *options)[1]
     actual = torch.ops.sgfast.divergences_backward(*sides, None, upstream, kept_indices, None, *options, True, True)
@@ -597,10 +611,10 @@ def test_autocast_does_not_change_the_result():
         ({"top_k": 0}, ValueError, "got 0"),
         ({"top_k": 2.0}, TypeError, "top_k must be an int"),
         ({"support": "union"}, ValueError, "support must be one of truncate"),
-        ({"beta": 0.0}, ValueError, "forward_kl or reverse_kl"),
-        ({"skew": 1.0}, ValueError, "skew"),
+        ({"kinds": "jensen_shannon", "beta": 0.0}, ValueError, "At 0 it would be the kind forward_kl, at 1 reverse_kl"),
+        ({"kinds": "skew_forward_kl", "skew": 1.0}, ValueError, "skew must be at least 0 and less than 1"),
         ({"beta": "a"}, TypeError, "beta must be a number; got str"),
-        ({"skew": None}, TypeError, "skew must be a number; got NoneType"),
+        ({"skew": [0.1]}, TypeError, "skew must be a number; got list"),
         ({"temperature": "2"}, TypeError, "temperature must be a number; got str"),
         ({"temperature": 0.0}, ValueError, "temperature must be positive"),
         ({"temperature": torch.ones(3)}, ValueError, "temperature must be a number or have the row shape"),
@@ -737,7 +751,7 @@ def test_peak_memory_is_the_gradients_and_a_chunk(dtype, layout, top_k):
     noisy, clean = (side.view(8, 13, width) for side in pair(8 * 13, width, dtype=dtype))
     noisy, clean = (side[:, 1:] if layout == "shifted" else side[:, 1:].contiguous() for side in (noisy, clean))
     mask = torch.arange(96).view(shape) % 3 != 0 if layout == "masked" else None
-    options = ("jensen_shannon,jeffreys", top_k, "tail", mask, torch.ones(shape), 0.5, 0.1, bound, "torch")
+    options = ("jensen_shannon,jeffreys", top_k, "both", "tail", mask, torch.ones(shape), 0.5, 0.1, 0.0, bound, "torch")
     row_vectors = 96 * 4 * (64 + 2 * top_k)
     with LiveBytes() as counted:
         values, indices, _ = divergence_module._forward._init_fn(noisy, clean, None, *options)
