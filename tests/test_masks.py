@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sgfast import loss as losses
 from sgfast import metrics
@@ -142,6 +143,10 @@ def test_values_are_looked_at_only_where_that_is_free():
     with torch._subclasses.FakeTensorMode() as mode:
         assert validation.as_bool("mask", mode.from_tensor(mask)).dtype == torch.bool
         assert validation.as_bool("mask", torch.ones(3, device="cuda")).device.type == "cuda"
+    traced = make_fx(lambda mask: divergences(LOGITS[0], OTHER_LOGITS[0], "jeffreys", mask=mask)["jeffreys"])(
+        mask[[2, 0, 2, 0]]
+    )
+    assert (traced(mask[[0, 1, 2, 0]]) > 0).tolist() == [*expected, False]
     vectorized = torch.func.vmap(lambda row: validation.as_bool("mask", row))(mask[:, None])
     assert vectorized.flatten().tolist() == expected
     with pytest.raises(ValueError, match=r"got 0\.5"):

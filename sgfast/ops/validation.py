@@ -87,6 +87,7 @@ def values_are_at_hand(tensor: Tensor) -> bool:
     return (
         tensor.device.type == "cpu"
         and not torch.compiler.is_compiling()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
         and type(tensor) in (Tensor, torch.nn.Parameter)  # a fake tensor has no values
         and not torch._C._functorch.is_batchedtensor(tensor)
     )
