@@ -1,7 +1,38 @@
 """Fast, exact, memory-bounded losses and metrics for privacy transforms and distilled language models."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from sgfast import loss, metrics, model, noise_layer, ops
 from sgfast._version import __version__
 from sgfast.ops.dispatch import explain, use_impl
 
-__all__ = ["__version__", "explain", "loss", "metrics", "model", "noise_layer", "ops", "use_impl"]
+if TYPE_CHECKING:
+    from sgfast.loss import DivergenceLoss
+    from sgfast.ops import divergences
+
+__all__ = [
+    "DivergenceLoss",
+    "__version__",
+    "divergences",
+    "explain",
+    "loss",
+    "metrics",
+    "model",
+    "noise_layer",
+    "ops",
+    "use_impl",
+]
+
+# What most people come for, by the module that has it; each is read when it is asked for.
+_MODULES = {"DivergenceLoss": "sgfast.loss", "divergences": "sgfast.ops"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES})

@@ -15,7 +15,7 @@ import torch
 from sgfast.huggingface.tokenization_utils import PromptType
 
 _LOGITS = "noisy_logits, clean_logits, support_mask=None, *"
-_LOGIT_OPTIONS = "top_k=None, support='truncate', mask=None, temperature=1.0, impl=None"
+_LOGIT_OPTIONS = "top_k=None, support='tail', mask=None, temperature=1.0, impl=None"
 _CLOAK = (
     "input_shape=None, scale=(1e-4, 2.0), shallow=1.0, percent_to_mask=None, value_range=None, "
     "locs_requires_grad=True, rhos_requires_grad=True, rhos_init=-4.0, seed=None"
@@ -63,10 +63,11 @@ DOCUMENTED = {
     "loss.divergences.kl_divergence": f"{_LOGITS}, {_LOGIT_OPTIONS}",
     "loss.divergences.cross_entropy": f"{_LOGITS}, {_LOGIT_OPTIONS}",
     "loss.DivergenceLoss": (
-        "kind, *, top_k=None, support='tail', temperature=1.0, scale_by_temperature_squared=False, "
-        "hard_label_weight=0.0, ignore_index=-100, shared_vocab=None, reduction='mean', impl=None"
+        "kind, *, top_k=None, top_k_of='both', support='tail', temperature=1.0, beta=None, skew=None, "
+        "scale_by_temperature_squared=False, hard_label_weight=0.0, label_smoothing=0.0, ignore_index=-100, "
+        "shared_vocab=None, reduction='mean', max_chunk_bytes=None, impl=None"
     ),
-    "loss.DivergenceLoss.forward": "self, student_logits, teacher_logits, labels=None, mask=None, num_items=None",
+    "loss.DivergenceLoss.forward": "self, student, teacher, *, labels=None, mask=None, weights=None, num_items=None",
     "loss.presets.DistillationLoss": "config",
     "loss.presets.DistillationLoss.forward": "self, student_outputs, teacher_outputs",
     # the metrics page
@@ -92,8 +93,8 @@ DOCUMENTED = {
     "metrics.PrivacyMetrics.update": "self, transformed, input_ids, noise_mask=None",
     # operations
     "ops.divergences": (
-        "noisy_logits, clean_logits, kinds, *, top_k=None, support='truncate', mask=None, temperature=1.0, beta=0.5, "
-        "skew=0.1, max_chunk_bytes=None, impl=None"
+        "noisy_logits, clean_logits, kinds, *, top_k=None, top_k_of='both', support='tail', mask=None, labels=None, "
+        "label_smoothing=0.0, temperature=1.0, beta=None, skew=None, max_chunk_bytes=None, impl=None"
     ),
     "ops.top_k_support": "noisy_logits, clean_logits, k",
     "ops.hidden_distances": "noisy, clean, mask=None, *, eps=1e-8, impl=None",

@@ -30,6 +30,21 @@ def test_sgfast_needs_torch_alone():
     assert "implementation='torch'" in output
 
 
+def test_what_most_people_come_for_is_at_the_top():
+    output = run(
+        "import sgfast\n"
+        "assert not {'DivergenceLoss', 'divergences'} & set(vars(sgfast))\n"
+        "assert {'DivergenceLoss', 'divergences'} <= set(dir(sgfast)) & set(sgfast.__all__)\n"
+        "from sgfast import DivergenceLoss, divergences\n"
+        "print(DivergenceLoss is sgfast.loss.DivergenceLoss, divergences is sgfast.ops.divergences)\n"
+        "try:\n"
+        "    sgfast.DivergenceLos\n"
+        "except AttributeError as error:\n"
+        "    print(error)\n"
+    )
+    assert output == "True True\nmodule 'sgfast' has no attribute 'DivergenceLos'\n"
+
+
 def test_sgfast_imports_no_heavy_library():
     heavy = "{'transformers', 'triton', 'matplotlib', 'safetensors', 'typer', 'rich', 'peft'}"
     assert run(f"import sys, sgfast\nprint(sorted({heavy} & set(sys.modules)))") == "[]\n"

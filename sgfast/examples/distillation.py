@@ -37,7 +37,7 @@ def distil(
     student: torch.nn.Module,
     teacher: torch.nn.Module,
     batches: Iterable[Batch],
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
+    loss: Callable[..., Tensor],
     learning_rate: float = 3e-3,
 ) -> list[float]:
     """Train the student on the teacher's next-token distributions; return the loss of every step."""
@@ -48,7 +48,7 @@ def distil(
         with torch.no_grad():
             teacher_logits = teacher(**inputs).logits
         # The logits at t predict token t + 1. After: `loss` is a DivergenceLoss, and the slices are read in place.
-        value = loss(student(**inputs).logits[:, :-1], teacher_logits[:, :-1], batch["labels"][:, 1:])
+        value = loss(student(**inputs).logits[:, :-1], teacher_logits[:, :-1], labels=batch["labels"][:, 1:])
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         optimizer.zero_grad()

@@ -1,6 +1,9 @@
 """A divergence between student and teacher logits as a module to drop into a training loop."""
 
-from typing import Literal
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +12,30 @@ from sgfast.loss.components import masked_mean
 from sgfast.ops import validation
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences
-from sgfast.ops.divergence_options import Support, check_labels, check_options, check_temperature
+from sgfast.ops.divergence_options import (
+    BETA_KINDS,
+    DEFAULT_BETA,
+    DEFAULT_SKEW,
+    SKEW_KINDS,
+    Support,
+    check_kinds,
+    check_label_smoothing,
+    check_labels,
+    check_options,
+    check_pair_length,
+    check_temperature,
+    mixture_weight,
+)
 from sgfast.ops.divergence_rows import LABEL_KIND
 from sgfast.ops.topk import check_k
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
+TopKOf = Literal["both", "student", "teacher"]
+# What the operation calls the sides.
+_TOP_K_OF = {"both": "both", "student": "noisy", "teacher": "clean"}
+# A mixture with nothing of one side is that side: GKD, TRL and Liger give the ends of beta these meanings.
+_ENDS = {0.0: "forward_kl", 1.0: "reverse_kl"}
 
 
 class DivergenceLoss(nn.Module):
@@ -24,17 +45,19 @@ class DivergenceLoss(nn.Module):
 
         loss = (1 − w)·D(student, teacher)·(T² if asked for) + w·CE(student, label)
 
-    D is one of `sgfast.ops.divergences` at temperature T, with p the student and q the teacher; CE is the cross-entropy
-    at temperature 1, 0 where the label is ``ignore_index``; w is ``hard_label_weight``. Both come from the same pass
-    over the logits, which keeps nothing per logit for backward and never copies them.
+    D is one of `sgfast.ops.divergences` at temperature T, or a weighted sum of them, with p the student and q the
+    teacher; CE is the cross-entropy at temperature 1, 0 where the label is ``ignore_index``; w is
+    ``hard_label_weight``. Both come from the same pass over the logits, which keeps nothing per logit for backward and
+    never copies them.
 
-    A position counts where ``mask`` is nonzero; without ``mask``, where its label is not ``ignore_index``; without
-    labels, everywhere. Positions that do not count are not read: NaN there reaches neither the loss nor a gradient.
+    A position counts where ``mask`` is 1; without ``mask``, where its label is not ``ignore_index``; without labels,
+    everywhere. ``weights`` multiply the counted positions; one of weight 0 does not count. Positions that do not count
+    are not read: NaN there reaches neither the loss nor a gradient.
 
     Labels are not shifted. A causal language model's logits at position t predict token t + 1:
 
-        loss(student_logits[:, :-1], teacher_logits[:, :-1], labels[:, 1:])
-        loss(student_logits, teacher_logits, F.pad(labels, (0, 1), value=-100)[:, 1:])  # the same
+        loss(student_logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:])
+        loss(student_logits, teacher_logits, labels=F.pad(labels, (0, 1), value=-100)[:, 1:])  # the same
 
     The slices are read in place, but PyTorch's backward of a slice makes a second gradient as large as the logits;
     shifting the labels alone, as the second line does, saves it.
@@ -44,34 +67,47 @@ class DivergenceLoss(nn.Module):
     ================================  =======================================================================
     Hinton et al. 2015                ``"forward_kl", temperature=T, scale_by_temperature_squared=True``
     MiniLLM (Gu et al. 2024)          ``"reverse_kl"`` (its single-step, exact part)
-    GKD (Agarwal et al. 2024)         ``"jensen_shannon", beta=β``; at β = 0 ``"forward_kl"``, at 1 ``"reverse_kl"``
+    GKD (Agarwal et al. 2024), TRL    ``"jensen_shannon", beta=β``; β = 0 is ``"forward_kl"``, 1 ``"reverse_kl"``
     DistiLLM (Ko et al. 2024)         ``"skew_forward_kl"``, ``"skew_reverse_kl"`` with ``skew=λ``
+    both directions                   ``{"forward_kl": 0.7, "reverse_kl": 0.3}``
     soft labels                       ``"cross_entropy"``
     ================================  =======================================================================
 
+    After a call ``components`` holds its parts: ``soft``, D·(T² if asked for), and ``hard``, CE, each without its
+    factor 1 − w or w, reduced as the loss is and detached; a part that the loss does not have has no entry. So
+    ``loss = (1 − w)·soft + w·hard``. Copies and pickles of the module have no components; neither has a module under
+    ``torch.export``.
+
     Args:
-        kind: one of `sgfast.ops.divergences`' kinds.
-        top_k: restrict D to the union of both sides' top-k logits; None for the whole vocabulary.
+        kind: one of `sgfast.ops.divergences`' kinds, or a mapping from kinds to finite weights ≥ 0, at least one
+            above 0: D is the weighted sum, from one pass. A kind of weight 0 is not computed.
+        top_k: restrict D to S, the top-k logits; None for the whole vocabulary.
+        top_k_of: whose top-k logits make S: the union of ``both`` sides', ``student`` or ``teacher``.
         support: what the restriction means: ``tail`` (one more atom for the rest: a true divergence), ``truncate`` or
             ``renormalize``. No effect without ``top_k``.
-        temperature: T > 0, divides both sides' logits in D.
-        beta: weight of the teacher in the Jensen–Shannon mixture, 0 < beta < 1.
-        skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1.
-        scale_by_temperature_squared: multiply D by T², which keeps the size of its gradient when T changes.
+        temperature: T > 0, divides both sides' logits in D. A pair (student, teacher) gives each side its own.
+        beta: weight of the teacher in the mixture of ``jensen_shannon``, 0 ≤ beta ≤ 1; None: 0.5. At 0 the loss is
+            ``forward_kl``, at 1 ``reverse_kl``.
+        skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1; None: 0.1.
+        scale_by_temperature_squared: multiply D by T², which keeps the size of its gradient when T changes; of a pair
+            the student's.
         hard_label_weight: w, between 0 and 1; above 0 every call needs labels, and at 1 D has no part.
+        label_smoothing: the part of a label's weight in CE that is spread evenly over the vocabulary, as in
+            ``torch.nn.CrossEntropyLoss``; above 0 it needs ``hard_label_weight`` above 0, and runs in PyTorch.
         ignore_index: the label that says "no label here".
         shared_vocab: compare the first n columns only, D and CE alike, when the two sides pad one vocabulary
             differently. Labels must be below n.
-        reduction: ``mean``: the sum over counted positions / max(their number, 1); ``sum``; ``none``: per position, 0
-            where it does not count.
+        reduction: ``mean``: the sum over counted positions / max(their number, 1), with ``weights`` / the sum of the
+            counted positions' weights (0 where that is 0); ``sum``; ``none``: per position, 0 where it does not count.
+        max_chunk_bytes: as in `sgfast.ops.divergences`.
         impl: see `sgfast.ops.dispatch`.
 
     Raises:
         TypeError: an argument's type.
-        ValueError: an unknown name, a number out of range.
+        ValueError: an unknown name, a number out of range, ``beta`` or ``skew`` that no kind uses.
 
-    The module has no parameters and no state. The teacher's side is not detached: compute its logits under
-    ``torch.no_grad()`` unless it is to be trained too.
+    The module has no parameters and no state besides ``components``. The teacher's side is not detached: compute its
+    logits under ``torch.no_grad()`` unless it is to be trained too.
 
     Example:
         >>> import torch
@@ -81,29 +117,48 @@ class DivergenceLoss(nn.Module):
         tensor(0.8661)
         >>> loss(student, teacher, labels=torch.tensor([2, -100]))
         tensor(1.7322)
+        >>> loss(student, teacher, weights=torch.tensor([1.0, 3.0]))
+        tensor(0.4330)
+        >>> loss
+        DivergenceLoss('forward_kl', temperature=2.0, scale_by_temperature_squared=True)
     """
+
+    components: dict[str, Tensor]
 
     def __init__(
         self,
-        kind: str,
+        kind: str | Mapping[str, float],
         *,
         top_k: int | None = None,
+        top_k_of: TopKOf = "both",
         support: Support = "tail",
-        temperature: float = 1.0,
-        beta: float = 0.5,
-        skew: float = 0.1,
+        temperature: float | tuple[float, float] = 1.0,
+        beta: float | None = None,
+        skew: float | None = None,
         scale_by_temperature_squared: bool = False,
         hard_label_weight: float = 0.0,
+        label_smoothing: float = 0.0,
         ignore_index: int = -100,
         shared_vocab: int | None = None,
         reduction: Reduction = "mean",
+        max_chunk_bytes: int | None = None,
         impl: Implementation | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(kind, str):
-            raise TypeError(f"kind must be a string; got {type(kind).__name__}")
-        check_options(kind, support, beta, skew, impl)
-        check_temperature(temperature)
+        self.kind = _check_kind(kind)
+        kinds = (self.kind,) if isinstance(self.kind, str) else tuple(self.kind)
+        self.beta = mixture_weight("beta", beta, DEFAULT_BETA, BETA_KINDS, kinds)
+        self.skew = mixture_weight("skew", skew, DEFAULT_SKEW, SKEW_KINDS, kinds)
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta must be between 0 and 1; got {beta}")
+        self.support: Support = support
+        self.impl: Implementation | None = impl
+        check_options(tuple(self._kind_weights()), support, impl=impl, **self._used_mixtures())
+        validation.check_choice("top_k_of", top_k_of, _TOP_K_OF)
+        temperatures = temperature if isinstance(temperature, tuple) else (temperature, temperature)
+        check_pair_length(temperatures)
+        for one in temperatures:
+            check_temperature(one)
         for name, count in (("top_k", top_k), ("shared_vocab", shared_vocab)):
             if count is not None and (isinstance(count, bool) or not isinstance(count, int)):
                 raise TypeError(f"{name} must be an int or None; got {type(count).__name__}")
@@ -114,99 +169,138 @@ class DivergenceLoss(nn.Module):
         validation.check_number("hard_label_weight", hard_label_weight)
         if not 0 <= hard_label_weight <= 1:
             raise ValueError(f"hard_label_weight must be between 0 and 1; got {hard_label_weight}")
+        check_label_smoothing(label_smoothing)
+        if label_smoothing > 0 and hard_label_weight == 0:
+            raise ValueError(
+                f"label_smoothing={label_smoothing} has no use without hard labels; hard_label_weight must be above 0"
+            )
         if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
             raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}; got {reduction!r}")
-        self.kind = kind
+        validation.check_choice("reduction", reduction, REDUCTIONS)
+        validation.chunk_bytes(max_chunk_bytes)
         self.top_k = top_k
-        self.support = support
+        self.top_k_of = top_k_of
         self.temperature = temperature
-        self.beta = beta
-        self.skew = skew
         self.scale_by_temperature_squared = scale_by_temperature_squared
         self.hard_label_weight = hard_label_weight
+        self.label_smoothing = label_smoothing
         self.ignore_index = ignore_index
         self.shared_vocab = shared_vocab
         self.reduction = reduction
-        self.impl = impl
+        self.max_chunk_bytes = max_chunk_bytes
+        self.components = {}
 
     def forward(
         self,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
+        student: Tensor,
+        teacher: Tensor,
+        *,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
+        weights: Tensor | None = None,
         num_items: int | float | Tensor | None = None,
     ) -> Tensor:
         """Compute the loss.
 
         Args:
-            student_logits: (..., V), float32, bfloat16, float16 or float64; row-strided views are read in place.
-            teacher_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ).
+            student: logits (..., V), float32, bfloat16, float16 or float64; row-strided views are read in place.
+            teacher: logits of the same shape (with ``shared_vocab`` the last dimensions may differ).
             labels: (...), integers: class indices, or ``ignore_index``. They only choose the counted positions while
                 ``hard_label_weight`` is 0.
-            mask: (...), nonzero = counted.
-            num_items: what ``mean`` divides by in place of the number of counted positions, at least 1: the count over
-                all micro-batches and processes, so that gradient accumulation and data parallelism give the gradient of
-                the whole batch. (DistributedDataParallel averages gradients: multiply the loss by the number of
-                processes.)
+            mask: (...), bool or numbers equal to 0 or 1, 1 = counted.
+            weights: (...), numbers ≥ 0 and finite, differentiable: what each counted position is multiplied by.
+            num_items: what ``mean`` divides by in place of the number of counted positions, at least 1, or with
+                ``weights`` in place of their sum: the count over all micro-batches and processes, so that gradient
+                accumulation and data parallelism give the gradient of the whole batch. (DistributedDataParallel
+                averages gradients: multiply the loss by the number of processes.)
 
         Returns:
             float32 (float64 if the logits are): a scalar, or (...) under ``reduction="none"``. No counted position
             gives exactly 0, with a graph and zero gradients.
 
         Raises:
-            TypeError: an argument's type.
+            TypeError: an argument's type; bool ``weights``, which would be a mask.
             ValueError: shapes or devices differ, no labels although hard labels are weighted, ``num_items`` without
-                ``mean``, or a negative number.
+                ``mean``, or a negative number; on a CPU also a mask with other numbers than 0 and 1, and weights that
+                are negative, infinite or NaN (on a GPU looking at them would stop the queue, and they take part).
         """
-        student_logits, teacher_logits = self._shared_columns(student_logits, teacher_logits)
-        labels = self._check_labels(labels, student_logits)
-        mask = validation.row_mask(mask, "mask", "student_logits", student_logits)
+        student, teacher = self._shared_columns(student, teacher)
+        labels = self._check_labels(labels, student)
+        mask = validation.row_mask(mask, "mask", "student", student)
+        weights = _check_weights(weights, student)
         self._check_num_items(num_items)
         if mask is None and labels is not None:
             mask = labels != self.ignore_index
-        per_position = self._per_position(student_logits, teacher_logits, labels, mask)
-        if self.reduction == "none":
-            return per_position
-        if self.reduction == "sum":
-            return per_position.sum()
-        if mask is None:
-            mask = torch.ones_like(per_position, dtype=torch.bool)
-        if isinstance(num_items, Tensor):
-            num_items = num_items.reshape(()).to(per_position)  # another dtype would be the loss's
-        return masked_mean(per_position, mask, num_items)
+        if weights is not None:
+            # What does not count has weight 0, and what has weight 0 is not read.
+            weights = weights if mask is None else torch.where(mask, weights, 0)
+            mask = weights != 0
+        parts = self._parts(student, teacher, labels, mask)
+        soft, hard = parts.get("soft"), parts.get("hard")
+        if soft is None or hard is None:
+            per_position = soft if hard is None else hard
+            assert per_position is not None
+        else:
+            per_position = (1 - self.hard_label_weight) * soft + self.hard_label_weight * hard
+        loss = self._reduce(per_position, mask, weights, num_items)
+        if not torch.compiler.is_exporting():  # an exported program has no attributes to set
+            self.components = {
+                name: (loss if len(parts) == 1 else self._reduce(part, mask, weights, num_items)).detach()
+                for name, part in parts.items()
+            }
+        return loss
 
     def extra_repr(self) -> str:
-        """The settings that choose the formula, for ``repr``."""
-        return (
-            f"{self.kind!r}, top_k={self.top_k}, temperature={self.temperature}, "
-            f"hard_label_weight={self.hard_label_weight}, reduction={self.reduction!r}"
-        )
+        """The kind and every setting that is not at its default, for ``repr``."""
+        defaults = {name: one.default for name, one in inspect.signature(DivergenceLoss).parameters.items()}
+        defaults |= {"kind": self.kind, "beta": DEFAULT_BETA, "skew": DEFAULT_SKEW}
+        settings = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        return ", ".join((repr(self.kind), *(f"{name}={value!r}" for name, value in settings.items())))
 
-    def _shared_columns(self, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-        sides = {"student_logits": student_logits, "teacher_logits": teacher_logits}
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles take along: settings, and no tensor of the last call."""
+        return self.__dict__ | {"components": {}}
+
+    def _kind_weights(self) -> dict[str, float]:
+        """What D is made of; an end of beta under the name that it has there, kinds of weight 0 left out."""
+        kinds = {self.kind: 1.0} if isinstance(self.kind, str) else self.kind
+        found: dict[str, float] = {}
+        for kind, weight in kinds.items():
+            name = _ENDS.get(self.beta, kind) if kind in BETA_KINDS else kind
+            if weight > 0:
+                found[name] = found.get(name, 0.0) + weight
+        return found
+
+    def _used_mixtures(self) -> dict[str, Any]:
+        """Beta and skew, None where no kind that is computed takes them."""
+        kinds = self._kind_weights()
+        return {
+            "beta": self.beta if any(kind in kinds for kind in BETA_KINDS) else None,
+            "skew": self.skew if any(kind in kinds for kind in SKEW_KINDS) else None,
+        }
+
+    def _shared_columns(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        sides = {"student": student, "teacher": teacher}
         for name, logits in sides.items():
-            validation.check_floating(name, logits, None if name == "student_logits" else student_logits)
+            validation.check_floating(name, logits, None if name == "student" else student)
             if self.shared_vocab is not None and (logits.dim() == 0 or logits.shape[-1] < self.shared_vocab):
                 raise ValueError(
                     f"{name} needs shared_vocab={self.shared_vocab} columns at least; got shape {tuple(logits.shape)}"
                 )
         if self.shared_vocab is not None:
-            student_logits, teacher_logits = (logits[..., : self.shared_vocab] for logits in sides.values())
-        elif student_logits.shape[:-1] == teacher_logits.shape[:-1] and student_logits.shape != teacher_logits.shape:
+            student, teacher = (logits[..., : self.shared_vocab] for logits in sides.values())
+        elif student.shape[:-1] == teacher.shape[:-1] and student.shape != teacher.shape:
             raise ValueError(
-                f"student_logits and teacher_logits have {student_logits.shape[-1]} and {teacher_logits.shape[-1]} "
+                f"student and teacher have {student.shape[-1]} and {teacher.shape[-1]} "
                 "columns; shared_vocab=n compares the first n"
             )
-        validation.check_pair("student_logits", student_logits, "teacher_logits", teacher_logits)
-        return student_logits, teacher_logits
+        validation.check_pair("student", student, "teacher", teacher)
+        return student, teacher
 
     def _check_labels(self, labels: Tensor | None, logits: Tensor) -> Tensor | None:
         if labels is None and self.hard_label_weight > 0:
             raise ValueError(f"hard_label_weight={self.hard_label_weight} needs labels; got None")
-        return check_labels(labels, "student_logits", logits)
+        return check_labels(labels, "student", logits)
 
     def _check_num_items(self, num_items: int | float | Tensor | None) -> None:
         if num_items is None:
@@ -222,33 +316,92 @@ class DivergenceLoss(nn.Module):
         elif num_items < 0:
             raise ValueError(f"num_items must not be negative; got {num_items}")
 
-    def _per_position(
-        self, student_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        weight = self.hard_label_weight
+    def _parts(self, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
+        """What the loss is made of, per position: ``soft``, ``hard`` or both, without their factors."""
+        weight, kinds = self.hard_label_weight, self._kind_weights() if self.hard_label_weight < 1 else {}
         values = divergences(
-            student_logits,
-            teacher_logits,
-            (self.kind,) if weight < 1 else (),
+            student,
+            teacher,
+            tuple(kinds),
             top_k=self.top_k,
+            top_k_of=_TOP_K_OF[self.top_k_of],  # type: ignore[arg-type]
             support=self.support,
             mask=mask,
-            labels=None if labels is None or weight == 0 else self._operation_labels(labels, student_logits.shape[-1]),
+            labels=None if labels is None or weight == 0 else self._operation_labels(labels, student.shape[-1]),
+            label_smoothing=self.label_smoothing,
             temperature=self.temperature,
-            beta=self.beta,
-            skew=self.skew,
+            max_chunk_bytes=self.max_chunk_bytes,
             impl=self.impl,
+            **(self._used_mixtures() if kinds else {}),
         )
-        if weight == 1:
-            return values[LABEL_KIND]
-        scale = self.temperature**2 if self.scale_by_temperature_squared else 1.0
-        soft = values[self.kind] * ((1 - weight) * scale)
-        return soft if weight == 0 else soft + weight * values[LABEL_KIND]
+        parts = {}
+        if kinds:
+            temperature = self.temperature[0] if isinstance(self.temperature, tuple) else self.temperature
+            scale = temperature**2 if self.scale_by_temperature_squared else 1.0
+            terms = [values[kind] * (factor * scale) for kind, factor in kinds.items()]
+            parts["soft"] = terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
+        if weight > 0:
+            parts["hard"] = values[LABEL_KIND]
+        return parts
+
+    def _reduce(
+        self, values: Tensor, mask: Tensor | None, weights: Tensor | None, num_items: int | float | Tensor | None
+    ) -> Tensor:
+        """Weigh and reduce values per position, 0 where they do not count."""
+        if weights is not None:
+            weights = weights.to(values.dtype)
+            values = values * weights
+        if self.reduction == "none":
+            return values
+        if self.reduction == "sum":
+            return values.sum()
+        if isinstance(num_items, Tensor):
+            num_items = num_items.reshape(()).to(values)  # another dtype would be the loss's
+        if weights is None:
+            if mask is None:
+                mask = torch.ones_like(values, dtype=torch.bool)
+            return masked_mean(values, mask, num_items)
+        divisor = weights.sum() if num_items is None else num_items
+        return values.sum() / (torch.where(divisor == 0, 1, divisor) if isinstance(divisor, Tensor) else divisor or 1)
 
     def _operation_labels(self, labels: Tensor, size: int) -> Tensor:
         """The operation ignores every negative label; here one alone is meant, and others are out of range."""
-        if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        if validation.values_are_at_hand(labels):
             stray = labels[(labels < 0) & (labels != self.ignore_index)]
             if stray.numel() > 0:
                 raise ValueError(f"labels must be class indices or ignore_index={self.ignore_index}; got {stray[0]}")
         return torch.where(labels == self.ignore_index, -1, torch.where(labels < 0, size, labels))
+
+
+def _check_kind(kind: str | Mapping[str, float]) -> str | dict[str, float]:
+    """Check a kind, or kinds and their weights, and return a copy of those."""
+    if isinstance(kind, str):
+        check_kinds("kind", (kind,))
+        return kind
+    if not isinstance(kind, Mapping):
+        raise TypeError(f"kind must be a string or a mapping from kinds to weights; got {type(kind).__name__}")
+    check_kinds("kind", kind)
+    for name, weight in kind.items():
+        validation.check_number(f"kind[{name!r}]", weight)
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"kind[{name!r}] must be a finite weight of at least 0; got {weight}")
+    if not any(weight > 0 for weight in kind.values()):
+        raise ValueError(f"kind must have a weight above 0; got {dict(kind)}")
+    return dict(kind)
+
+
+def _check_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
+    if weights is None:
+        return None
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights must be a torch.Tensor or None; got {type(weights).__name__}")
+    if weights.dtype == torch.bool or weights.is_complex():
+        raise TypeError(f"weights must be real numbers; got {weights.dtype} (a bool tensor is a mask)")
+    if weights.shape != student.shape[:-1]:
+        raise ValueError(f"weights must have the row shape {tuple(student.shape[:-1])}; got {tuple(weights.shape)}")
+    validation.check_device("weights", weights, "student", student)
+    if validation.values_are_at_hand(weights):
+        wrong = weights[~((weights >= 0) & (weights < math.inf))]
+        if wrong.numel() > 0:
+            raise ValueError(f"weights must be finite and at least 0; got {wrong[0].item():.6g}")
+    return weights

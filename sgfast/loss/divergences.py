@@ -18,12 +18,14 @@ All functions take the same arguments:
     `get_top_k_support_mask(noisy_logits, clean_logits, top_k)`, without a mask as large as the logits and several
     times faster. Not together with ``support_mask``.
 ``support``
-    what the restriction means: ``truncate`` sums the full distributions' terms in S; ``renormalize`` takes the softmax
-    over S on both sides; ``tail`` adds one atom that holds the rest of the mass. No effect without a restriction.
+    what the restriction means: ``tail`` adds one atom that holds the rest of the mass, a true divergence; ``truncate``
+    sums the full distributions' terms in S (a KL may be negative there); ``renormalize`` takes the softmax over S on
+    both sides. No effect without a restriction.
 ``mask``
-    (...), nonzero = selected. Other positions are not read, give 0 and get zero gradient.
+    (...), bool or numbers equal to 0 or 1, 1 = selected. Other positions are not read, give 0 and get zero gradient.
 ``temperature``
-    a positive number or a tensor of shape (...), without a factor T².
+    a positive number or a tensor of shape (...), or a pair of them, (noisy, clean), one for each side; without a factor
+    T².
 ``impl``
     see `sgfast.ops.dispatch`; a ``support_mask`` runs in PyTorch only.
 
@@ -36,7 +38,7 @@ from torch import Tensor
 
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences, masked_divergence
-from sgfast.ops.divergence_options import Support
+from sgfast.ops.divergence_options import Support, Temperature
 
 
 def jeffreys_divergence(
@@ -45,9 +47,9 @@ def jeffreys_divergence(
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
-    support: Support = "truncate",
+    support: Support = "tail",
     mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: Temperature = 1.0,
     impl: Implementation | None = None,
 ) -> Tensor:
     """KL(p‖q) + KL(q‖p) = Σ (p − q)(log p − log q): the sum of both directions, not their mean.
@@ -80,15 +82,16 @@ def jensen_shannon_divergence(
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
-    support: Support = "truncate",
+    support: Support = "tail",
     mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
-    beta: float = 0.5,
+    temperature: Temperature = 1.0,
+    beta: float | None = None,
     impl: Implementation | None = None,
 ) -> Tensor:
     """beta·KL(q‖m) + (1−beta)·KL(p‖m) with m = beta·q + (1−beta)·p; symmetric and at most ln 2 at beta = 0.5.
 
-    With 0 < beta < 1 it is the generalised Jensen–Shannon divergence of GKD (Agarwal et al. 2024).
+    With 0 < beta < 1 (None: 0.5) it is the generalised Jensen–Shannon divergence of GKD (Agarwal et al. 2024). At the
+    ends, a ValueError here, GKD's losses are `kl_divergence`: forward at 0, reverse at 1.
     """
     return _divergence(
         "jensen_shannon",
@@ -110,9 +113,9 @@ def total_variation(
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
-    support: Support = "truncate",
+    support: Support = "tail",
     mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: Temperature = 1.0,
     impl: Implementation | None = None,
 ) -> Tensor:
     """½ Σ |p − q|, between 0 and 1; where p = q the subgradient is 0."""
@@ -135,9 +138,9 @@ def squared_hellinger_distance(
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
-    support: Support = "truncate",
+    support: Support = "tail",
     mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: Temperature = 1.0,
     impl: Implementation | None = None,
 ) -> Tensor:
     """½ Σ (√p − √q)² = 1 − Σ √(pq) over the whole vocabulary, between 0 and 1."""
@@ -161,9 +164,9 @@ def kl_divergence(
     *,
     reverse: bool = False,
     top_k: int | None = None,
-    support: Support = "truncate",
+    support: Support = "tail",
     mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: Temperature = 1.0,
     impl: Implementation | None = None,
 ) -> Tensor:
     """KL(q‖p) = Σ q (log q − log p), clean from noisy: what distillation calls forward KL.
@@ -190,9 +193,9 @@ def cross_entropy(
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
-    support: Support = "truncate",
+    support: Support = "tail",
     mask: Tensor | None = None,
-    temperature: float | Tensor = 1.0,
+    temperature: Temperature = 1.0,
     impl: Implementation | None = None,
 ) -> Tensor:
     """− Σ q log p, with the clean distribution as soft labels: KL(q‖p) + H(q), so H(q) at equal logits."""

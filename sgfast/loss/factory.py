@@ -179,7 +179,7 @@ def loss_functions(
         captures = [consumer.pending("the loss") for consumer in consumers.values()]
         attended = captures[0].attention_mask
         _check_loss_arguments(loss_mask, attended, normalizers)
-        components = compute(captures, (loss_mask != 0) & attended, normalizers or {})
+        components = compute(captures, validation.as_bool("loss_mask", loss_mask) & attended, normalizers or {})
         for consumer in consumers.values():
             consumer.take("the loss")
         total = weighted_sum(components, weights)

@@ -125,7 +125,7 @@ class UtilityMetrics(_Accumulator):
         Args:
             noisy_logits: (..., T, V).
             clean_logits: of the same shape.
-            attention_mask: (..., T), nonzero = real token.
+            attention_mask: (..., T), 1 = real token.
             input_ids: (..., T), the tokens, for perplexities; None for none.
 
         Returns:
@@ -225,8 +225,7 @@ class PrivacyMetrics(_Accumulator):
         validation.check_floating("table", table)
         if table.dim() != 2 or 0 in table.shape:
             raise ValueError(f"table must have shape (V, D), both at least 1; got {tuple(table.shape)}")
-        if metric not in METRICS:
-            raise ValueError(f"metric must be one of {METRICS}; got {metric!r}")
+        validation.check_choice("metric", metric, METRICS)
         size = table.shape[0]
         ranks = tuple(rank for rank in _TRANSFORMATION_RANKS if rank <= size) if k is None else tuple(k)
         for name, rank in (("beta", beta), ("r", r), *(("k", rank) for rank in ranks)):
@@ -244,7 +243,7 @@ class PrivacyMetrics(_Accumulator):
         Args:
             transformed: (..., D) transformed embeddings.
             input_ids: (...), the true tokens.
-            noise_mask: (...), nonzero = count this token; None for all.
+            noise_mask: (...), 1 = count this token; None for all.
 
         Returns:
             (...) int64, each counted token's rank, and −1 for the others: see `sgfast.metrics.privacy.token_ranks`.

@@ -59,7 +59,7 @@ def information_bounds(
         mean: (N, T, D), a row for each candidate text, or (N, D), one for each candidate token; in float32, bfloat16,
             float16 or float64.
         std: of ``mean``'s shape, positive.
-        mask: of ``mean``'s shape, with or without its last dimension, nonzero = used. A candidate with nothing
+        mask: of ``mean``'s shape, with or without its last dimension, 1 = used. A candidate with nothing
             selected is left out. Two candidates are compared on what both select: where masks differ, the four numbers
             are estimates and no longer bounds.
         alpha: the order of the Chernoff distance, in [0, 1]. 0.5 is best where variances are equal, and is then the
@@ -97,7 +97,7 @@ def information_bounds(
         )
     if mean.dim() == 2:
         mean, std, mask = mean[:, None], std[:, None], None if mask is None else mask[:, None]
-    used = mean.new_ones(mean.shape[:2], dtype=torch.bool) if mask is None else mask != 0
+    used = mean.new_ones(mean.shape[:2], dtype=torch.bool) if mask is None else validation.as_bool("mask", mask)
     weights = used.flatten(1).any(1).to(torch.float64)
     weights = weights / weights.sum()
 

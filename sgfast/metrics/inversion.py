@@ -164,7 +164,7 @@ class LearnedInversionAttack:
         Args:
             transformed: (B, T, D) transformed embeddings of B sequences.
             input_ids: (B, T), the true tokens.
-            noise_mask: (B, T), nonzero = a transformed token; None for all.
+            noise_mask: (B, T), 1 = a transformed token; None for all.
             groups: (B,) integers: sequences of one group, of one document for instance, are never on both sides; None
                 for groups of equal sequences.
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sgfast.ops import rows
+from sgfast.ops import rows, validation
 from sgfast.ops.hidden import hidden_distances
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def _selected_positions(noise_mask: Tensor | None, input: Tensor, dim: int) -> T
     shape = [*input.shape[:dim], *input.shape[input.dim() + dim + 1 :]]
     if noise_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=input.device)
-    mask = noise_mask != 0
+    mask = validation.as_bool("noise_mask", noise_mask)
     if mask.shape == input.shape[: mask.dim()]:
         mask = mask.view(*mask.shape, *[1] * (input.dim() - mask.dim()))
     if mask.dim() == input.dim() and mask.shape[dim] == 1:

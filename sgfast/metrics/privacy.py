@@ -57,7 +57,7 @@ def token_ranks(
         transformed: (..., D) transformed embeddings, float32, bfloat16, float16 or float64.
         table: (V, D), the embedding table.
         input_ids: (...) integers, the true tokens.
-        noise_mask: (...), nonzero = count this token; None for all. What lies at other positions has no effect.
+        noise_mask: (...), 1 = count this token; None for all. What lies at other positions has no effect.
         metric: ``"l2"`` or ``"cosine"``.
         max_chunk_bytes: bound on temporaries; default 64 MiB. See ``sgfast.ops.embedding_ranks``.
         impl: see ``sgfast.ops.dispatch``.
@@ -84,7 +84,7 @@ def token_ranks(
                 f"noise_mask must have the shape of input_ids, {tuple(input_ids.shape)}; got {tuple(noise_mask.shape)}"
             )
         validation.check_device("noise_mask", noise_mask, "input_ids", input_ids)
-        noise_mask = noise_mask != 0
+        noise_mask = validation.as_bool("noise_mask", noise_mask)
     max_bytes = DEFAULT_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
     ranks = torch.full(input_ids.shape, -1, dtype=torch.int64, device=input_ids.device)
     flat_ids = input_ids.reshape(-1)
@@ -147,7 +147,7 @@ def nearest_neighbor_failure_rate(
         transformed: (..., D) transformed embeddings.
         table: (V, D), the embedding table.
         input_ids: (...), the true tokens.
-        noise_mask: (...), nonzero = count this token; None for all.
+        noise_mask: (...), 1 = count this token; None for all.
         metric: ``"l2"`` or ``"cosine"``.
         beta: the attack succeeds if the token's 0-based rank is below this.
         max_chunk_bytes: bound on temporaries; default 64 MiB.
@@ -193,7 +193,7 @@ def max_rank_failure_rate(
         transformed: (..., D) transformed embeddings.
         table: (V, D), the embedding table.
         input_ids: (...), the true tokens.
-        noise_mask: (...), nonzero = count this token; None for all.
+        noise_mask: (...), 1 = count this token; None for all.
         metric: ``"l2"`` or ``"cosine"``.
         r: 1 takes the farthest token.
         max_chunk_bytes: bound on temporaries; default 64 MiB.
@@ -240,7 +240,7 @@ def token_transformation_rate(
         transformed: (..., D) transformed embeddings.
         table: (V, D), the embedding table.
         input_ids: (...), the true tokens.
-        noise_mask: (...), nonzero = count this token; None for all.
+        noise_mask: (...), 1 = count this token; None for all.
         k: length of the shortlist.
         symmetric: exclude the k farthest too.
         metric: ``"l2"`` or ``"cosine"``.
@@ -284,7 +284,7 @@ def mean_reconstruction_rank(
         transformed: (..., D) transformed embeddings.
         table: (V, D), the embedding table.
         input_ids: (...), the true tokens.
-        noise_mask: (...), nonzero = count this token; None for all.
+        noise_mask: (...), 1 = count this token; None for all.
         metric: ``"l2"`` or ``"cosine"``.
         max_chunk_bytes: bound on temporaries; default 64 MiB.
 
@@ -328,7 +328,7 @@ def repeated_query_attack(
             tensors (..., D): they are added up one by one.
         table: (V, D), the embedding table.
         input_ids: (...), the true tokens.
-        noise_mask: (...), nonzero = count this token; None for all.
+        noise_mask: (...), 1 = count this token; None for all.
         metric: ``"l2"`` or ``"cosine"``.
         beta: the attack succeeds if the token's 0-based rank is below this.
         max_chunk_bytes: bound on the search's temporaries, default 64 MiB; beside them are the sum of the draws in

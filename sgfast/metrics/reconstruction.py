@@ -43,6 +43,6 @@ def percentage_changed_ids(input_ids: Tensor, reconstructed_ids: Tensor, noise_m
             )
         if tensor.device != input_ids.device:
             raise ValueError(f"{name} must be on the device of input_ids, {input_ids.device}; got {tensor.device}")
-    selected = noise_mask != 0
+    selected = validation.as_bool("noise_mask", noise_mask)
     changed = selected & (input_ids != reconstructed_ids)
     return changed.sum(-1, dtype=torch.float32) / selected.sum(-1, dtype=torch.float32)

@@ -132,7 +132,9 @@ def token_divergences(
     blocks = [split_2d(tensor, *sizes) for tensor in (noisy_logits, clean_logits, attention_mask)]
     rows = [
         [
-            divergences(noisy, clean, tuple(UTILITY_DIVERGENCES.values()), top_k=num_logits, mask=mask)
+            divergences(
+                noisy, clean, tuple(UTILITY_DIVERGENCES.values()), top_k=num_logits, support="truncate", mask=mask
+            )
             for noisy, clean, mask in zip(*row, strict=True)
         ]
         for row in zip(*blocks, strict=True)
@@ -146,7 +148,7 @@ def token_divergences(
 def mean_over_sequences(values: Tensor, attention_mask: Tensor) -> Tensor:
     """Mean over attended tokens of each sequence, then over sequences that have one; NaN if none has."""
     validation.check_tensors(values=values, attention_mask=attention_mask)
-    attended = attention_mask != 0
+    attended = validation.as_bool("attention_mask", attention_mask)
     means = _sequence_means(values, attended)
     any_attended = attended.any(-1)
     total = to_float64(exact_sums(torch.where(any_attended, means, 0).flatten()))
@@ -176,7 +178,7 @@ def sequence_utility(
     Args:
         noisy_logits: (..., T, V), float32, bfloat16, float16 or float64.
         clean_logits: of the same shape.
-        attention_mask: (..., T), nonzero = real token. Other positions are not read.
+        attention_mask: (..., T), 1 = real token. Other positions are not read.
         input_ids: (..., T) integers, the tokens: adds the cross-entropies.
         top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
         max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
@@ -225,7 +227,7 @@ def sequence_utility_from_hidden(
         clean_hidden: of the same shape.
         head: from (n, D) hidden states to (n, V) logits: `sgfast.metrics.head.language_model_head(model)`, or any
             function of rows.
-        attention_mask: (..., T), nonzero = real token.
+        attention_mask: (..., T), 1 = real token.
         input_ids: see ``sequence_utility``.
         top_k: see ``sequence_utility``.
         max_chunk_bytes: bound on all temporaries, the logits included; default 256 MiB. At least one token's logits
@@ -317,7 +319,14 @@ def _token_utility(
     """Divergences, agreement and cross-entropies per token; of tokens that are not attended, anything."""
     kinds = tuple(UTILITY_DIVERGENCES.values())
     values = divergences(
-        noisy_logits, clean_logits, kinds, top_k=top_k, mask=attended, labels=labels, max_chunk_bytes=max_chunk_bytes
+        noisy_logits,
+        clean_logits,
+        kinds,
+        top_k=top_k,
+        support="truncate",
+        mask=attended,
+        labels=labels,
+        max_chunk_bytes=max_chunk_bytes,
     )
     per_token = {key: values[kind] for key, kind in UTILITY_DIVERGENCES.items()}
     per_token["next_token_agreement"] = (noisy_logits.argmax(-1) == clean_logits.argmax(-1)).to(torch.float32)

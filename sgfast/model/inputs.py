@@ -56,8 +56,8 @@ def prepare_inputs(
         if mask is not None and mask.shape != shape:
             raise ValueError(f"{name} must have the shape of the tokens, {tuple(shape)}; got {tuple(mask.shape)}")
     everything = torch.ones(shape, dtype=torch.bool, device=device)
-    attended = everything if attention_mask is None else attention_mask != 0
-    selected = attended if noise_mask is None else (noise_mask != 0) & attended
+    attended = everything if attention_mask is None else validation.as_bool("attention_mask", attention_mask)
+    selected = attended if noise_mask is None else validation.as_bool("noise_mask", noise_mask) & attended
     if input_ids is None:
         arguments["inputs_embeds"] = inputs_embeds
     else:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.noise_layer.arguments import check_real
-from sgfast.ops import rows
+from sgfast.ops import rows, validation
 
 _MEASURED_BATCHES = 10
 _RATE = 0.05
@@ -22,7 +22,7 @@ def negative_log_mean(
     Args:
         std: sigma, broadcastable to the input's shape.
         mask: True = suppressed feature, of std's shape.
-        noise_mask: nonzero = transformed, read as `sgfast.ops.apply_noise` reads it; it needs ``shape``.
+        noise_mask: 1 = transformed, read as `sgfast.ops.apply_noise` reads it; it needs ``shape``.
         shape: of the input.
 
     Returns:
@@ -37,7 +37,7 @@ def negative_log_mean(
     kept = None if mask is None else ~mask
     if noise_mask is not None:
         assert shape is not None
-        selected = noise_mask != 0
+        selected = validation.as_bool("noise_mask", noise_mask)
         if selected.shape == shape[: selected.dim()]:
             selected = selected.view(*selected.shape, *[1] * (len(shape) - selected.dim()))
         kept = selected if kept is None else selected & kept

@@ -163,7 +163,7 @@ class NoisyModel(nn.Module):
 
         Args:
             args: the base model's arguments.
-            noise_mask: nonzero = transform; of the leading dimensions of what is transformed, or broadcastable to it.
+            noise_mask: 1 = transform; of the leading dimensions of what is transformed, or broadcastable to it.
                 None transforms everything.
             kwargs: the base model's keyword arguments. An argument that the noise layer estimates with too (an
                 ``attention_mask``, say) is passed on to it.

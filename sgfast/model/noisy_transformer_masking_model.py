@@ -223,8 +223,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
 
         Args:
             input_ids: (B, T); or give ``inputs_embeds`` (B, T, D).
-            attention_mask: (B, T), nonzero = real token; None for all.
-            noise_mask: (B, T), nonzero = transform this token; None for every attended token. Padding is never
+            attention_mask: (B, T), 1 = real token; None for all.
+            noise_mask: (B, T), 1 = transform this token; None for every attended token. Padding is never
                 transformed.
             kwargs: what the base model takes besides. What it does not know, and ``labels``, is dropped, so that a
                 tokenizer wrapper's whole output may be passed.

@@ -133,6 +133,8 @@ class TransformerCloak(BaseNoiseLayer):
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Mean shift and standard deviation of every token, (B, T, D) each; sigma in float32."""
+        if attention_mask is not None and attention_mask.dim() == 2:
+            validation.as_bool("attention_mask", attention_mask)
         if position_ids is None and attention_mask is not None:
             position_ids = position_ids_of(attention_mask)
         arguments = (input, attention_mask, position_ids)

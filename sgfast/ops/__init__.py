@@ -1,4 +1,8 @@
-"""The hot operations: a PyTorch implementation each, a Triton kernel beside it where one is written."""
+"""The hot operations: a PyTorch implementation each, a Triton kernel beside it where one is written.
+
+Masks, here and in all of ``sgfast``, are bool or numbers equal to 0 or 1. Another number is a ValueError on a CPU. On a
+GPU, where looking at values would stop the queue, and in compiled graphs every number but 0 selects.
+"""
 
 from sgfast.ops.divergence import divergences
 from sgfast.ops.gaussian import pairwise_gaussian_kl

@@ -55,8 +55,8 @@ class Choice(NamedTuple):
 
 def check_impl(impl: str | None, source: str = "impl") -> None:
     """Raise ``ValueError`` unless ``impl`` is None or a known implementation."""
-    if impl is not None and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"{source} must be one of {', '.join(IMPLEMENTATIONS)}; got {impl!r}")
+    if impl is not None:
+        validation.check_choice(source, impl, IMPLEMENTATIONS)
 
 
 @contextmanager

@@ -15,9 +15,9 @@ For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and tempe
 
 With hard labels one more, always over the whole vocabulary and at temperature 1:
 
-    label_cross_entropy  − log softmax(x)[label], gradient softmax(x) − onehot(label)
+    label_cross_entropy  − Σ w log softmax(x), gradient softmax(x) − w, w = (1 − ε)·onehot(label) + ε/V
 
-``top_k`` restricts the sums to S, the union of both sides' top-k indices (constant for the gradient):
+``top_k`` restricts the sums to S, the union of both sides' top-k indices or one side's (constant for the gradient):
 
     truncate     the terms in S of the full-vocabulary p and q
     renormalize  softmax over S on both sides
@@ -49,7 +49,11 @@ from sgfast.ops.divergence_chunks import (
     settings_of,
 )
 from sgfast.ops.divergence_options import (
+    TOP_K_OF,
     Support,
+    Temperature,
+    TopKOf,
+    check_label_smoothing,
     check_label_values,
     check_labels,
     check_options,
@@ -68,7 +72,7 @@ def _choice(problem: Problem) -> dispatch.Choice:
 
 @define("divergences", Problem)
 def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (kinds, ...), the top-k support's int32 indices (..., min(2k, V)), −1 where invalid, and row scalars.
+    """Values (kinds, ...), the top-k support's int32 indices (..., min(2k, V) or k), −1 where invalid, and row scalars.
 
     The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the backward of the implementation that ran,
     towards the sides wanted. PyTorch has none with a support: zeros.
@@ -80,9 +84,9 @@ def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     if labels is not None:
         check_label_values(labels, mask, noisy.shape[-1])
     body = forward_of(choice.implementation)
-    shape, size = noisy.shape[:-1], noisy.shape[-1]
+    shape = noisy.shape[:-1]
     settings = settings_of(problem)
-    kept_indices = noisy.new_full((*shape, min(2 * top_k, size)), -1, dtype=torch.int32)
+    kept_indices = noisy.new_full((*shape, problem.support_width), -1, dtype=torch.int32)
     found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=rows.compute_dtype(noisy, clean))
     wanted = (problem.noisy_wanted, problem.clean_wanted)
     for chunk in row_chunks(problem, choice, settings):
@@ -102,10 +106,9 @@ def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 @_forward.register_fake
 def _(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     noisy = problem.noisy
-    shape, size = noisy.shape[:-1], noisy.shape[-1]
     dtype = rows.compute_dtype(noisy, problem.clean)
-    values = noisy.new_empty((len(problem.kinds.split(",")), *shape), dtype=dtype)
-    kept_indices = noisy.new_empty((*shape, min(2 * problem.top_k, size)), dtype=torch.int32)
+    values = noisy.new_empty((len(problem.kinds.split(",")), *noisy.shape[:-1]), dtype=dtype)
+    kept_indices = noisy.new_empty((*noisy.shape[:-1], problem.support_width), dtype=torch.int32)
     return values, kept_indices, values.new_empty(_row_scalars_shape(problem))
 
 
@@ -230,12 +233,14 @@ def divergences(
     kinds: str | Sequence[str],
     *,
     top_k: int | None = None,
-    support: Support = "truncate",
+    top_k_of: TopKOf = "both",
+    support: Support = "tail",
     mask: Tensor | None = None,
     labels: Tensor | None = None,
-    temperature: float | Tensor | tuple[float | Tensor, float | Tensor] = 1.0,
-    beta: float = 0.5,
-    skew: float = 0.1,
+    label_smoothing: float = 0.0,
+    temperature: Temperature = 1.0,
+    beta: float | None = None,
+    skew: float | None = None,
     max_chunk_bytes: int | None = None,
     impl: dispatch.Implementation | None = None,
 ) -> dict[str, Tensor]:
@@ -252,18 +257,23 @@ def divergences(
         kinds: one or more of ``forward_kl``, ``reverse_kl``, ``jeffreys``, ``jensen_shannon``, ``total_variation``,
             ``squared_hellinger``, ``cross_entropy``, ``skew_forward_kl``, ``skew_reverse_kl``. May be empty where
             there are ``labels``.
-        top_k: restrict to the union of both sides' top-k indices (ties: the lower index); None for the whole
-            vocabulary.
-        support: what the restriction means: ``truncate`` (a lower bound that grows with k for the non-KL kinds;
-            the KL and skew kinds may be negative and are not clamped), ``renormalize`` or ``tail``.
-        mask: (...), nonzero = selected. Masked rows are not read; they give 0 and zero gradient.
+        top_k: restrict to S, the top-k indices (ties: the lower index); None for the whole vocabulary.
+        top_k_of: whose top-k make S: the union of ``both`` sides', or those of ``noisy`` or ``clean`` alone.
+        support: what the restriction means: ``tail`` (S and one atom for the rest of the mass: a true divergence, at
+            most the full one), ``truncate`` (a lower bound that grows with k for the non-KL kinds; the KL and skew
+            kinds may be negative, are not clamped, and have a gradient at equal logits) or ``renormalize``. No effect
+            without ``top_k``.
+        mask: (...), bool or numbers equal to 0 or 1, 1 = selected. Masked rows are not read; they give 0 and zero
+            gradient. On a GPU, where looking would stop the queue, any number but 0 selects.
         labels: (...), integers < V; negative = ignored. Adds ``label_cross_entropy``, the noisy side's cross-entropy
             with these hard labels at temperature 1 over the whole vocabulary, from the same pass; 0 where ignored. On
             a GPU a label ≥ V gives NaN.
+        label_smoothing: ε between 0 and 1: the part of the labels' weight that is spread evenly over the vocabulary,
+            as in ``torch.nn.CrossEntropyLoss``. Above 0 it needs ``labels`` and runs in PyTorch.
         temperature: divides both logits; a positive number or a tensor of shape (...). A pair of them, (noisy, clean),
             gives each side its own, in PyTorch. A constant: no gradient.
-        beta: weight of q in the Jensen–Shannon mixture, 0 < beta < 1.
-        skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1.
+        beta: weight of q in the mixture of ``jensen_shannon``, 0 < beta < 1; None: 0.5.
+        skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1; None: 0.1.
         max_chunk_bytes: bound on the PyTorch implementation's temporaries beyond outputs and gradients (at least one
             row); default 8 MiB.
         impl: see ``sgfast.ops.dispatch``.
@@ -271,13 +281,14 @@ def divergences(
     Returns:
         For each kind (and for ``label_cross_entropy`` with ``labels``), values of shape (...) in float32 (float64 if
         an input is), differentiable with respect to both sides; gradients are in the inputs' dtypes. Kept for
-        backward beyond the inputs: 4 float32 scalars and 2 per kind a row; with ``top_k`` 2k int32 indices a row, and
-        those scalars and 4 more where Triton runs.
+        backward beyond the inputs: 4 float32 scalars and 2 per kind a row; with ``top_k`` at most 2k int32 indices a
+        row, and those scalars and 4 more where Triton runs.
 
     Raises:
         TypeError: an argument's type.
-        ValueError: shapes, devices, an unknown kind or support, ``top_k``, ``temperature``, ``beta`` or ``skew`` out
-            of range; on a CPU also a label ≥ V.
+        ValueError: shapes, devices, an unknown name, a number out of range; ``beta`` or ``skew`` where no kind takes
+            it, ``label_smoothing`` without ``labels``; on a CPU also a label ≥ V, and a mask with other numbers than
+            0 and 1.
 
     Example:
         >>> import torch
@@ -289,7 +300,11 @@ def divergences(
     validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
     mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
     labels = check_labels(labels, "noisy_logits", noisy_logits)
-    names = check_options(kinds, support, beta, skew, impl, with_labels=labels is not None)
+    names, beta, skew = check_options(kinds, support, beta, skew, impl, with_labels=labels is not None)
+    validation.check_choice("top_k_of", top_k_of, TOP_K_OF)
+    check_label_smoothing(label_smoothing)
+    if label_smoothing > 0 and labels is None:
+        raise ValueError(f"label_smoothing={label_smoothing} needs labels; got None")
     if top_k is not None:
         topk.check_k("top_k", top_k, noisy_logits.shape[-1])
     if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
@@ -304,9 +319,11 @@ def divergences(
         mask=mask,
         temperature=temperature,
         top_k=top_k or 0,
+        top_k_of=top_k_of,
         support=support,
         beta=beta,
         skew=skew,
+        label_smoothing=float(label_smoothing),
         max_chunk_bytes=max_chunk_bytes,
         impl=impl,
     )
@@ -318,11 +335,11 @@ def masked_divergence(
     support_mask: Tensor,
     kind: str,
     *,
-    support: Support = "truncate",
+    support: Support = "tail",
     mask: Tensor | None = None,
-    temperature: float | Tensor | tuple[float | Tensor, float | Tensor] = 1.0,
-    beta: float = 0.5,
-    skew: float = 0.1,
+    temperature: Temperature = 1.0,
+    beta: float | None = None,
+    skew: float | None = None,
     max_chunk_bytes: int | None = None,
     impl: dispatch.Implementation | None = None,
 ) -> Tensor:
@@ -337,11 +354,11 @@ def masked_divergence(
         clean_logits: of the same shape.
         support_mask: bool, (..., V) or broadcastable to it: True = in S. It is read as it lies, also when broadcast.
         kind: one of `divergences`' kinds.
-        support: ``truncate``, ``renormalize`` or ``tail``.
-        mask: (...), nonzero = selected.
+        support: ``tail``, ``truncate`` or ``renormalize``.
+        mask: (...), bool or numbers equal to 0 or 1, 1 = selected.
         temperature: as in `divergences`.
-        beta: weight of q in the Jensen–Shannon mixture.
-        skew: weight of the first argument in the skew kinds' mixture.
+        beta: weight of q in the mixture of ``jensen_shannon``; None: 0.5.
+        skew: weight of the first argument in the skew kinds' mixture; None: 0.1.
         max_chunk_bytes: bound on temporaries beyond outputs and gradients (at least one row); default 8 MiB.
         impl: ``"triton"`` is refused: there is no kernel.
 
@@ -352,10 +369,11 @@ def masked_divergence(
     validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
     mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
     check_support_mask(support_mask, noisy_logits)
+    names, beta, skew = check_options(kind, support, beta, skew, impl)
     support_mask = support_mask.expand(noisy_logits.shape)
     has_atoms = support_mask.any(-1)
     values = _compute(
-        check_options(kind, support, beta, skew, impl),
+        names,
         noisy_logits,
         clean_logits,
         labels=None,
@@ -363,9 +381,11 @@ def masked_divergence(
         mask=has_atoms if mask is None else mask & has_atoms,
         temperature=temperature,
         top_k=0,
+        top_k_of="both",
         support=support,
         beta=beta,
         skew=skew,
+        label_smoothing=0.0,
         max_chunk_bytes=max_chunk_bytes,
         impl=impl,
     )
@@ -377,7 +397,7 @@ def _compute(
     noisy: Tensor,
     clean: Tensor,
     *,
-    temperature: float | Tensor | tuple[float | Tensor, float | Tensor],
+    temperature: Temperature,
     max_chunk_bytes: int | None,
     **checked: Any,
 ) -> dict[str, Tensor]:
@@ -385,7 +405,6 @@ def _compute(
     dispatch.refuse_forward_mode("divergences", noisy, clean)
     noisy_temperature, clean_temperature = row_temperatures(temperature, noisy, clean)
     noisy_wanted, clean_wanted = (torch.is_grad_enabled() and side.requires_grad for side in (noisy, clean))
-    checked["beta"], checked["skew"] = float(checked["beta"]), float(checked["skew"])
     problem = Problem(
         noisy,
         clean,

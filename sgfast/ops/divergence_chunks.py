@@ -29,6 +29,7 @@ def settings_of(problem: Problem) -> Settings:
         problem.skew,
         labelled and bool((temperature == 1).all()),
         problem.clean_temperature is not None,
+        problem.label_smoothing,
     )
 
 
@@ -46,7 +47,7 @@ def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) ->
     elif choice.implementation == "compile":
         count += compiled_temporaries(settings, dtype)
     else:
-        count += temporaries(settings, min(2 * top_k, size) / size, converted=logits.dtype != dtype)
+        count += temporaries(settings, problem.support_width / size, converted=logits.dtype != dtype)
     row_bytes = math.ceil(size * dtype.itemsize * count)
     if mask is None:
         row_bytes += rows.copied_bytes(logits) + rows.copied_bytes(problem.clean)
@@ -67,9 +68,9 @@ def temporaries(settings: Settings, selected: float, converted: bool) -> float:
     """
     kinds = min(len(settings.kinds), 5)
     if settings.support == "full":
-        return 12 + kinds + 3 * (kinds > 3) + 2 * converted
+        return 12 + kinds + 3 * (kinds > 3) + (settings.label_smoothing > 0) + 2 * converted
     whole = 5 if settings.support == "tail" or LABEL_KIND in settings.kinds else 4
-    return whole + 2 * converted + (17 + kinds) * selected
+    return whole + (settings.label_smoothing > 0) + 2 * converted + (17 + kinds) * selected
 
 
 def masked_temporaries(settings: Settings) -> float:
@@ -135,7 +136,7 @@ def read_support(
     if kept_indices is not None:
         return topk.unpack_union(rows.read_rows(kept_indices, chunk))
     find_support = topk.union_finder(choice.implementation, problem.noisy.device)
-    return find_support(noisy_rows, clean_rows, problem.top_k)
+    return find_support(noisy_rows, clean_rows, problem.top_k, problem.top_k_of)
 
 
 def indices_of_mask(support_mask: Tensor) -> tuple[Tensor, Tensor]:

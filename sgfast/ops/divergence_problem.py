@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from sgfast.ops import topk
+
 
 class Problem(NamedTuple):
     """The arguments of the operator ``sgfast::divergences``; backward's has them too."""
@@ -17,9 +19,11 @@ class Problem(NamedTuple):
     clean_temperature: Tensor | None  # likewise, where the clean side has its own
     kinds: str  # joined by commas; that of hard labels is the last
     top_k: int  # 0: no top-k support
+    top_k_of: str
     support: str
     beta: float
     skew: float
+    label_smoothing: float
     max_chunk_bytes: int
     impl: str | None
     noisy_wanted: bool
@@ -29,3 +33,8 @@ class Problem(NamedTuple):
     def has_support(self) -> bool:
         """Whether the sums are restricted."""
         return self.top_k > 0 or self.support_mask is not None
+
+    @property
+    def support_width(self) -> int:
+        """How many indices a top-k support has, padding included."""
+        return topk.support_width(self.top_k, self.top_k_of, self.noisy.shape[-1])

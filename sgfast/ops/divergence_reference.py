@@ -55,6 +55,10 @@ def _values(
     values = [_definition(kind, a, b, settings).sum(-1) for kind in settings.kinds if kind != LABEL_KIND]
     if labels is not None:
         at_label = noisy.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        if settings.label_smoothing > 0:
+            at_label = (1 - settings.label_smoothing) * at_label + settings.label_smoothing * noisy.mean(-1)
+        if settings.label_smoothing > 0:
+            at_label = (1 - settings.label_smoothing) * at_label + settings.label_smoothing * noisy.mean(-1)
         values.append(torch.where(labels < 0, 0, noisy.logsumexp(-1) - at_label))
     return torch.stack(values)
 

@@ -34,6 +34,7 @@ class Settings(NamedTuple):
     skew: float
     unit_temperature: bool = False  # the temperature is known to be 1: the labels' softmax is that of the kinds
     paired: bool = False  # each side has a temperature of its own
+    label_smoothing: float = 0.0
 
     @property
     def divergences(self) -> tuple[str, ...]:
@@ -238,7 +239,7 @@ def forward_rows(
     if labels is not None:
         at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, rows.compute_dtype(noisy, clean))
         none = torch.zeros_like(at_temperature_1.sum)
-        sums.append(_label_cross_entropy(at_temperature_1, labels))
+        sums.append(_label_cross_entropy(at_temperature_1, labels, settings.label_smoothing))
         row_scalars = row_scalars or [at_temperature_1.maximum, at_temperature_1.sum, none, none]
         row_scalars += [at_temperature_1.sum, none]
     return torch.cat(sums + row_scalars, -1)
@@ -294,7 +295,7 @@ def backward_rows(
                 )
     if labels is not None and gradients[0] is not None:
         at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, dtype, None if kept is None else kept[-2])
-        _add_label_gradient(gradients[0], at_temperature_1, labels, upstream[-1])
+        _add_label_gradient(gradients[0], at_temperature_1, labels, upstream[-1], settings.label_smoothing)
     return gradients
 
 
@@ -428,18 +429,27 @@ def _at_temperature_1(
     return _side(side.logits, 1.0, dtype, None if kept_sum is None else (side.maximum, kept_sum))
 
 
-def _label_cross_entropy(noisy: _Side, labels: Tensor) -> Tensor:
-    """−log softmax(noisy)[label], (rows, 1): 0 for a negative label, NaN for one outside the vocabulary."""
+def _label_cross_entropy(noisy: _Side, labels: Tensor, smoothing: float) -> Tensor:
+    """−log softmax(noisy)[label], (rows, 1): 0 for a negative label, NaN for one outside the vocabulary.
+
+    A part of it, ``smoothing``, is the mean over the vocabulary in place of the label's.
+    """
     at_label = noisy.logits.gather(-1, labels.clamp(0, noisy.logits.shape[-1] - 1))
-    values = noisy.sum.log() + (noisy.maximum - at_label)
+    distance = noisy.maximum - at_label
+    if smoothing > 0:
+        mean_distance = (noisy.maximum - noisy.logits).mean(-1, keepdim=True)
+        distance = mean_distance if smoothing == 1 else (1 - smoothing) * distance + smoothing * mean_distance
+    values = noisy.sum.log() + distance
     return torch.where(labels < 0, 0, values) + _nan_outside(labels, noisy)
 
 
-def _add_label_gradient(gradient: Tensor, noisy: _Side, labels: Tensor, upstream: Tensor) -> None:
-    """Add upstream · (softmax(noisy) − onehot(label))."""
+def _add_label_gradient(gradient: Tensor, noisy: _Side, labels: Tensor, upstream: Tensor, smoothing: float) -> None:
+    """Add upstream · (softmax(noisy) − (1 − smoothing)·onehot(label) − smoothing / V)."""
     weight = torch.where(labels < 0, 0, upstream[:, None] + _nan_outside(labels, noisy))
     gradient.addcmul_(noisy.probabilities, weight)
-    gradient.scatter_add_(-1, labels.clamp(0, gradient.shape[-1] - 1), -weight)
+    if smoothing > 0:
+        gradient.sub_(weight * (smoothing / gradient.shape[-1]))
+    gradient.scatter_add_(-1, labels.clamp(0, gradient.shape[-1] - 1), weight * (smoothing - 1))
 
 
 def _nan_outside(labels: Tensor, noisy: _Side) -> Tensor:

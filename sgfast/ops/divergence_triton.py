@@ -31,12 +31,15 @@ def refusal(
     top_k: int | None = None,
     mask: Tensor | None = None,
     temperature: float | Tensor | tuple[Any, Any] = 1.0,
+    label_smoothing: float = 0.0,
     **_: Any,
 ) -> str | None:
     """Why the kernels cannot run on these arguments of `divergences`, or None."""
     if isinstance(temperature, tuple):
         return "a temperature for each side (the kernels take one for both)"
     reason = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
+    if reason is None and label_smoothing > 0:
+        reason = f"label_smoothing={label_smoothing} (the kernels have hard labels only)"
     if reason is None and top_k:
         reason = topk.triton_size_refusal(top_k, noisy_logits.shape[-1])
     return reason or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
@@ -48,7 +51,13 @@ def refusal_of(problem: Problem) -> str | None:
         return "a support_mask runs in PyTorch"
     if problem.clean_temperature is not None:
         return refusal(problem.noisy, problem.clean, temperature=(problem.temperature, problem.clean_temperature))
-    return refusal(problem.noisy, problem.clean, top_k=problem.top_k, mask=problem.mask)
+    return refusal(
+        problem.noisy,
+        problem.clean,
+        top_k=problem.top_k,
+        mask=problem.mask,
+        label_smoothing=problem.label_smoothing,
+    )
 
 
 def row_scalar_count(kinds: list[str], top_k: int) -> int:
@@ -70,7 +79,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         return values, no_indices, scalars
     if problem.labels is None:
         found: tuple[Tensor, Tensor, Tensor] = kernels.divergence_topk_forward(
-            *read, problem.top_k, problem.support, kinds, *weights
+            *read, problem.top_k, problem.support, kinds, *weights, problem.top_k_of
         )
         return found
     values, indices, scalars = forward(_without_labels(problem))

@@ -261,7 +261,7 @@ def pairwise_gaussian_kl(
         std_a: of ``mean_a``'s shape, positive wherever it is used.
         mean_b: (B, T, D).
         std_b: of ``mean_b``'s shape.
-        mask_a: (A, T) or, to select single features, (A, T, D); nonzero = used. What is masked never reaches a result
+        mask_a: (A, T) or, to select single features, (A, T, D); 1 = used. What is masked never reaches a result
             or a gradient, NaN included.
         mask_b: (B, T) or (B, T, D).
         combine_masks: a pair uses what both masks select; False: what ``mask_a`` selects, whatever ``mask_b`` says.
@@ -311,7 +311,7 @@ def pairwise_gaussian_kl(
 
 
 def _feature_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) -> Tensor | None:
-    """Check a mask of positions, (n, T), or of features, (n, T, D), and return it as bool (nonzero = used)."""
+    """Check a mask of positions, (n, T), or of features, (n, T, D), and return it as bool."""
     if mask is None:
         return None
     validation.check_tensor(name, mask, "a torch.Tensor or None", like)
@@ -321,4 +321,4 @@ def _feature_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) 
             f"got {tuple(mask.shape)}"
         )
     validation.check_device(name, mask, like_name, like)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return validation.as_bool(name, mask)

@@ -287,7 +287,7 @@ def hidden_distances(
     Args:
         noisy: (..., D), float32, bfloat16, float16 or float64; row-strided views are read in place.
         clean: of the same shape.
-        mask: (...), nonzero = selected. Masked rows are not read; they give 0 in every field and zero gradient.
+        mask: (...), 1 = selected. Masked rows are not read; they give 0 in every field and zero gradient.
         eps: lower bound of ‖clean‖ in ``normalized_l2``.
         impl: see ``sgfast.ops.dispatch``.
 

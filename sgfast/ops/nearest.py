@@ -188,5 +188,4 @@ def _check_pair(queries: Tensor, table: Tensor, metric: str) -> None:
     if queries.dim() == 0 or queries.shape[-1] != table.shape[1]:
         raise ValueError(f"queries must have shape (..., {table.shape[1]}) as table; got {tuple(queries.shape)}")
     validation.check_device("table", table, "queries", queries)
-    if metric not in METRICS:
-        raise ValueError(f"metric must be one of {', '.join(METRICS)}; got {metric!r}")
+    validation.check_choice("metric", metric, METRICS)

@@ -336,9 +336,9 @@ def apply_noise(
         seed: of eps = ``standard_normal(input.shape, seed, offset=offset)``, see there. The draw depends on an
             element's index only, not on strides or masks.
         offset: how many groups of four draws to skip.
-        noise_mask: nonzero = transform; None transforms everything. A mask with the shape of the input's leading
+        noise_mask: 1 = transform; None transforms everything. A mask with the shape of the input's leading
             dimensions covers those; any other shape must broadcast to the input.
-        keep_mask: nonzero = keep the feature; elsewhere the mean alone replaces it. It broadcasts to the input.
+        keep_mask: 1 = keep the feature; elsewhere the mean alone replaces it. It broadcasts to the input.
         value_range: (low or None, high or None), a clamp on transformed elements; outside it their gradient is 0.
         impl: see ``sgfast.ops.dispatch``.
 
@@ -382,7 +382,7 @@ def _boolean_mask(name: str, mask: Tensor | None, input: Tensor) -> Tensor | Non
     if mask is None:
         return None
     validation.check_tensor(name, mask, "a torch.Tensor or None", input)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return validation.as_bool(name, mask)
 
 
 def _over_leading(noise_mask: Tensor | None, input: Tensor) -> Tensor | None:

@@ -48,23 +48,32 @@ def _top_k_set(logits: Tensor, k: int) -> Tensor:
     return indices
 
 
-def union_of_top_k(noisy: Tensor, clean: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def support_width(k: int, top_k_of: str, size: int) -> int:
+    """How many indices the top k of one side, or the union of both sides', have at most."""
+    return min(2 * k, size) if top_k_of == "both" else k
+
+
+def union_of_top_k(noisy: Tensor, clean: Tensor, k: int, top_k_of: str = "both") -> tuple[Tensor, Tensor]:
     """Union of both sides' top-k: ascending indices (rows, min(2k, V)) and which of them are valid.
 
-    Padding repeats the row's last valid index, so that every entry is an index of the union.
+    Padding repeats the row's last valid index, so that every entry is an index of the union. With ``top_k_of`` of one
+    side, ``noisy`` or ``clean``: that side's top-k alone, (rows, k), all valid.
     """
     size = noisy.shape[-1]
+    if top_k_of != "both":
+        indices = _top_k_set(noisy if top_k_of == "noisy" else clean, k).sort(dim=-1).values
+        return indices, torch.ones_like(indices, dtype=torch.bool)
     both = torch.cat([_top_k_set(noisy, k), _top_k_set(clean, k)], dim=-1).sort(dim=-1).values
     first = torch.ones_like(both, dtype=torch.bool)
     first[:, 1:] = both[:, 1:] != both[:, :-1]
     place = first.cumsum(-1) - 1  # among the union; the second of two equal indices goes where the first does
-    width = min(2 * k, size)
+    width = support_width(k, top_k_of, size)
     union = both[:, -1:].repeat(1, width).scatter_(-1, place, both)
     valid = torch.arange(width, device=both.device) <= place[:, -1:]
     return union, valid
 
 
-def union_finder(implementation: str, device: torch.device) -> Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]:
+def union_finder(implementation: str, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
     """`union_of_top_k`, compiled if asked for, but on a CPU: compiled, it makes a key of every logit there."""
     return dispatch.implementation_of(union_of_top_k, "torch" if device.type == "cpu" else implementation)
 

@@ -1,5 +1,7 @@
 """Checks at the door, shared by the operations: shapes, dtypes and devices only, never values on a GPU."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -88,7 +90,7 @@ def check_device(name: str, tensor: Tensor, other_name: str, other: Tensor) -> N
 
 
 def row_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) -> Tensor | None:
-    """Check a mask of ``like``'s shape without its last dimension and return it as bool (nonzero = selected)."""
+    """Check a mask of ``like``'s shape without its last dimension and return it as bool."""
     if mask is None:
         return None
     check_tensor(name, mask, "a torch.Tensor or None", like)
@@ -98,7 +100,63 @@ def row_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) -> Te
             f"{tuple(like.shape[:-1])}; got {tuple(mask.shape)}"
         )
     check_device(name, mask, like_name, like)
-    return mask if mask.dtype == torch.bool else mask != 0
+    return as_bool(name, mask)
+
+
+def as_bool(name: str, mask: Tensor) -> Tensor:
+    """Return a mask as bool: the one place that says what a mask is, bool or numbers equal to 0 or 1.
+
+    Other numbers are refused where looking at them is free (`values_are_at_hand`); elsewhere all but 0 select.
+
+    Raises:
+        TypeError: not a tensor, or of complex numbers.
+        ValueError: a number that is neither 0 nor 1.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor; got {type(mask).__name__}")
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_complex():
+        raise TypeError(f"{name} must be bool or real numbers; got {mask.dtype}")
+    selected = mask != 0
+    if values_are_at_hand(mask):
+        wrong = selected & (mask != 1)
+        if wrong.any():
+            raise ValueError(
+                f"{name} must be bool, or numbers equal to 0 or 1; got {mask[wrong][0].item():.6g}. "
+                "A mask selects positions; numbers that weigh them are DivergenceLoss's weights"
+            )
+    return selected
+
+
+def values_are_at_hand(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be looked at: on a CPU, and not while a graph is traced or rows are vectorized.
+
+    On a GPU looking would stop the queue.
+    """
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None  # make_fx
+        and type(tensor) in (Tensor, torch.nn.Parameter)  # a fake tensor has no values
+        and not torch._C._functorch.is_batchedtensor(tensor)
+    )
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
+    """Check for one of the allowed names; the message suggests what a wrong one may have meant."""
+    names = tuple(allowed)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}{did_you_mean(value, names)}")
+
+
+def did_you_mean(value: object, allowed: Iterable[str]) -> str:
+    """A sentence with the allowed names that are close to a wrong one, or nothing."""
+    names = tuple(allowed)
+    if not isinstance(value, str) or not value:
+        return ""
+    close = difflib.get_close_matches(value.lower(), names, n=2) or [name for name in names if value.lower() in name]
+    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def check_number(name: str, value: float) -> None:

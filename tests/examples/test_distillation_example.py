@@ -55,7 +55,7 @@ def test_a_swapped_loss_keeps_nothing_for_backward(before, after):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            value = loss(student[:, :-1], teacher[:, :-1], labels[:, 1:])
+            value = loss(student[:, :-1], teacher[:, :-1], labels=labels[:, 1:])
         kept.append(sum(size for storage, size in storages.items() if storage not in inputs) / student.numel())
         del value
     assert kept[0] > 7  # two copies of the logits at least

@@ -120,7 +120,7 @@ def test_evaluation_uses_the_same_loss(tmp_path):
     batch = {name: torch.stack([example[name] for example in examples()[:5]]) for name in examples()[0]}
     labels = batch.pop("labels")
     with torch.no_grad():
-        expected = LOSS(student(**batch).logits[:, :-1], teacher(**batch).logits[:, :-1], labels[:, 1:])
+        expected = LOSS(student(**batch).logits[:, :-1], teacher(**batch).logits[:, :-1], labels=labels[:, 1:])
     assert evaluating.evaluate()["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
@@ -138,7 +138,7 @@ def test_aligned_labels_and_positional_inputs():
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     compute_loss = distillation_compute_loss(student, teacher, LOSS, shift_labels=False)
     value = compute_loss(student(features), labels, num_items_in_batch=torch.tensor(12))
-    expected = LOSS(student.head(features), teacher.head(features), labels) / 2
+    expected = LOSS(student.head(features), teacher.head(features), labels=labels) / 2
     torch.testing.assert_close(value, expected)
     value.backward()
     assert teacher.head.weight.grad is None
@@ -155,7 +155,7 @@ def test_outputs_that_are_no_model_output(wrap):
     labels = torch.tensor([0, 1, 2, 0, 1, 2])
     compute_loss = distillation_compute_loss(student, lambda x: wrap(head(x)), LOSS, shift_labels=False)
     value = compute_loss(wrap(student(features)), labels)
-    torch.testing.assert_close(value, LOSS(student(features), head(features), labels), rtol=0, atol=0)
+    torch.testing.assert_close(value, LOSS(student(features), head(features), labels=labels), rtol=0, atol=0)
     compute_loss = distillation_compute_loss(student, lambda x: (), LOSS)
     student(features)
     with pytest.raises(TypeError, match="the teacher's output must have logits; got tuple"):
@@ -178,7 +178,7 @@ def test_the_backward_makes_one_gradient_of_the_logits():
     student, teacher, input_ids = Logits(2, 9, 5000), Logits(2, 9, 5000), torch.randint(5000, (2, 9))
     compute_loss = distillation_compute_loss(student, teacher, LOSS)
     value = compute_loss(student(input_ids), input_ids)
-    expected = LOSS(student.logits[:, :-1], teacher.logits[:, :-1], input_ids[:, 1:])
+    expected = LOSS(student.logits[:, :-1], teacher.logits[:, :-1], labels=input_ids[:, 1:])
     torch.testing.assert_close(value, expected)
     outputs = student(input_ids)
     value = compute_loss(outputs, input_ids)
@@ -206,7 +206,7 @@ def test_a_student_that_is_its_own_teacher():
     compute_loss = distillation_compute_loss(student, teacher, DivergenceLoss("jensen_shannon"))
     value = compute_loss(student(**batch), labels)
     logits = student(**batch).logits[:, :-1]
-    expected = DivergenceLoss("jensen_shannon")(logits, 2 * logits.detach(), labels[:, 1:])
+    expected = DivergenceLoss("jensen_shannon")(logits, 2 * logits.detach(), labels=labels[:, 1:])
     torch.testing.assert_close(value, expected, rtol=1e-5, atol=1e-7)
     fresh = distillation_compute_loss(student, teacher, DivergenceLoss("jensen_shannon"))
     with pytest.raises(RuntimeError, match="needs a forward pass of the student since its last call"):

@@ -107,6 +107,18 @@ def test_a_loss_mask_on_another_device_is_refused(make_noisy_model, batch):
         loss_function(batch["loss_mask"].to("meta"))
 
 
+def test_a_loss_mask_that_weighs_is_refused(make_noisy_model, batch):
+    factory, arguments = CASES["distillation"]
+    noisy_model = make_noisy_model().train()
+    loss_function, _, _ = factory(noisy_model, **arguments)
+    noisy_model(**batch)
+    with pytest.raises(ValueError, match=r"loss_mask must be bool, or numbers equal to 0 or 1; got 0\.5"):
+        loss_function(batch["loss_mask"] * 0.5)
+    for name in ("attention_mask", "noise_mask"):
+        with pytest.raises(ValueError, match=rf"{name} must be bool, or numbers equal to 0 or 1; got 0\.5"):
+            noisy_model(**(batch | {name: batch[name] * 0.5}))
+
+
 def test_each_loss_keeps_the_outputs_that_it_reads_and_no_others(make_noisy_model, batch):
     noisy_model = make_noisy_model()
     first = noisy_model.attach(layers=frozenset({1}))

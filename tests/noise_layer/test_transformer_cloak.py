@@ -120,6 +120,8 @@ def test_padding_on_either_side_changes_no_real_token(family, side, embeddings):
     output.sum().backward()
     assert all(parameter.grad.isfinite().all() for parameter in layer.parameters() if parameter.grad is not None)
     assert torch.equal(output[0, attention_mask[0] == 0], padded[0, attention_mask[0] == 0])
+    with pytest.raises(ValueError, match=r"attention_mask must be bool, or numbers equal to 0 or 1; got 0\.5"):
+        layer(padded, attention_mask != 0, attention_mask=attention_mask * 0.5)
     layer(embeddings[:1, real])
     torch.testing.assert_close(mean[:1, real], layer.mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(std[:1, real], layer.std, rtol=1e-4, atol=1e-5)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sgfast.loss.divergences import _divergence
 from sgfast.ops import dispatch, divergences
+from sgfast.ops.divergence import masked_divergence
 from sgfast.ops.divergence_terms import KINDS
 from tests.ops.divergence_oracle import exact, top_k_mask
 
@@ -92,6 +92,9 @@ def make(seed: int, widths: tuple[int, ...] = WIDTHS, impl: str = "torch") -> Ca
     limit = torch.finfo(dtype).max
     noisy, clean = (torch.stack(side).clamp(max=limit).to(dtype) for side in sides)
     temperature = torch.tensor([choice.choice([0.1, 0.5, 1.0, 1.0, 1.0, 2.0, 10.0]) for _ in range(rows)])
+    other_temperature = temperature
+    if choice.random() < 0.15 and not kernels:
+        other_temperature = torch.tensor([choice.choice([0.5, 1.0, 3.0]) for _ in range(rows)])
     support = choice.choice(["full", "tail", "truncate", "renormalize"])
     top_k, support_mask = None, None
     if support != "full":
@@ -104,11 +107,12 @@ def make(seed: int, widths: tuple[int, ...] = WIDTHS, impl: str = "torch") -> Ca
                 for side in (noisy, clean):
                     support_mask.scatter_(-1, side.argmax(-1, keepdim=True), True)
     beta, skew = (choice.choice([0.5, 0.3, 0.1, 0.9, 1e-2, 1e-4, 2e-8, 1 - 1e-4]) for _ in range(2))
-    words.append(f"{tuple(noisy.shape)} {dtype} T={temperature.tolist()} {support} top_k={top_k} {beta=} {skew=}")
+    words.append(f"{tuple(noisy.shape)} {dtype} T={temperature.tolist()}, {other_temperature.tolist()}")
+    words.append(f"{support} top_k={top_k} {beta=} {skew=}")
     return Case(
         noisy,
         clean,
-        (temperature, temperature),
+        (temperature, other_temperature),
         top_k,
         support_mask,
         support,
@@ -118,20 +122,27 @@ def make(seed: int, widths: tuple[int, ...] = WIDTHS, impl: str = "torch") -> Ca
     )
 
 
+def _mixture(kind: str, case: Case) -> dict[str, float]:
+    if kind == "jensen_shannon":
+        return {"beta": case.beta}
+    return {"skew": case.skew} if kind.startswith("skew_") else {}
+
+
 def errors(case: Case, impl: str, kinds: tuple[str, ...] = KINDS) -> dict[str, float]:
     """Worst error over rows, by kind: of the value, and of each gradient, as a multiple of what is promised."""
     noisy, clean = (side.clone().requires_grad_() for side in (case.noisy, case.clean))
     options = {
         "support": "tail" if case.support == "full" else case.support,
-        "temperature": case.temperatures[0],
-        "beta": case.beta,
-        "skew": case.skew,
+        "temperature": case.temperatures[0] if case.temperatures[0] is case.temperatures[1] else case.temperatures,
         "impl": impl,
     }
+    mixtures = {kind: _mixture(kind, case) for kind in kinds}
     if case.support_mask is None:
-        values = divergences(noisy, clean, kinds, top_k=case.top_k, **options)
+        together = {name: weight for mixture in mixtures.values() for name, weight in mixture.items()}
+        values = divergences(noisy, clean, kinds, top_k=case.top_k, **options, **together)
     else:
-        values = {kind: _divergence(kind, noisy, clean, case.support_mask, None, **options) for kind in kinds}
+        read = (noisy, clean, case.support_mask)
+        values = {kind: masked_divergence(*read, kind, **options, **mixtures[kind]) for kind in kinds}
     wide = [side.double() for side in (case.noisy, case.clean)]
     wide_temperatures = tuple(temperature.double() for temperature in case.temperatures)
     mask = case.support_mask

@@ -174,7 +174,7 @@ MASKS = {
     "features": (random_mask(4, 6, 8), random_mask(3, 6, 8)),
     "features of a": (random_mask(4, 6, 8), random_mask(3, 6)),
     "positions of b": (None, random_mask(3, 6)),
-    "integers": (random_mask(4, 6).int() * 3, random_mask(3, 6).float()),
+    "integers": (random_mask(4, 6).int(), random_mask(3, 6).float()),
     "an empty row": (torch.arange(4)[:, None] * torch.ones(4, 6) > 0, None),
     "nothing": (torch.zeros(4, 6), torch.ones(3, 6)),
 }

@@ -58,6 +58,7 @@ def divergence_topk_forward(
     kinds: Sequence[str],
     beta: float,
     skew: float,
+    top_k_of: str = "both",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return values, indices (int32, ascending, then −1) and row scalars (see the module).
 
@@ -71,11 +72,12 @@ def divergence_topk_forward(
         kinds: names among ``KINDS``, each once; any number in one launch.
         beta: weight of the clean side in the Jensen–Shannon mixture.
         skew: weight of the first side in the mixtures of the skew kinds.
+        top_k_of: as in ``top_k_union``.
     """
     rows, width, shape = row_count(noisy), noisy.shape[-1], noisy.shape[:-1]
     row_scalars = noisy.new_empty((ROW_SCALARS + 2 * len(kinds), *shape), dtype=torch.float32)
     values = noisy.new_empty((len(kinds), *shape), dtype=torch.float32)
-    union, masses = top_k_union(noisy, clean, mask, temperature, top_k)
+    union, masses = top_k_union(noisy, clean, mask, temperature, top_k, top_k_of)
     if rows > 0:
         tile = rows_and_atoms(union.shape[-1])
         with on_device_of(noisy):

@@ -40,7 +40,7 @@ def group_columns(width: int, k: int) -> int:
 
 
 def top_k_union(
-    noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Tensor, k: int
+    noisy: Tensor, clean: Tensor, mask: Tensor | None, temperature: Tensor, k: int, top_k_of: str = "both"
 ) -> tuple[Tensor, Tensor]:
     """Return the union of both sides' top-k indices, and ``MASSES`` of both sides.
 
@@ -50,6 +50,8 @@ def top_k_union(
         mask: (...) bool, True = selected, or None.
         temperature: (...), positive; a number expanded to that shape is read as a number.
         k: how many of each side, at most MAX_TOP_K.
+        top_k_of: ``both``, or ``noisy`` or ``clean`` for that side's top-k alone, (..., k). The other side then has no
+            first k: all its logits count as outside, the k-th is +inf.
 
     Returns:
         int32 (..., min(2k, V)): ascending, then −1; all −1 in masked rows. And float32 (2, MASSES, ...), not written
@@ -58,11 +60,18 @@ def top_k_union(
     rows, width = row_count(noisy), noisy.shape[-1]
     selected = noisy.new_empty((2, rows, k), dtype=torch.int32)
     masses = noisy.new_empty((2, MASSES, *noisy.shape[:-1]), dtype=torch.float32)
-    union = noisy.new_empty((*noisy.shape[:-1], min(2 * k, width)), dtype=torch.int32)
+    size = min(2 * k, width) if top_k_of == "both" else k
+    union = noisy.new_empty((*noisy.shape[:-1], size), dtype=torch.int32)
     if rows > 0:
         with on_device_of(noisy):
             for i, side in enumerate((noisy, clean)):
                 _select(side, mask, temperature, selected[i], masses[i])
+            if top_k_of != "both":
+                chosen = ("noisy", "clean").index(top_k_of)
+                masses[1 - chosen, 2:4] = masses[1 - chosen, :2]
+                masses[1 - chosen, 4] = torch.inf
+                union.view(rows, k).copy_(selected[chosen])
+                return (union if mask is None else union.masked_fill_(~mask[..., None], -1)), masses
             _union_kernel[(rows,)](
                 rows_of(mask),
                 selected,

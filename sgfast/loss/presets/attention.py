@@ -28,7 +28,7 @@ def att_mse_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None =
     Args:
         attention_S: (B, H, L, L); without a mask also (B, L, L).
         attention_T: of the same shape. Gradients reach both sides.
-        mask: (B, L), nonzero = a real token.
+        mask: (B, L), 1 = a real token.
 
     Returns:
         A scalar, float32 or float64.
@@ -53,7 +53,7 @@ def att_mse_sum_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | No
     Args:
         attention_S: (B, H, L, L), or (B, L, L).
         attention_T: of the same rank; only H may differ.
-        mask: (B, L), nonzero = a real token.
+        mask: (B, L), 1 = a real token.
 
     Returns:
         A scalar, float32 or float64.
@@ -81,7 +81,7 @@ def att_ce_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = 
     Args:
         attention_S: (B, H, L, L); without a mask also (B, L, L).
         attention_T: of the same shape. Gradients reach both sides.
-        mask: (B, L), nonzero = a real token.
+        mask: (B, L), 1 = a real token.
 
     Returns:
         A scalar, float32 or float64.
@@ -106,7 +106,7 @@ def att_ce_mean_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | No
     Args:
         attention_S: (B, H, L, L), or (B, L, L).
         attention_T: of the same rank; only H may differ.
-        mask: (B, L), nonzero = a real token.
+        mask: (B, L), 1 = a real token.
 
     Returns:
         A scalar, float32 or float64.

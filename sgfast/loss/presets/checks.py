@@ -15,6 +15,7 @@ def check_mask(mask: Tensor | None, shape: torch.Size, like_name: str, *states: 
         raise ValueError(f"mask must have shape {tuple(shape)} for this {like_name}; got {tuple(mask.shape)}")
     for state in states:
         validation.check_device("mask", mask, like_name, state)
+    validation.as_bool("mask", mask)
 
 
 def mask_weights(mask: Tensor, *states: Tensor) -> Tensor:
@@ -33,5 +34,5 @@ def mean(values: Tensor) -> Tensor:
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Mean of the values where the mask is not zero; elsewhere they must be 0. An empty selection gives 0."""
+    """Mean of the values where the mask is 1; elsewhere they must be 0. An empty selection gives 0."""
     return mean(values) if mask is None else over(values.sum(), (mask != 0).sum())

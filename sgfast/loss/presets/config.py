@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sgfast.loss.presets import registry
+from sgfast.ops import validation
 
 Layers = int | list[int]
 
@@ -34,8 +35,7 @@ class IntermediateMatch:
     proj: list[Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.feature not in registry.FEATURES:
-            raise ValueError(f"feature must be one of {', '.join(registry.FEATURES)}; got {self.feature!r}")
+        validation.check_choice("feature", self.feature, registry.FEATURES)
         for name, layers in (("layer_T", self.layer_T), ("layer_S", self.layer_S)):
             indices = layers if isinstance(layers, list | tuple) else [layers]
             if not indices or not all(isinstance(index, int) and not isinstance(index, bool) for index in indices):

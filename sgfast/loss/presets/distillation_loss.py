@@ -37,7 +37,7 @@ class DistillationLoss(nn.Module):
         Both arguments are dictionaries as TextBrewer's adaptors give them, every key optional:
 
         * ``logits``: (B, L, V) or (B, V), or a list of them, one for each head;
-        * ``logits_mask``: (B, L), nonzero = selected, or a list. Has no effect on (B, V). Give both sides the same
+        * ``logits_mask``: (B, L), 1 = selected, or a list. Has no effect on (B, V). Give both sides the same
           tensor where it is the same mask: the rows are then read in place; two different masks select each its own
           rows (as many on both sides), which copies them and stops a GPU's queue. One side's mask counts for both;
         * ``labels``: from the student, (B, L) or (B,), for ``probability_shift``; below 0 = none;
@@ -179,8 +179,7 @@ class DistillationLoss(nn.Module):
 
 
 def _look_up(what: str, name: str, known: Mapping[str, Any]) -> Any:
-    if name not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}; got {name!r}")
+    validation.check_choice(what, name, known)
     return known[name]
 
 

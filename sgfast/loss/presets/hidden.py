@@ -21,7 +21,7 @@ def hid_mse_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -
     Args:
         state_S: (B, L, D).
         state_T: of the same shape (project the student where widths differ). Gradients reach both sides.
-        mask: (B, L), nonzero = a real token; fractional masks weigh.
+        mask: (B, L), 1 = a real token.
 
     Returns:
         A scalar, float32 or float64.
@@ -52,7 +52,7 @@ def cos_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Te
     Args:
         state_S: (B, L, D).
         state_T: of the same shape (project the student where widths differ). Gradients reach both sides.
-        mask: (B, L); every nonzero counts as 1.
+        mask: (B, L), 1 = a real token.
 
     Returns:
         A scalar, float32 or float64.

@@ -21,7 +21,7 @@ def kd_mse_loss(
         logits_S: (..., V), float32, bfloat16, float16 or float64; computed in float32 (float64 if a side is).
         logits_T: of the same shape. Gradients reach both sides.
         temperature: a positive number, or a tensor of shape () or (...), not zero.
-        mask: (...), nonzero = selected rows; the others are not read. None selects all.
+        mask: (...), 1 = selected rows; the others are not read. None selects all.
 
     Returns:
         A scalar, float32 or float64; 0 where no row is selected.
@@ -54,7 +54,7 @@ def kd_ce_loss(
         logits_S: (..., V), float32, bfloat16, float16 or float64; computed in float32 (float64 if a side is).
         logits_T: of the same shape. Gradients reach both sides.
         temperature: a positive number, or a tensor of shape () or (...), not zero.
-        mask: (...), nonzero = selected rows; the others are not read. None selects all.
+        mask: (...), 1 = selected rows; the others are not read. None selects all.
 
     Returns:
         A scalar, float32 or float64; 0 where no row is selected.

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sgfast.loss.presets import registry
 from sgfast.loss.presets.config import DistillationConfig, is_none
+from sgfast.ops import validation
 
 
 class Head(NamedTuple):
@@ -16,7 +17,7 @@ class Head(NamedTuple):
 
     student: Tensor
     teacher: Tensor
-    mask: Tensor | None  # of both sides' row shape
+    mask: Tensor | None  # bool, of both sides' row shape
     labels: Tensor | None
 
 
@@ -24,10 +25,7 @@ class HeadLoss:
     """The kd loss of a configuration for one head."""
 
     def __init__(self, config: DistillationConfig) -> None:
-        if config.kd_loss_type not in registry.KD_LOSS_MAP:
-            raise ValueError(
-                f"kd_loss_type must be one of {', '.join(registry.KD_LOSS_MAP)}; got {config.kd_loss_type!r}"
-            )
+        validation.check_choice("kd_loss_type", config.kd_loss_type, registry.KD_LOSS_MAP)
         self.loss = registry.KD_LOSS_MAP[config.kd_loss_type]
         self.temperature, self.min_temperature = config.temperature, config.min_temperature
         self.scheduler: Callable[..., Any] | None = None
@@ -41,9 +39,8 @@ class HeadLoss:
     def __call__(self, student: Tensor, teacher: Tensor, mask: Tensor | None, labels: Tensor | None) -> Tensor:
         """The scalar loss of one head."""
         if mask is not None and not self.functions_take_masks:
-            selected = mask != 0
-            student, teacher = student[selected], teacher[selected]
-            mask, labels = None, None if labels is None else labels[selected]
+            student, teacher = student[mask], teacher[mask]
+            mask, labels = None, None if labels is None else labels[mask]
         if labels is not None:
             teacher = shift_probability(teacher, labels)
         masked = {} if mask is None else {"mask": mask}
@@ -101,16 +98,15 @@ def _align(
     """One mask of both sides' rows where there is one, else the rows that each side's own mask selects."""
     if labels is not None and labels.shape != student.shape[:-1]:
         raise ValueError(f"labels must have shape {tuple(student.shape[:-1])}; got {tuple(labels.shape)}")
+    one_mask = student_mask is teacher_mask or student_mask is None or teacher_mask is None
     student_mask, teacher_mask = _applicable(student_mask, student), _applicable(teacher_mask, teacher)
-    if student.shape[:-1] == teacher.shape[:-1] and (
-        student_mask is teacher_mask or student_mask is None or teacher_mask is None
-    ):
+    if student.shape[:-1] == teacher.shape[:-1] and one_mask:
         return Head(student, teacher, teacher_mask if student_mask is None else student_mask, labels)
     if student_mask is not None:
-        student = student[student_mask != 0]
-        labels = None if labels is None else labels[student_mask != 0]
+        student = student[student_mask]
+        labels = None if labels is None else labels[student_mask]
     if teacher_mask is not None:
-        teacher = teacher[teacher_mask != 0]
+        teacher = teacher[teacher_mask]
     return Head(student, teacher, None, labels)
 
 
@@ -120,7 +116,7 @@ def _applicable(mask: Tensor | None, logits: Tensor) -> Tensor | None:
         return None
     if mask.shape != logits.shape[:-1]:
         raise ValueError(f"logits_mask must have shape {tuple(logits.shape[:-1])}; got {tuple(mask.shape)}")
-    return mask
+    return validation.as_bool("logits_mask", mask)
 
 
 def shift_probability(logits: Tensor, labels: Tensor) -> Tensor:

@@ -15,13 +15,13 @@ from sgfast.ops import rows, validation
 def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Mean squared difference of feature Gram matrices: mean over B, D, D' of (S_0ᵀS_1 − T_0ᵀT_1)² / l².
 
-    l is L, or Σ m of the sample with a mask, which multiplies both layers (a fractional one enters squared). A sample
+    l is L, or Σ m of the sample with a mask, which multiplies both layers. A sample
     of nothing but masked positions gives 0 (TextBrewer gives NaN for the whole batch). A variant of Yim et al. 2017.
 
     Args:
         state_S: two layers, (B, L, D) and (B, L, D').
         state_T: two layers of the same shapes. Gradients reach both sides.
-        mask: (B, L), nonzero = a real token.
+        mask: (B, L), 1 = a real token.
 
     Returns:
         A scalar, float32 or float64.
@@ -52,7 +52,7 @@ def mmd_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor 
     Args:
         state_S: two layers (B, L, D_S).
         state_T: two layers (B, L, D_T). Gradients reach both sides.
-        mask: (B, L), nonzero = a real token; fractional masks weigh.
+        mask: (B, L), 1 = a real token.
 
     Returns:
         A scalar, float32 or float64.

@@ -15,6 +15,7 @@ from sgfast.loss.presets.schedulers import (
     linear_decay_weight_scheduler,
     linear_growth_weight_scheduler,
 )
+from sgfast.ops import validation
 
 FEATURES = ["hidden", "attention"]
 
@@ -110,8 +111,7 @@ def register_new(map_name: str, name: str, func: Callable[..., Any]) -> None:
         ValueError: there is no such dictionary.
         TypeError: ``func`` cannot be called.
     """
-    if map_name not in _MAPS:
-        raise ValueError(f"map_name must be one of {', '.join(_MAPS)}; got {map_name!r}")
+    validation.check_choice("map_name", map_name, _MAPS)
     if not callable(func):
         raise TypeError(f"func must be callable; got {type(func).__name__}")
     _MAPS[map_name][name] = func

@@ -21,7 +21,7 @@ def random_case(name: str, seed: int) -> tuple[list[Tensor], list[Tensor], Tenso
     chance = random.Random(f"{name} {seed}")
     batch, length, width, heads = (chance.randint(1, limit) for limit in (4, 9, 12, 5))
     width += name in ("cos", "pkd")  # a cosine of one dimension has no gradient but rounding
-    kinds = (None, "bool", "int", "float", "fractional", "full")
+    kinds = (None, "bool", "int", "float", "double", "full")
     kind = chance.choice(kinds)
     scale = 10 ** chance.uniform(-3, 2)
 
@@ -62,8 +62,7 @@ def random_mask(kind: str | None, batch: int, length: int) -> Tensor | None:
     mask[torch.arange(batch), torch.randint(length, (batch,))] = True
     if kind == "full":
         mask[:] = True
-    dtype = {"int": torch.long, "float": torch.float32}.get(kind, torch.bool)
-    return mask * torch.rand(batch, length, dtype=torch.float64) if kind == "fractional" else mask.to(dtype)
+    return mask.to({"int": torch.long, "float": torch.float32, "double": torch.float64}.get(kind, torch.bool))
 
 
 def value_and_gradients(loss, student: list[Tensor], teacher: list[Tensor], *arguments) -> list[Tensor]:
@@ -93,6 +92,16 @@ def test_match_losses(name):
         student, teacher, mask = random_case(name, seed)
         expected = value_and_gradients(real.match_loss(name), student, teacher, mask)
         assert_close(value_and_gradients(MATCH_LOSS_MAP[name], student, teacher, mask), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in MATCH_LOSS_MAP if name != "pkd"])  # which has no use for a mask
+def test_a_mask_selects_and_does_not_weigh(name):
+    """TextBrewer multiplies by some masks and compares others with 0: a fraction would mean two things."""
+    student, teacher, _ = random_case(name, 1)
+    sides = (student[0], teacher[0]) if len(student) == 1 else (student, teacher)
+    mask = torch.full((student[0].shape[0], student[0].shape[-2]), 0.5)
+    with pytest.raises(ValueError, match=r"mask must be bool, or numbers equal to 0 or 1; got 0\.5"):
+        MATCH_LOSS_MAP[name](*sides, mask)
 
 
 def random_temperature(chance: random.Random, rows: tuple[int, ...]) -> float | Tensor:
@@ -195,6 +204,6 @@ def test_both_gram_forms_in_several_blocks(name, length, width, masked, monkeypa
     monkeypatch.setattr("sgfast.ops.rows.DEFAULT_CHUNK_BYTES", 4096)
     torch.manual_seed(length)
     student, teacher = ([torch.randn(2, length, width, dtype=torch.float64) for _ in range(2)] for _ in range(2))
-    mask = random_mask("fractional", 2, length) if masked else None
+    mask = random_mask("double", 2, length) if masked else None
     expected = value_and_gradients(real.match_loss(name), student, teacher, mask)
     assert_close(value_and_gradients(MATCH_LOSS_MAP[name], student, teacher, mask), expected)
