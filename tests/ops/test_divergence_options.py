@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from sgfast.ops.divergence_masked import masked_divergence
+from sgfast.ops.divergence import masked_divergence
 from torch import Tensor
 
 import sgfast
