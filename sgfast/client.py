@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sgfast.client_file import read_client_file, write_client_file
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
+from sgfast.huggingface.tokenizer_state import TokenizerError
 from sgfast.model.decoder import embedding_scale_of
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.transformer_cloak import KNOWN_BODIES, TransformerCloak
@@ -78,6 +79,7 @@ class StainedGlassTransformForText:
         self.parameters: dict[str, Tensor] = parameters
         self.embedding_name = embedding_name
         self.embedding_scale = embedding_scale_of(embedding)
+        self._path: str | os.PathLike[str] | None = None
 
     def __call__(
         self,
@@ -113,6 +115,7 @@ class StainedGlassTransformForText:
 
         Raises:
             RuntimeError: the noise layer is disabled.
+            ValueError: a tokenizer or chat template from a file failed or took too long; the message names the file.
         """
         if not self.noise_layer.enabled:
             raise RuntimeError("the noise layer is disabled: what would be sent is the clean text")
@@ -140,6 +143,10 @@ class StainedGlassTransformForText:
         tokenizer.padding_side = "left"
         try:
             return self.tokenizer_wrapper(examples, add_generation_prompt=add_generation_prompt)
+        except TokenizerError as error:
+            if self._path is None:
+                raise
+            raise ValueError(f"{self._path} cannot be used: {_first_line(error)}") from error
         finally:
             tokenizer.padding_side = side
 
@@ -180,9 +187,11 @@ class StainedGlassTransformForText:
         """
         tensors, description = read_client_file(path)
         try:
-            return cls._from_parts(tensors, description)
+            transform = cls._from_parts(tensors, description)
         except Exception as error:  # whatever a forged file provokes in tokenizers and transformers
             raise ValueError(f"{path} cannot be used: {_first_line(error)}") from error
+        transform._path = path
+        return transform
 
     @classmethod
     def _from_parts(
@@ -202,7 +211,20 @@ class StainedGlassTransformForText:
             raise ValueError("its embedding table is missing")
         table = transform.parameters[transform.embedding_name]
         _check_table(table, transform.noise_layer, transform.tokenizer_wrapper)
+        _try_layer(transform.noise_layer, table)
         return transform
+
+
+@torch.no_grad()
+def _try_layer(layer: TransformerCloak, table: Tensor) -> None:
+    """Run the layer once: a configuration may fit its tensors and still not compute."""
+    ones = torch.ones(1, 2, dtype=torch.int64)
+    try:
+        transformed = layer(table[:1].expand(2, -1)[None], ones == 1, attention_mask=ones, seed=0)
+    finally:
+        layer.clear()
+    if transformed.shape != (1, 2, table.shape[1]):
+        raise ValueError(f"its noise layer gives the shape {tuple(transformed.shape)}")
 
 
 def _check_parts(model: Any, tokenizer_wrapper: Any, parameter_names: Any) -> None:
