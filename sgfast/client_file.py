@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sgfast.utils import strict_json
 from sgfast.utils.files import replacing
+from sgfast.utils.inputs import check_path, open_regular
 
 FORMAT = "sgfast text transform"
 FORMAT_VERSION = 1
@@ -90,15 +91,12 @@ def read_client_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         ValueError: a folder or a device, damaged, truncated, of another kind or a newer version; the message names
             the path.
     """
-    location = Path(path)
-    if not location.exists():
+    check_path(path)
+    if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
-    if location.is_dir():
-        raise ValueError(f"{path} is a folder, not a text transform")
-    if not location.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no regular file")
+    file = open_regular(path, wanted="text transform")
     try:
-        with open(location, "rb") as file:
+        with file:
             return _read(file, os.fstat(file.fileno()).st_size)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} {error}") from error

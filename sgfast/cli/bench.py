@@ -1,5 +1,7 @@
 """``sgfast bench``: how fast, how much memory, how exact, here."""
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,7 @@ def run_bench(
     planned = sweeps.points(asked or sizes, base)
     if max(sizes.get("top_k", [0])) > base.get("vocab", 0) and "top_k" in (asked or sizes):
         raise ValueError(f"--top-k must be at most the vocabulary, {base['vocab']}; got {max(sizes['top_k'])}")
+    _check_memory(planned, device)
     out.mkdir(parents=True, exist_ok=True)
     described = environment(device)
     console, progress_console = Console(), Console(stderr=True)
@@ -118,6 +121,15 @@ def run_bench(
             written.append(path)
     console.print(statement(described), highlight=False)
     console.print(f"in {out}: {', '.join(path.name for path in written)}", highlight=False)
+
+
+def _check_memory(planned: Sequence[tuple[str, Mapping[str, int]]], device: str) -> None:
+    """Check that the inputs alone fit this machine, which would end the process later without a word."""
+    largest = max(math.prod(size for name, size in point.items() if name != "top_k") for _, point in planned)
+    if device == "cpu" and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 2 * 4 * largest > memory:
+            raise ValueError(f"two inputs of {largest} numbers take more than this machine's {memory / 2**30:.0f} GiB")
 
 
 def parse_sizes(name: str, text: str) -> list[int]:

@@ -1,5 +1,11 @@
-"""``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2."""
+"""``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2.
 
+What becomes one line here is what an input or a machine can cause: ValueError (UnicodeError among it), OSError, an
+implementation that was asked for and cannot run, a package that is not installed, and a lack of memory. Any other
+exception is a fault of ours and keeps its traceback, which a report of it needs.
+"""
+
+import io
 import sys
 from collections.abc import Sequence
 
@@ -11,16 +17,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with these arguments, or with the process's own."""
     from sgfast.ops.dispatch import ImplementationError
 
+    given = sys.argv[1:] if arguments is None else arguments
+    # Names of files may have bytes that are not UTF-8: printing one must not fail after an hour of work.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if zero := next((argument for argument in given if "\0" in argument), None):
+            raise ValueError(f"an argument holds a zero byte: {zero[:100]!r}")
         from sgfast.cli.app import app
 
         app(arguments)
     except (ValueError, OSError, ImplementationError) as error:
-        _fail(" ".join(str(error).split()))
+        _fail(" ".join(str(error).split()) or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        _fail(f"there is not enough memory for this: {' '.join(str(error).split())[:200] or 'MemoryError'}")
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
         _fail(f"this command needs {error.name}: pip install 'sgfast[{_EXTRAS[error.name]}]'")
+
+
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory was refused, by Python or by torch, which has a class of its own only for a GPU's."""
+    is_torch_on_cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_on_cpu
 
 
 def _fail(message: str) -> None:

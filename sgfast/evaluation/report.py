@@ -15,7 +15,8 @@ from sgfast.evaluation.progress import Progress, write_json
 from sgfast.evaluation.settings import RANK_ATTACKS, EvaluationError, Settings
 from sgfast.training.record import versions
 from sgfast.utils.files import replacing
-from sgfast.utils.records import data_digest
+from sgfast.utils.inputs import open_regular
+from sgfast.utils.records import data_digest, read_records
 
 METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE = "metrics.json", "sequences.jsonl", "sequences.parquet"
 _PARQUET_ROWS = 4096
@@ -25,14 +26,16 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     """What an evaluation is of: its settings, and digests of data and transform.
 
     Raises:
-        RecordError: the data cannot be read.
-        FileNotFoundError: no such transform.
+        RecordError: the data cannot be read, or its first record cannot be used.
+        EvaluationError: no such transform, or no regular file.
     """
     try:
-        with settings.transform.open("rb") as file:
+        with open_regular(settings.transform, wanted="text transform") as file:
             transform = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise EvaluationError(f"{settings.transform} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
+    # An empty file, or one of another kind, is refused before a model is loaded.
+    next(read_records(settings.data, text_unit=settings.text_unit))
     return settings.compared() | {"data": data_digest(settings.data), "transform": transform}
 
 
