@@ -121,6 +121,8 @@ class StainedGlassTransformForText:
             raise RuntimeError("the noise layer is disabled: what would be sent is the clean text")
         tokens = self._tokenize(examples, add_generation_prompt)
         table = self.parameters[self.embedding_name]
+        if tokens["input_ids"].shape[1] == 0:
+            raise self._blamed("the chat template writes no token of these examples")
         tokens = {name: tensor.to(table.device) for name, tensor in tokens.items()}
         was_training = self.noise_layer.training
         self.noise_layer.eval()  # no dropout in what is sent
@@ -144,11 +146,13 @@ class StainedGlassTransformForText:
         try:
             return self.tokenizer_wrapper(examples, add_generation_prompt=add_generation_prompt)
         except TokenizerError as error:
-            if self._path is None:
-                raise
-            raise ValueError(f"{self._path} cannot be used: {_first_line(error)}") from error
+            raise self._blamed(_first_line(error)) from error
         finally:
             tokenizer.padding_side = side
+
+    def _blamed(self, fault: str) -> ValueError:
+        """A fault of the tokenizer, which names the file that it came from."""
+        return ValueError(fault if self._path is None else f"{self._path} cannot be used: {fault}")
 
     def embedding_table(self) -> Tensor:
         """The clean embeddings of all tokens, (V, D)."""

@@ -18,6 +18,7 @@ from sgfast.benchmarking.growth import EAGER, growth
 from sgfast.benchmarking.measuring import copy_gb_per_s
 from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
 from sgfast.benchmarking.results import write_result
+from sgfast.cli.arguments import MOST
 from sgfast.ops.dispatch import IMPLEMENTATIONS
 
 Axes = Mapping[str, Sequence[int]]
@@ -143,9 +144,9 @@ def parse_sizes(name: str, text: str) -> list[int]:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         sizes = [0]
-    if min(sizes) < 1:
+    if min(sizes) < 1 or max(sizes) > MOST:
         raise ValueError(
-            f"--{name.replace('_', '-')} must be whole numbers from 1 on, separated by commas; got {text!r}"
+            f"--{name.replace('_', '-')} must be whole numbers from 1 on, separated by commas; got {text[:100]!r}"
         )
     return sorted(set(sizes))
 

@@ -9,6 +9,8 @@ import io
 import sys
 from collections.abc import Sequence
 
+# What came is shown; a name of a megabyte is not.
+_LONGEST_LINE = 1000
 _IN_DEMO = ("accelerate", "gguf", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "typer", "yaml")
 _EXTRAS = {**dict.fromkeys(_IN_DEMO, "demo"), "peft": "peft"}
 
@@ -46,7 +48,7 @@ def _is_lack_of_memory(error: Exception) -> bool:
 
 
 def _fail(message: str) -> None:
-    print(f"sgfast: {message}", file=sys.stderr)
+    print(f"sgfast: {message[:_LONGEST_LINE]}", file=sys.stderr)
     sys.exit(2)
 
 

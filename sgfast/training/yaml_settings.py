@@ -12,6 +12,9 @@ from sgfast.utils.inputs import open_regular
 _LARGEST_TEXT = 2**16
 # Once each alias is replaced by what it stands for: aliases of aliases double at each step.
 _MOST_NODES = 10_000
+_DEEPEST = 20
+# What PyYAML raises where a tag such as ``!!timestamp`` is written before something else.
+_OF_A_TAG = (AttributeError, IndexError, KeyError, TypeError)
 
 
 def read_yaml_file(path: Path) -> Any:
@@ -48,15 +51,22 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
             return loader.construct_document(node)
         finally:
             loader.dispose()
-    except (yaml.YAMLError, RecursionError, ValueError, OverflowError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError, *_OF_A_TAG) as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = f", line {mark.line + 1}" if mark else ""
         reason = "nested too deeply" if isinstance(error, RecursionError) else problem or str(error)
+        if isinstance(error, _OF_A_TAG):
+            reason = "a value that its tag does not fit"
         raise ValueError(f"{where}{line}: not YAML: {' '.join(reason.split())[:200]}") from error
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would keep the last of two equal keys without a word."""
+    """PyYAML's safe loader, with an error for equal keys (it keeps the last) and for many brackets (it is slow)."""
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= _DEEPEST:
+            raise yaml.scanner.ScannerError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token_class)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()

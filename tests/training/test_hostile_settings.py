@@ -45,6 +45,8 @@ def refuse(text, tmp_path, fault):
         ("steps: 1\nsteps: 2", "line 2: not YAML: the key 'steps' occurs twice"),
         ("a: !!python/object/apply:os.system [true]", "could not determine a constructor"),
         ("a: !!python/name:os.system", "could not determine a constructor"),
+        ("steps: !!timestamp x", "not YAML: a value that its tag does not fit"),
+        ("steps: !!bool x", "not YAML: a value that its tag does not fit"),
         ("steps: 2001-99-99", "not YAML: month must be in 1..12"),
         ("steps: 2001-01-01", "steps must be an integer; got datetime.date"),
         ("steps: " + "9" * 400, "steps must be an integer of at most 2147483647; got an integer of 1329 bits"),
