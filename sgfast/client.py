@@ -28,6 +28,8 @@ _LARGEST_COUNT = 10_000
 _COUNTS = ("num_hidden_layers", "n_layer", "num_labels")
 # A rebuilt layer's buffers, such as rotary frequencies, are not in the file.
 _LARGEST_BUFFERS = 2**26
+# What the tokenizer and chat template of a file may make of a text. The estimators' time grows with the square.
+_TOKENS, _TOKENS_PER_TEXT, _TOKENS_PER_BYTE = 2**13, 2**8, 8
 
 
 class StainedGlassTransformForText:
@@ -142,13 +144,18 @@ class StainedGlassTransformForText:
         """Tokens and masks, padded on the left: generation continues at the right end."""
         tokenizer = self.tokenizer_wrapper.tokenizer
         side = tokenizer.padding_side
+        texts, size = _text_size(examples)
         tokenizer.padding_side = "left"
         try:
-            return self.tokenizer_wrapper(examples, add_generation_prompt=add_generation_prompt)
+            tokens = self.tokenizer_wrapper(examples, add_generation_prompt=add_generation_prompt)
         except TokenizerError as error:
             raise self._blamed(_first_line(error)) from error
         finally:
             tokenizer.padding_side = side
+        count = tokens["input_ids"].shape[1]
+        if self._path is not None and count > _TOKENS + _TOKENS_PER_TEXT * texts + _TOKENS_PER_BYTE * size:
+            raise self._blamed(f"its tokenizer and chat template make {count} tokens of {size} bytes of text")
+        return tokens
 
     def _blamed(self, fault: str) -> ValueError:
         """A fault of the tokenizer, which names the file that it came from."""
@@ -298,6 +305,18 @@ def _check_shapes(outline: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _text_size(examples: Any) -> tuple[int, int]:
+    """The number of texts among examples, and their bytes in UTF-8; a UnicodeEncodeError where one is no Unicode."""
+    texts, size, waiting = 0, 0, [examples]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            texts, size = texts + 1, size + len(one.encode())
+        elif isinstance(one, Mapping | Sequence):
+            waiting += one.values() if isinstance(one, Mapping) else one
+    return texts, size
 
 
 def _first_line(error: Exception) -> str:

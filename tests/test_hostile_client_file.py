@@ -69,6 +69,13 @@ def test_refused_at_loading(good, path, edit, fault):
         (tokenizer(lambda state: state.update(chat_template=LOOP)), "it takes too long"),
         (tokenizer(lambda state: state.update(chat_template="{{ 'a' * 10 ** 9 }}")), "it takes too long"),
         (tokenizer(lambda state: state.update(chat_template="{{ messages[0]['content'].no }}{{ 1 / 0 }}")), "division"),
+        (
+            tokenizer(lambda state: state.update(chat_template="{{ messages[0].content * 1000 }}")),
+            "make [0-9]+ tokens of 26 bytes of text",
+        ),
+        (tokenizer(lambda state: state.update(chat_template="")), "no chat template"),
+        (tokenizer(lambda state: state.update(chat_template='{{ "\\ud800" }}')), "cannot be used"),
+        (tokenizer(lambda state: state.update(chat_template=" {# #}")), "chat template|no token"),
         (tokenizer(lambda state: state.update(chat_template="{% if %}")), "chat template refused"),
         (tokenizer(lambda state: state.update(chat_template=None)), "no chat template"),
         (
@@ -98,6 +105,8 @@ def test_a_users_own_mistake_does_not_blame_the_file(good):
     with pytest.raises(ValueError, match="role") as caught:
         client([{"role": "nobody", "content": "hi"}])
     assert str(good) not in str(caught.value)
+    with pytest.raises(UnicodeEncodeError):
+        client([{"role": "user", "content": "\ud800"}])
 
 
 def test_panics_are_errors_of_the_tokenizer(good, monkeypatch):

@@ -49,7 +49,8 @@ def backend_copy(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     """Copy the Rust tokenizer, without the truncation and padding that earlier calls left on it."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    with tokenizer_faults("the tokenizer cannot be copied"):
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     return backend
@@ -89,13 +90,13 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     _check_state(state)
     with tokenizer_faults("the saved tokenizer cannot be read"):
         backend = Tokenizer.from_str(state["backend"])
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=state["chat_template"],
-        additional_special_tokens=state["other_special_tokens"],
-        **{name: state[name] for name in _SETTINGS},
-        **state["named_special_tokens"],
-    )
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            chat_template=state["chat_template"],
+            additional_special_tokens=state["other_special_tokens"],
+            **{name: state[name] for name in _SETTINGS},
+            **state["named_special_tokens"],
+        )
 
 
 def _check_state(state: Mapping[str, Any]) -> None:
