@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import sgfast
+from sgfast.client_file import check_client_file
 from sgfast.evaluation.measuring import Measurement, number, selected_rates
 from sgfast.evaluation.plot import DIVERGENCES_PLOT, RANKS_PLOT, plot_divergences, plot_ranks
 from sgfast.evaluation.progress import Progress, write_json
@@ -26,16 +27,17 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     """What an evaluation is of: its settings, and digests of data and transform.
 
     Raises:
-        RecordError: the data cannot be read, or its first record cannot be used.
-        EvaluationError: no such transform, or no regular file.
+        EvaluationError: no such transform or data, no regular file, a file that is no transform, or a first record that
+            cannot be used.
     """
+    # What is empty, or of another kind, is refused before all of it is read and a model is loaded.
     try:
         with open_regular(settings.transform, wanted="text transform") as file:
+            check_client_file(settings.transform)
+            next(read_records(settings.data, text_unit=settings.text_unit))
             transform = hashlib.file_digest(file, "sha256").hexdigest()
     except ValueError as error:
         raise EvaluationError(str(error)) from error
-    # An empty file, or one of another kind, is refused before a model is loaded.
-    next(read_records(settings.data, text_unit=settings.text_unit))
     return settings.compared() | {"data": data_digest(settings.data), "transform": transform}
 
 

@@ -134,6 +134,11 @@ def test_transforms_that_are_no_files(refused, client, pipe, tmp_path):
         refused(["evaluate", "--transform", path, "--data", data], f"{path} is no regular file")
         refused(["transform", path, "--prompt", "hi", "--out", tmp_path / "out"], f"{path} is no regular file")
         refused(["train", path], f"{path} is no regular file")
+    large = tmp_path / "large"
+    large.touch()
+    os.truncate(large, 2**36)
+    refused(["evaluate", "--transform", large, "--data", data], f"{large} is damaged or not a safetensors file")
+    refused(["transform", large, "--prompt", "hi", "--out", tmp_path / "out"], f"{large} is damaged or not a")
 
 
 @pytest.mark.parametrize("prompt", ["", " \n", "a\ud800", "\udce9"])

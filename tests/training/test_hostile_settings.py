@@ -106,7 +106,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path):
     ("text", "fault"),
     [
         ("steps=" + "9" * 5000, "--set steps: not YAML: Exceeds the limit"),
-        ("steps=" + "[" * 5000, "--set steps: not YAML: nested too deeply"),
+        ("steps=" + "[" * 5000, "--set steps, line 1: not YAML: nested too deeply"),
         ("steps=!!python/object:os.system", "--set steps, line 1: not YAML: could not determine"),
         ("steps=2001-99-99", "--set steps: not YAML: month"),
         ("steps=&a [*a]", "--set steps, line 1: not YAML: an alias stands inside"),
