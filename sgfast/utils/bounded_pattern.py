@@ -59,7 +59,7 @@ def check_pattern(pattern: str, where: str, *, most_loops: int = 1) -> int:
         >>> check_pattern("(a+)+b", "pattern")
         Traceback (most recent call last):
         ...
-        ValueError: pattern repeats something that matches in more than one way (at character 4): '(a+)+b'
+        ValueError: pattern repeats something that matches in more than one way (at character 5): '(a+)+b'
     """
     if len(pattern) > _LONGEST:
         raise ValueError(f"{where} has {len(pattern)} characters; allowed are {_LONGEST}")
