@@ -45,6 +45,7 @@ from sgfast.ops.divergence_chunks import (
     read_logits,
     read_scales,
     read_support,
+    reciprocal_temperatures,
     row_chunks,
     settings_of,
 )
@@ -88,11 +89,11 @@ def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     settings = settings_of(problem)
     kept_indices = noisy.new_full((*shape, problem.support_width), -1, dtype=torch.int32)
     found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=rows.compute_dtype(noisy, clean))
-    wanted = (problem.noisy_wanted, problem.clean_wanted)
+    wanted, reciprocals = (problem.noisy_wanted, problem.clean_wanted), reciprocal_temperatures(problem)
     for chunk in row_chunks(problem, choice, settings):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice)
-        scales, chunk_labels = read_scales(problem, chunk), read_labels(labels, chunk)
+        scales, chunk_labels = read_scales(reciprocals, chunk), read_labels(labels, chunk)
         chunk_found = body(noisy_rows, clean_rows, scales, settings, indices, valid, chunk_labels, wanted)
         found[chunk] = rows.zero_masked(chunk_found, mask, chunk)
         if top_k:
@@ -149,6 +150,7 @@ def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
     if row_scalars is not None and settings.support == "full":
         flat_scalars = row_scalars.view(row_scalars.shape[0], -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
+    reciprocals = reciprocal_temperatures(problem)
     for chunk in row_chunks(problem, choice, settings):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice, kept_indices)
@@ -160,7 +162,7 @@ def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
         body(
             noisy_rows,
             clean_rows,
-            read_scales(problem, chunk),
+            read_scales(reciprocals, chunk),
             settings,
             indices,
             valid,

@@ -43,7 +43,10 @@ class Settings(NamedTuple):
 
 
 class _Side(NamedTuple):
-    """One side's rows: logits and probabilities (rows, V), maximum and Σ e^((logits − maximum) / T) (rows, 1)."""
+    """One side's rows: logits and probabilities (rows, V), maximum and Σ e^((logits − maximum) / T) (rows, 1).
+
+    Under ``tail`` the probabilities are still to be divided by that sum.
+    """
 
     logits: Tensor
     probabilities: Tensor
@@ -66,13 +69,19 @@ class _Rest(NamedTuple):
 Scales = tuple[Tensor, Tensor]
 
 
-def _side(logits: Tensor, scale: Tensor | float, dtype: torch.dtype, kept: Sequence[Tensor] | None = None) -> _Side:
+def _side(
+    logits: Tensor,
+    scale: Tensor | float,
+    dtype: torch.dtype,
+    kept: Sequence[Tensor] | None = None,
+    divided: bool = True,
+) -> _Side:
     """One side of the rows; its maximum and sum, unless they were kept, are taken from the logits."""
     logits = logits.to(dtype)
     maximum, total = kept or (logits.amax(-1, keepdim=True), None)
     weights = _weights(logits, maximum, scale)
     total = total_of_rows(weights, precise=True) if total is None else total
-    return _Side(logits, weights.div_(total), maximum, total)
+    return _Side(logits, weights.div_(total) if divided else weights, maximum, total)
 
 
 def _weights(logits: Tensor, maximum: Tensor, scale: Tensor | float) -> Tensor:
@@ -87,13 +96,19 @@ def _atom_side(logits: Tensor, scale: Tensor, dtype: torch.dtype, indices: Tenso
     return _side(logits.to(dtype).gather(-1, indices).masked_fill_(~valid, -torch.inf), scale, dtype)
 
 
-def _gathered(side: _Side, indices: Tensor, valid: Tensor) -> _Side:
+def _gathered(side: _Side, indices: Tensor, valid: Tensor, divided: bool) -> _Side:
     """The side over the support's logits."""
     probabilities = side.probabilities.gather(-1, indices).masked_fill_(~valid, 0)
+    probabilities = probabilities if divided else probabilities.div_(side.sum)
     return _Side(side.logits.gather(-1, indices), probabilities, side.maximum, side.sum)
 
 
 def _rest(side: _Side, scale: Tensor, indices: Tensor) -> _Rest:
+    weights = side.probabilities.scatter(-1, indices, 0)
+    total = total_of_rows(weights, precise=True)
+    # A CPU looks: a rest so far below the maximum that digits are lost is rare, and costs four more passes.
+    if total.device.type == "cpu" and not torch.compiler.is_compiling() and (total > 1e-20).all():
+        return _Rest(weights, side.maximum, total)
     logits = side.logits.scatter(-1, indices, -torch.inf)
     maximum = logits.amax(-1, keepdim=True)
     maximum = torch.where(maximum == -torch.inf, side.maximum, maximum)
@@ -102,10 +117,9 @@ def _rest(side: _Side, scale: Tensor, indices: Tensor) -> _Rest:
 
 
 def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """log(a/b), with all its digits where a is near b and where it is far."""
+    """log(a/b) = ±log1p(|a − b| / min(a, b)), with all its digits where a is near b and where it is far."""
     difference = numerator - denominator
-    close = difference.abs() < 0.5 * denominator
-    return torch.where(close, (difference / denominator).log1p(), (numerator / denominator).log())
+    return torch.copysign((difference.abs() / torch.minimum(numerator, denominator)).log1p_(), difference)
 
 
 def _log_ratio(noisy: _Side, clean: _Side, scales: Scales, paired: bool) -> Tensor:
@@ -117,7 +131,7 @@ def _log_ratio(noisy: _Side, clean: _Side, scales: Scales, paired: bool) -> Tens
     # Differences before sums: x − y is exact where the sides are close, and so is what is subtracted from it. Where
     # the sides lie apart, x − y would be rounded at the size of that shift: then each loses its own maximum first.
     x, y, apart = noisy.logits, clean.logits, noisy.maximum - clean.maximum
-    shifted = (apart * scales[0]).abs() > 4
+    shifted = (apart * scales[0]).abs_() > 4
     if torch.compiler.is_compiling() or shifted.device.type != "cpu" or shifted.any():
         x, y = (side.logits - torch.where(shifted, side.maximum, 0) for side in (noisy, clean))
         apart = torch.where(shifted, 0, apart)
@@ -148,7 +162,7 @@ def _atoms(
     """The support's atoms: its logits, and under ``tail`` one for the rest of each side."""
     whole = (noisy, clean)
     if settings.support in ("truncate", "tail"):
-        noisy, clean = (_gathered(side, indices, valid) for side in whole)
+        noisy, clean = (_gathered(side, indices, valid, settings.support == "truncate") for side in whole)
     log_ratio = _log_ratio(noisy, clean, scales, settings.paired)
     p, q, ordered = noisy.probabilities, clean.probabilities, None
     if torch.compiler.is_compiling() and settings.support == "full":
@@ -201,7 +215,8 @@ def _read(
     if settings.support == "renormalize":
         first, second = (_atom_side(logits, scale, dtype, indices, valid) for logits, scale in pairs)
     else:
-        first, second = (_side(*pair, dtype, kept and kept[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs))
+        divided = settings.support != "tail"
+        first, second = (_side(*pair, dtype, kept and kept[2 * i : 2 * i + 2], divided) for i, pair in enumerate(pairs))
     rests = None
     if settings.support == "tail":
         rests = _rest(first, scales[0], indices), _rest(second, scales[1], indices)
@@ -422,7 +437,7 @@ def _at_temperature_1(
     noisy: Tensor, side: _Side | None, settings: Settings, dtype: torch.dtype, kept_sum: Tensor | None = None
 ) -> _Side:
     """The noisy side whole and at temperature 1; ``side``, where it is that or has its maximum."""
-    if side is None or settings.support == "renormalize":
+    if side is None or settings.support in ("renormalize", "tail"):
         return _side(noisy, 1.0, dtype)
     if settings.unit_temperature:
         return side
