@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, topk
+from sgfast.ops.divergence_atoms import LABEL_KIND, Scales, Settings, softmax_scalars
 from sgfast.ops.divergence_problem import Problem
-from sgfast.ops.divergence_rows import LABEL_KIND, Scales, Settings, forward_rows, softmax_scalars
+from sgfast.ops.divergence_rows import forward_rows
 
 # What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
 _LOGITS_PER_THREAD = 64 * 1024

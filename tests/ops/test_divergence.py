@@ -12,7 +12,8 @@ from torch import Tensor
 import sgfast
 from sgfast.ops import divergence as divergence_module
 from sgfast.ops import divergence_chunks, divergences, top_k_support, topk
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
+from sgfast.ops.divergence_atoms import LABEL_KIND, Settings
+from sgfast.ops.divergence_rows import forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
 from tests.gates import registration
 from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
