@@ -14,7 +14,7 @@ import functools
 import hashlib
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 def _digest_of_sources() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    for path in sorted(path for folder in ("ops", "loss") for path in (package / folder).rglob("*.py")):
+    for path in sorted(path for folder in ("ops", "loss", "noise_layer") for path in (package / folder).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -37,14 +37,14 @@ FORMULA = _digest_of_sources()
 class Operator:
     """A registered operator: call it with its arguments' tuple."""
 
-    def __init__(self, name: str, arguments: type, implementation: Callable[..., Any]) -> None:
+    def __init__(self, name: str, arguments: type, implementation: Callable[..., Any], **registration: Any) -> None:
         """Register ``sgfast::name``; ``implementation`` takes an ``arguments`` and returns tensors."""
         self.name, self.implementation = name, implementation
         self._arguments = arguments
         self._names = [name for name, *_ in _flat_fields(arguments)]
         run = self._unpacked(implementation, checked=True)
         run.__signature__ = _signature(arguments, implementation)  # type: ignore[attr-defined]
-        self._operator = torch.library.custom_op(f"sgfast::{name}", run, mutates_args=())
+        self._operator = torch.library.custom_op(f"sgfast::{name}", run, **registration)
 
     def __call__(self, arguments: Any) -> Any:
         """Run the operator."""
@@ -71,7 +71,8 @@ class Operator:
 
         Args:
             setup: ``setup(ctx, arguments, output)`` keeps what backward needs, see `keep`.
-            gradients: ``gradients(ctx, *upstream)`` returns gradients by the arguments' names; others have none.
+            gradients: ``gradients(ctx, *upstream)`` returns gradients by the arguments' names; others have none. The
+                gradient of an argument that wants none (see `wanted`) is dropped.
         """
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -79,34 +80,45 @@ class Operator:
 
         def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
             found = gradients(ctx, *upstream)
-            return *(found.get(name) for name in self._names), None
+            unknown = found.keys() - set(self._names)
+            if unknown:
+                raise RuntimeError(f"sgfast::{self.name} has no arguments {sorted(unknown)} that could have gradients")
+            needed = zip(self._names, ctx.needs_input_grad, strict=False)  # PyTorch's has more at its end
+            return *(found.get(name) if needs else None for name, needs in needed), None
 
         self._operator.register_autograd(backward, setup_context=setup_context)
+
+    def wanted(self, ctx: Any, *names: str) -> list[bool]:
+        """Whether somebody asks for the gradients of these arguments, in backward."""
+        return [bool(ctx.needs_input_grad[self._names.index(name)]) for name in names]
 
     def _unpacked(self, function: Callable[..., Any], checked: bool = False) -> Callable[..., Any]:
         """``function`` of the arguments' tuple as a function of the flat arguments."""
 
         @functools.wraps(function)
         def run(*flat: Any, **named: Any) -> Any:
-            values = [*flat, *(named[name] for name in (*self._names, "formula")[len(flat) :])]
-            if checked and values[-1] != FORMULA:
+            if named:
+                flat = (*flat, *(named[name] for name in (*self._names, "formula")[len(flat) :]))
+            if checked and flat[-1] != FORMULA:
                 raise RuntimeError(
                     f"this graph calls sgfast::{self.name} as another version of sgfast defined the operator "
-                    f"(formula {values[-1]}, here {FORMULA}): export or compile the graph again"
+                    f"(formula {flat[-1]}, here {FORMULA}): export or compile the graph again"
                 )
-            return function(_pack(self._arguments, iter(values)))
+            return function(_pack(self._arguments, iter(flat)))
 
         return run
 
 
-def define(name: str, arguments: type) -> Callable[[Callable[..., Any]], Operator]:
-    """Register the decorated function as the operator ``sgfast::name``."""
-    return lambda implementation: Operator(name, arguments, implementation)
+def define(
+    name: str, arguments: type, *, mutates_args: Sequence[str] = (), tags: Sequence[torch.Tag] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Register the decorated function as the operator ``sgfast::name``, which writes to ``mutates_args`` alone."""
+    return lambda implementation: Operator(name, arguments, implementation, mutates_args=mutates_args, tags=tags)
 
 
 def keep(ctx: Any, *values: Any) -> None:
     """Keep tensors, argument tuples and constants for backward, which gets them back from `kept`."""
-    leaves = [leaf for value in values for leaf in _leaves((value,))]
+    leaves = _leaves(values)
     ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
     ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     ctx.types = [type(value) if _is_named_tuple(type(value)) else None for value in values]
@@ -133,8 +145,8 @@ def _leaves(arguments: tuple[Any, ...]) -> list[Any]:
     return found
 
 
-def _pack(arguments: type, leaves: Iterator[Any]) -> Any:
-    return arguments(*(next(leaves) if kind is None else _pack(kind, leaves) for kind in _nested(arguments)))
+def _pack(arguments: Any, leaves: Iterator[Any]) -> Any:
+    return arguments._make([next(leaves) if kind is None else _pack(kind, leaves) for kind in _nested(arguments)])
 
 
 @functools.cache
