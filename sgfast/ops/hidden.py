@@ -151,10 +151,9 @@ def _refusal_of(problem: _Problem) -> str | None:
     return _triton_refusal(problem.noisy, problem.clean, problem.mask)
 
 
-def _row_chunks(problem: _Problem) -> Iterator[Tensor | slice]:
-    noisy, clean = problem.noisy, problem.clean
-    row_bytes = noisy.shape[-1] * rows.compute_dtype(noisy, clean).itemsize * _TEMPORARIES
-    return rows.row_chunks(noisy.shape[:-1], problem.mask, row_bytes, rows.DEFAULT_CHUNK_BYTES)
+def _row_chunks(problem: _Problem, dtype: torch.dtype) -> Iterator[Tensor | slice]:
+    *shape, width = problem.noisy.shape
+    return rows.row_chunks(shape, problem.mask, width * dtype.itemsize * _TEMPORARIES, rows.DEFAULT_CHUNK_BYTES)
 
 
 @define("hidden_distances", _Problem)
@@ -167,7 +166,7 @@ def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
     body = dispatch.implementation_of(_forward_rows, choice.implementation)
     values = noisy.new_zeros((4, *noisy.shape[:-1]), dtype=rows.compute_dtype(noisy, clean))
     row_scalars = torch.zeros_like(values)
-    for chunk in _row_chunks(problem):
+    for chunk in _row_chunks(problem, row_scalars.dtype):
         chunk_values, chunk_scalars = body(rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk), eps)
         values.view(4, -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
         row_scalars.view(4, -1)[:, chunk] = chunk_scalars
@@ -205,7 +204,7 @@ def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
     if mask is not None:
         for gradient in gradients:
             gradient.zero_()
-    for chunk in _row_chunks(problem):
+    for chunk in _row_chunks(problem, row_scalars.dtype):
         some_noisy, some_clean = rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk)
         per_row = upstream.reshape(4, -1)[:, chunk], row_scalars.view(4, -1)[:, chunk]
         found = body(some_noisy, some_clean, *per_row, eps, *wanted)
