@@ -752,7 +752,7 @@ def test_peak_memory_is_the_gradients_and_a_chunk(dtype, layout, top_k):
     assert own == 2 * 96 * width * noisy.element_size()
     assert counted.peak <= own + bound + row_vectors
     with LiveBytes() as counted:
-        topk._top_k_support._init_fn(noisy, clean, 40, bound, "torch")
+        topk._top_k_support.implementation(topk._Problem(noisy, clean, 40, bound, "torch"))
     assert counted.peak <= bound + 96 * 80 * 9
 
 
