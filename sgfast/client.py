@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sgfast.client_file import read_client_file, write_client_file
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
+from sgfast.huggingface.tokenizer_state import TokenizerError
 from sgfast.model.decoder import embedding_scale_of
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.transformer_cloak import KNOWN_BODIES, TransformerCloak
@@ -28,6 +29,8 @@ _LARGEST_COUNT = 10_000
 _COUNTS = ("num_hidden_layers", "n_layer", "num_labels")
 # A rebuilt layer's buffers, such as rotary frequencies, are not in the file.
 _LARGEST_BUFFERS = 2**26
+# What the tokenizer and chat template of a file may make of a text. The estimators' time grows with the square.
+_TOKENS, _TOKENS_PER_TEXT, _TOKENS_PER_BYTE = 2**13, 2**8, 8
 
 
 class StainedGlassTransformForText:
@@ -79,6 +82,7 @@ class StainedGlassTransformForText:
         self.parameters: dict[str, Tensor] = parameters
         self.embedding_name = embedding_name
         self.embedding_scale = embedding_scale_of(embedding)
+        self._path: str | os.PathLike[str] | None = None
 
     def __call__(
         self,
@@ -114,11 +118,14 @@ class StainedGlassTransformForText:
 
         Raises:
             RuntimeError: the noise layer is disabled.
+            ValueError: a tokenizer or chat template from a file failed or took too long; the message names the file.
         """
         if not self.noise_layer.enabled:
             raise RuntimeError("the noise layer is disabled: what would be sent is the clean text")
         tokens = self._tokenize(examples, add_generation_prompt)
         table = self.parameters[self.embedding_name]
+        if tokens["input_ids"].shape[1] == 0:
+            raise self._blamed("the chat template writes no token of these examples")
         tokens = {name: tensor.to(table.device) for name, tensor in tokens.items()}
         was_training = self.noise_layer.training
         self.noise_layer.eval()  # no dropout in what is sent
@@ -138,11 +145,22 @@ class StainedGlassTransformForText:
         """Tokens and masks, padded on the left: generation continues at the right end."""
         tokenizer = self.tokenizer_wrapper.tokenizer
         side = tokenizer.padding_side
+        texts, size = _text_size(examples)
         tokenizer.padding_side = "left"
         try:
-            return self.tokenizer_wrapper(examples, add_generation_prompt=add_generation_prompt)
+            tokens = self.tokenizer_wrapper(examples, add_generation_prompt=add_generation_prompt)
+        except TokenizerError as error:
+            raise self._blamed(_first_line(error)) from error
         finally:
             tokenizer.padding_side = side
+        count = tokens["input_ids"].shape[1]
+        if self._path is not None and count > _TOKENS + _TOKENS_PER_TEXT * texts + _TOKENS_PER_BYTE * size:
+            raise self._blamed(f"its tokenizer and chat template make {count} tokens of {size} bytes of text")
+        return tokens
+
+    def _blamed(self, fault: str) -> ValueError:
+        """A fault of the tokenizer, which names the file that it came from."""
+        return ValueError(fault if self._path is None else f"{self._path} cannot be used: {fault}")
 
     def embedding_table(self) -> Tensor:
         """The clean embeddings of all tokens, (V, D)."""
@@ -187,9 +205,11 @@ class StainedGlassTransformForText:
         """
         tensors, description = read_client_file(path)
         try:
-            return cls._from_parts(tensors, description)
+            transform = cls._from_parts(tensors, description)
         except Exception as error:  # whatever a forged file provokes in tokenizers and transformers
             raise ValueError(f"{path} cannot be used: {_first_line(error)}") from error
+        transform._path = path
+        return transform
 
     @classmethod
     def _from_parts(
@@ -209,7 +229,20 @@ class StainedGlassTransformForText:
             raise ValueError("its embedding table is missing")
         table = transform.parameters[transform.embedding_name]
         _check_table(table, transform.noise_layer, transform.tokenizer_wrapper)
+        _try_layer(transform.noise_layer, table)
         return transform
+
+
+@torch.no_grad()
+def _try_layer(layer: TransformerCloak, table: Tensor) -> None:
+    """Run the layer once: a configuration may fit its tensors and still not compute."""
+    ones = torch.ones(1, 2, dtype=torch.int64)
+    try:
+        transformed = layer(table[:1].expand(2, -1)[None], ones == 1, attention_mask=ones, seed=0)
+    finally:
+        layer.clear()
+    if transformed.shape != (1, 2, table.shape[1]):
+        raise ValueError(f"its noise layer gives the shape {tuple(transformed.shape)}")
 
 
 def _check_parts(model: Any, tokenizer_wrapper: Any, parameter_names: Any) -> None:
@@ -279,6 +312,18 @@ def _check_shapes(outline: nn.Module, parameters: Mapping[str, Tensor]) -> None:
 
 def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _text_size(examples: Any) -> tuple[int, int]:
+    """The number of texts among examples, and their bytes in UTF-8; a UnicodeEncodeError where one is no Unicode."""
+    texts, size, waiting = 0, 0, [examples]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            texts, size = texts + 1, size + len(one.encode())
+        elif isinstance(one, Mapping | Sequence):
+            waiting += one.values() if isinstance(one, Mapping) else one
+    return texts, size
 
 
 def _first_line(error: Exception) -> str:

@@ -9,15 +9,16 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from sgfast.utils import strict_json
 from sgfast.utils.files import replacing
+from sgfast.utils.inputs import check_path, open_regular
 from sgfast.utils.tensor_stream import write_tensors
 
 FORMAT = "sgfast text transform"
@@ -30,6 +31,7 @@ _MOST_DIMENSIONS = 8
 # The checksum is taken with zeros in its own place.
 _BLANK = "0" * 64
 _CHUNK = 2**20
+_Result = TypeVar("_Result")
 
 
 class _Entry(NamedTuple):
@@ -90,21 +92,33 @@ def read_client_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], d
         ValueError: a folder or a device, damaged, truncated, of another kind or a newer version; the message names
             the path.
     """
-    location = Path(path)
-    if not location.exists():
+    return _reading(path, _read)
+
+
+def check_client_file(path: str | os.PathLike[str]) -> None:
+    """Check what a file says it is, without reading its tensors: a file of any other kind ends here at once.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: as `read_client_file`, the checksum and the description excepted.
+    """
+    _reading(path, _header)
+
+
+def _reading(path: str | os.PathLike[str], read: Callable[[BinaryIO, int], _Result]) -> _Result:
+    check_path(path)
+    if not Path(path).exists():
         raise FileNotFoundError(f"there is no file {path}")
-    if location.is_dir():
-        raise ValueError(f"{path} is a folder, not a text transform")
-    if not location.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path} is no regular file")
+    file = open_regular(path, wanted="text transform")
     try:
-        with open(location, "rb") as file:
-            return _read(file, os.fstat(file.fileno()).st_size)
+        with file:
+            return read(file, os.fstat(file.fileno()).st_size)
     except (ValueError, OSError) as error:
         raise ValueError(f"{path} {error}") from error
 
 
-def _read(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _header(file: BinaryIO, size: int) -> tuple[bytes, bytes, dict[str, str], list[_Entry]]:
+    """The length, the header, and what the header says of the file and its tensors."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(size - 8, _LARGEST_HEADER):
@@ -113,6 +127,11 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, Any]]
     header = file.read(length)
     metadata, entries = _parsed(header, size - 8 - length)
     _check_format(metadata)
+    return prefix, header, metadata, entries
+
+
+def _read(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    prefix, header, metadata, entries = _header(file, size)
     field = _checksum_field(metadata["sha256"])
     if not re.fullmatch("[0-9a-f]{64}", metadata["sha256"]) or header.count(field) != 1:
         raise ValueError("is damaged: its checksum cannot be read")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from sgfast.cli.arguments import MOST, finite, text
 from sgfast.cli.bench_options import bench
 from sgfast.evaluation.settings import Precision
 from sgfast.utils.records import TextAs, TextUnit
@@ -26,7 +27,7 @@ def _options() -> None:
 
 @app.command()
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 160,
+    steps: Annotated[int, typer.Option(min=1, max=MOST, help="Training steps.")] = 160,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo-output"),
     model: Annotated[
         str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
@@ -35,9 +36,11 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="UTF-8 text to train and measure on; default: Python's documentation.")
     ] = None,
-    layer: Annotated[int, typer.Option(help="Decoder layer whose outputs are distilled.")] = 5,
-    alpha: Annotated[float, typer.Option(help="0: keep the model's behaviour; 1: hide the text.")] = 0.5,
-    prompt: Annotated[str | None, typer.Option(help="A prompt to hide, attack and answer.")] = None,
+    layer: Annotated[int, typer.Option(min=-MOST, max=MOST, help="Decoder layer whose outputs are distilled.")] = 5,
+    alpha: Annotated[
+        float, typer.Option(callback=finite, help="0: keep the model's behaviour; 1: hide the text.")
+    ] = 0.5,
+    prompt: Annotated[str | None, typer.Option(callback=text, help="A prompt to hide, attack and answer.")] = None,
 ) -> None:
     """Train a transform on a real language model, measure it, save it, and use it as a client would."""
     from sgfast.cli.demo import DEFAULT_PROMPT, run_demo
@@ -105,7 +108,8 @@ def evaluate(
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation-output"),
     num_logits: Annotated[
-        int | None, typer.Option(min=1, help="Restrict divergences to both sides' top-k logits; default: all.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Restrict divergences to both sides' top-k logits; default: all."),
     ] = None,
     memory_budget: Annotated[
         str, typer.Option(help="Peak of resident bytes beyond the loaded model and one pass through its body.")
@@ -118,9 +122,11 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    beta: Annotated[int, typer.Option(min=1, help="An attack succeeds if the token is among so many nearest.")] = 1,
+    beta: Annotated[
+        int, typer.Option(min=1, max=MOST, help="An attack succeeds if the token is among so many nearest.")
+    ] = 1,
     attack_tokens: Annotated[
-        int, typer.Option(min=8, help="Tokens sampled for the attacks repeated, learned and information.")
+        int, typer.Option(min=8, max=MOST, help="Tokens sampled for the attacks repeated, learned and information.")
     ] = 4096,
     seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same numbers on one machine.")] = 0,
     text_unit: Annotated[TextUnit, typer.Option(help="What a record of a text file is.")] = "line",
@@ -128,11 +134,11 @@ def evaluate(
         TextAs, typer.Option(help="A text as a user's message, or without a chat template.")
     ] = "message",
     max_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens kept of a record; default: the model's positions.")
+        int | None, typer.Option(min=1, max=MOST, help="Tokens kept of a record; default: the model's positions.")
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Of the model's weights.")] = "float32",
     parquet: Annotated[bool, typer.Option("--parquet", help="Write sequences.parquet too (needs pyarrow).")] = False,
-    save_seconds: Annotated[float, typer.Option(min=0, help="Save the state so often.")] = 10.0,
+    save_seconds: Annotated[float, typer.Option(min=0, callback=finite, help="Save the state so often.")] = 10.0,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the evaluation in --out, if there is one.")
     ] = False,
@@ -169,7 +175,7 @@ def evaluate(
 def transform(
     file: Annotated[Path, typer.Argument(help="A transform saved for clients.")],
     out: Annotated[Path, typer.Option(help="Where to write inputs_embeds and attention_mask (safetensors).")],
-    prompt: Annotated[str | None, typer.Option(help="The user's message.")] = None,
+    prompt: Annotated[str | None, typer.Option(callback=text, help="The user's message.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Or a text or JSONL file: tensors KEY.inputs_embeds and KEY.attention_mask.")
     ] = None,
@@ -191,7 +197,9 @@ def voronoi(
     model: Annotated[
         str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
     ] = None,
-    percentile: Annotated[float, typer.Option(min=0, max=100, help="Which percentile of the distances.")] = 5.0,
+    percentile: Annotated[
+        float, typer.Option(min=0, max=100, callback=finite, help="Which percentile of the distances.")
+    ] = 5.0,
     half: Annotated[
         bool, typer.Option("--half/--full", help="To the border of the Voronoi cell, or to the nearest embedding.")
     ] = True,

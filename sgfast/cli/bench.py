@@ -1,5 +1,7 @@
 """``sgfast bench``: how fast, how much memory, how exact, here."""
 
+import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from sgfast.benchmarking.growth import EAGER, growth
 from sgfast.benchmarking.measuring import copy_gb_per_s
 from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
 from sgfast.benchmarking.results import write_result
+from sgfast.cli.arguments import MOST
 from sgfast.ops.dispatch import IMPLEMENTATIONS
 from sgfast.utils.files import check_output_file, check_output_folder
 
@@ -78,6 +81,7 @@ def run_bench(
     if max(sizes.get("top_k", [0])) > base.get("vocab", 0) and "top_k" in (asked or sizes):
         raise ValueError(f"--top-k must be at most the vocabulary, {base['vocab']}; got {max(sizes['top_k'])}")
     check_output_folder(out)
+    _check_memory(planned, device)
     out.mkdir(parents=True, exist_ok=True)
     plots = {name: out / f"{family}-{name}.png" for name in ("growth", "accuracy")}
     for path in (out / f"{family}.json", *plots.values()):
@@ -124,6 +128,15 @@ def run_bench(
     console.print(f"in {out}: {', '.join(path.name for path in written)}", highlight=False)
 
 
+def _check_memory(planned: Sequence[tuple[str, Mapping[str, int]]], device: str) -> None:
+    """Check that the inputs alone fit this machine, which would end the process later without a word."""
+    largest = max(math.prod(size for name, size in point.items() if name != "top_k") for _, point in planned)
+    if device == "cpu" and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if 2 * 4 * largest > memory:
+            raise ValueError(f"two inputs of {largest} numbers take more than this machine's {memory / 2**30:.0f} GiB")
+
+
 def parse_sizes(name: str, text: str) -> list[int]:
     """Whole numbers from 1 on, separated by commas.
 
@@ -135,9 +148,9 @@ def parse_sizes(name: str, text: str) -> list[int]:
         sizes = [int(part) for part in text.split(",")]
     except ValueError:
         sizes = [0]
-    if min(sizes) < 1:
+    if min(sizes) < 1 or max(sizes) > MOST:
         raise ValueError(
-            f"--{name.replace('_', '-')} must be whole numbers from 1 on, separated by commas; got {text!r}"
+            f"--{name.replace('_', '-')} must be whole numbers from 1 on, separated by commas; got {text[:100]!r}"
         )
     return sorted(set(sizes))
 

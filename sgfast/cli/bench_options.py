@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from sgfast.cli.arguments import finite
+
 bench = typer.Typer(
     name="bench",
     help="Time, memory and accuracy here, beside plain PyTorch: a table, JSON and plots.",
@@ -18,7 +20,9 @@ _Impl = Annotated[
     str, typer.Option(help="Of sgfast, separated by commas: auto, torch, compile (then PyTorch's formula too), triton.")
 ]
 _Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")]
-_Seconds = Annotated[float, typer.Option(min=0, max=60, help="Spent on each time, three rounds at least.")]
+_Seconds = Annotated[
+    float, typer.Option(min=0, max=60, callback=finite, help="Spent on each time, three rounds at least.")
+]
 _Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 
 

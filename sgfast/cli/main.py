@@ -1,9 +1,17 @@
-"""``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2."""
+"""``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2.
 
+What becomes one line here is what an input or a machine can cause: ValueError (UnicodeError among it), OSError, an
+implementation that was asked for and cannot run, a package that is not installed, and a lack of memory. Any other
+exception is a fault of ours and keeps its traceback, which a report of it needs.
+"""
+
+import io
 import os
 import sys
 from collections.abc import Sequence
 
+# What came is shown; a name of a megabyte is not.
+_LONGEST_LINE = 1000
 _IN_DEMO = ("accelerate", "gguf", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "typer", "yaml")
 _EXTRAS = {**dict.fromkeys(_IN_DEMO, "demo"), "peft": "peft"}
 
@@ -12,7 +20,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line with these arguments, or with the process's own."""
     from sgfast.ops.dispatch import ImplementationError
 
+    given = sys.argv[1:] if arguments is None else arguments
+    # Names of files may have bytes that are not UTF-8: printing one must not fail after an hour of work.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        if zero := next((argument for argument in given if "\0" in argument), None):
+            raise ValueError(f"an argument holds a zero byte: {zero[:100]!r}")
         from sgfast.cli.app import app
 
         try:
@@ -20,15 +34,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         finally:
             sys.stdout.flush()  # here, where an error is one line
     except (ValueError, OSError, ImplementationError) as error:
-        _fail(" ".join(str(error).split()))
+        _fail(" ".join(str(error).split()) or type(error).__name__)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_lack_of_memory(error):
+            raise
+        _fail(f"there is not enough memory for this: {' '.join(str(error).split())[:200] or 'MemoryError'}")
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise
         _fail(f"this command needs {error.name}: pip install 'sgfast[{_EXTRAS[error.name]}]'")
 
 
+def _is_lack_of_memory(error: Exception) -> bool:
+    """Whether memory was refused, by Python or by torch, which has a class of its own only for a GPU's."""
+    is_torch_on_cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_on_cpu
+
+
 def _fail(message: str) -> None:
-    print(f"sgfast: {message}", file=sys.stderr)
+    print(f"sgfast: {message[:_LONGEST_LINE]}", file=sys.stderr)
     try:
         sys.stdout.flush()
     except OSError:  # a full disk: the interpreter would try, and complain, once more

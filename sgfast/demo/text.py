@@ -5,7 +5,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from sgfast.utils.inputs import open_regular
+
 _MINIMUM_PASSAGES = 16
+# All of it is in memory, several times over.
+_LARGEST_TEXT = 2**26
 
 
 class Passages(NamedTuple):
@@ -19,15 +23,19 @@ def read_text(path: Path | None) -> str:
     """The file's text; None for the documentation topics that every Python carries.
 
     Raises:
-        ValueError: no such file, or not UTF-8 text.
+        ValueError: no such file, no regular one, not UTF-8 text, or more than 64 MiB.
     """
     if path is None:
         from pydoc_data.topics import topics
 
         return "\n".join(topics[name] for name in sorted(topics))
+    with open_regular(path, wanted="text file") as file:
+        content = file.read(_LARGEST_TEXT + 1)
+    if len(content) > _LARGEST_TEXT:
+        raise ValueError(f"{path} has more than {_LARGEST_TEXT} bytes: the demo reads no more (`sgfast train` does)")
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
         raise ValueError(f"{path} cannot be read as UTF-8 text: {error}") from error
 
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import sgfast
+from sgfast.client_file import check_client_file
 from sgfast.evaluation.measuring import Measurement, number, selected_rates
 from sgfast.evaluation.plot import DIVERGENCES_PLOT, RANKS_PLOT, plot_divergences, plot_ranks
 from sgfast.evaluation.progress import Progress, write_json
 from sgfast.evaluation.settings import RANK_ATTACKS, EvaluationError, Settings
 from sgfast.training.record import versions
 from sgfast.utils.files import replacing
-from sgfast.utils.records import data_digest
+from sgfast.utils.inputs import open_regular
+from sgfast.utils.records import data_digest, read_records
 
 METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE = "metrics.json", "sequences.jsonl", "sequences.parquet"
 RESULT_FILES = (METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE, DIVERGENCES_PLOT, RANKS_PLOT)
@@ -26,14 +28,17 @@ def identity_of(settings: Settings) -> dict[str, Any]:
     """What an evaluation is of: its settings without the seed, and digests of data and transform.
 
     Raises:
-        RecordError: the data cannot be read.
-        FileNotFoundError: no such transform.
+        EvaluationError: no such transform or data, no regular file, a file that is no transform, or a first record that
+            cannot be used.
     """
+    # What is empty, or of another kind, is refused before all of it is read and a model is loaded.
     try:
-        with settings.transform.open("rb") as file:
+        with open_regular(settings.transform, wanted="text transform") as file:
+            check_client_file(settings.transform)
+            next(read_records(settings.data, text_unit=settings.text_unit))
             transform = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise EvaluationError(f"{settings.transform} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise EvaluationError(str(error)) from error
     return settings.compared() | {"data": data_digest(settings.data), "transform": transform}
 
 

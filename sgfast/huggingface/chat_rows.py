@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sgfast.huggingface.content_spans import Rendering, locate_contents, overlapping_tokens, skip_white_space
 from sgfast.huggingface.examples import RESPONSE_ROLE, TRANSFORMED_ROLES, Message
-from sgfast.huggingface.tokenizer_state import backend_copy
+from sgfast.huggingface.tokenizer_state import TokenizerError, backend_copy, tokenizer_faults
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -62,6 +62,7 @@ class ChatTemplate:
         *,
         add_generation_prompt: bool = False,
         continue_final_message: bool = False,
+        bounded: bool = False,
     ) -> None:
         if not (chat_template or tokenizer.chat_template):
             raise ValueError(
@@ -74,6 +75,8 @@ class ChatTemplate:
         self._chat_template = chat_template
         self._add_generation_prompt = add_generation_prompt
         self._continue_final_message = continue_final_message
+        # A template from elsewhere may run for ever.
+        self._bounded = bounded
 
     def render(self, conversation: Sequence[Message], where: str) -> Rendering:
         """Render a conversation, as asked for, and locate its contents."""
@@ -93,7 +96,8 @@ class ChatTemplate:
         if not answer_spans:
             return None
         after = skip_white_space(text, answer_spans[-1][1])
-        encoding = backend.encode(text, add_special_tokens=False)
+        with tokenizer_faults("the tokenizer failed"):
+            encoding = backend.encode(text, add_special_tokens=False)
         added = backend.get_added_tokens_decoder()
         for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
             if start <= after < end:
@@ -106,18 +110,31 @@ class ChatTemplate:
                 {"role": message.role, "content": content}
                 for message, content in zip(conversation, contents, strict=True)
             ]
-            rendered: str = self._tokenizer.apply_chat_template(
-                messages,
-                chat_template=self._chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-            return rendered
+            return self._text(messages, add_generation_prompt)
 
         try:
             return locate_contents(render, [message.content for message in conversation])
         except Exception as error:  # a template is a program of its own: it raises what it likes
-            raise ValueError(f"the chat template refused {where}: {error}") from error
+            kind = TokenizerError if self._bounded else ValueError
+            raise kind(f"the chat template refused {where}: {str(error)[:1000]}") from error
+
+    def _text(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if self._bounded:
+            from sgfast.huggingface.bounded_template import render_bounded
+
+            return render_bounded(
+                self._chat_template or self._tokenizer.get_chat_template(),
+                messages,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokenizer.special_tokens_map,
+            )
+        rendered: str = self._tokenizer.apply_chat_template(
+            messages,
+            chat_template=self._chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+        return rendered
 
 
 def chat_rows(
@@ -136,7 +153,8 @@ def chat_rows(
         ignore_prompt_loss: count only assistant content in ``loss``, with the added token that ends it.
     """
     renderings = [template.render(conversation, f"example {index}") for index, conversation in enumerate(conversations)]
-    encodings = backend.encode_batch([rendering.text for rendering in renderings], add_special_tokens=False)
+    with tokenizer_faults("the tokenizer failed"):
+        encodings = backend.encode_batch([rendering.text for rendering in renderings], add_special_tokens=False)
     end_of_turn = template.end_of_turn_id(backend) if ignore_prompt_loss else None
     rows = []
     for conversation, rendering, encoding in zip(conversations, renderings, encodings, strict=True):

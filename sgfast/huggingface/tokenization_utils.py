@@ -16,7 +16,7 @@ from sgfast.huggingface.chat_rows import ChatTemplate, Row, chat_rows, checked_m
 from sgfast.huggingface.collator import IGNORED_LABEL, NoiseMaskCollator
 from sgfast.huggingface.examples import chat_conversations, described, instruction_conversations
 from sgfast.huggingface.noise_tokenizer import NoiseEncoding, NoiseTokenizer
-from sgfast.huggingface.tokenizer_state import check_fields, tokenizer_from_state, tokenizer_state
+from sgfast.huggingface.tokenizer_state import check_fields, tokenizer_faults, tokenizer_from_state, tokenizer_state
 from sgfast.noise_layer.arguments import check_bool
 from sgfast.utils import strict_json
 
@@ -99,6 +99,7 @@ class TokenizerWrapper:
         if not isinstance(model_type, type | str):
             raise TypeError(f"model_type must be a class or its name; got {type(model_type).__name__}")
         self.tokenizer = tokenizer
+        self._from_elsewhere = False
         self.model_type = model_type
         self.include_labels = check_bool("include_labels", include_labels)
         self.ignore_prompt_loss = check_bool("ignore_prompt_loss", ignore_prompt_loss)
@@ -139,7 +140,9 @@ class TokenizerWrapper:
         kept = self._kept_length(truncation, max_length)
         instructions = self.prompt_type is PromptType.INSTRUCTION
         conversations = instruction_conversations(examples) if instructions else chat_conversations(examples)
-        template = ChatTemplate(self.tokenizer, add_generation_prompt=add_generation_prompt)
+        template = ChatTemplate(
+            self.tokenizer, add_generation_prompt=add_generation_prompt, bounded=self._from_elsewhere
+        )
         rows = chat_rows(conversations, template, self._offset_tokenizer, ignore_prompt_loss=self.ignore_prompt_loss)
         return self._collate(rows, kept)
 
@@ -168,9 +171,10 @@ class TokenizerWrapper:
         if not batch:
             raise ValueError("texts must hold at least one text; got none")
         kept = self._kept_length(truncation, max_length)
-        encoded = self.tokenizer(
-            list(batch), truncation=truncation, max_length=kept, padding=False, return_special_tokens_mask=True
-        )
+        with tokenizer_faults("the tokenizer failed"):
+            encoded = self.tokenizer(
+                list(batch), truncation=truncation, max_length=kept, padding=False, return_special_tokens_mask=True
+            )
         rows = []
         for ids, special in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True):
             ids = torch.tensor(ids, dtype=torch.long)
@@ -196,7 +200,8 @@ class TokenizerWrapper:
         """Rebuild a wrapper whose outputs equal those of the one that wrote ``text``.
 
         Nothing named in ``text`` is imported or opened: the tokenizer is always a ``PreTrainedTokenizerFast`` and
-        ``model_type`` stays a string. The chat template runs in the sandbox of transformers.
+        ``model_type`` stays a string. The tokenizer's parts are bounded (`sgfast.huggingface.tokenizer_parts`), and
+        the chat template runs in the sandbox of transformers with a budget for its time and output.
 
         Args:
             text: what ``to_json`` returned.
@@ -214,13 +219,15 @@ class TokenizerWrapper:
                 f"a saved TokenizerWrapper must be an object of format {_JSON_FORMAT}; got {state.get('format')!r}"
             )
         check_fields(state, _STATE_TYPES, "the saved TokenizerWrapper")
-        return cls(
+        wrapper = cls(
             tokenizer_from_state(state["tokenizer"]),
             state["model_type"],
             include_labels=state["include_labels"],
             ignore_prompt_loss=state["ignore_prompt_loss"],
             prompt_type=PromptType(state["prompt_type"]),
         )
+        wrapper._from_elsewhere = True
+        return wrapper
 
     def _kept_length(self, truncation: bool, max_length: int | None) -> int | None:
         if truncation:

@@ -1,14 +1,18 @@
 """A fast tokenizer as plain data, and back: no pickle, no file, no class named by the data."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+from sgfast.huggingface.tokenizer_parts import check_backend
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# A hundred times those of today's models.
-_LARGEST_ID = 2**24
+# A template is a few kilobytes; those of models have at most a thousand special tokens beside the vocabulary's.
+_LONGEST_TEMPLATE = 2**17
+_MOST_SPECIAL, _MOST_NAMED, _LONGEST_TOKEN = 4096, 64, 1024
 # Attributes that bear on ids, masks or decoding.
 _SETTINGS = {
     "padding_side": str,
@@ -26,26 +30,48 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 
 
+class TokenizerError(ValueError):
+    """A tokenizer failed on what is a valid input: the fault is the tokenizer's."""
+
+
+@contextmanager
+def tokenizer_faults(what: str) -> Iterator[None]:
+    """Turn what the Rust library raises, panics among it, which are no Exception, into a `TokenizerError`."""
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what}: {str(error)[:200]}") from error
+
+
 def backend_copy(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
     """Copy the Rust tokenizer, without the truncation and padding that earlier calls left on it."""
     from tokenizers import Tokenizer
 
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    with tokenizer_faults("the tokenizer cannot be copied"):
+        backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
     return backend
 
 
 def tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
-    """Return everything ``tokenizer_from_state`` needs, in types that JSON has."""
+    """Return everything ``tokenizer_from_state`` needs, in types that JSON has.
+
+    Raises:
+        ValueError: a tokenizer that ``tokenizer_from_state`` would refuse.
+    """
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return {
+    state = {
         "backend": backend_copy(tokenizer).to_str(),
         "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template else None,
         "named_special_tokens": named,
         "other_special_tokens": [token for token in tokenizer.all_special_tokens if token not in named.values()],
         **{name: kind(getattr(tokenizer, name)) for name, kind in _SETTINGS.items()},
     }
+    _check_state(state)
+    return state
 
 
 def tokenizer_from_state(state: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
@@ -55,34 +81,46 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
         state: what ``tokenizer_state`` returned.
 
     Raises:
-        ValueError: a field is missing or not of its type, or the Rust tokenizer does not read its part.
+        ValueError: a field is missing or not of its type, a part of the Rust tokenizer is unknown or beyond the bounds
+            of `sgfast.huggingface.tokenizer_parts`, or the Rust library does not read it.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
+    _check_state(state)
+    with tokenizer_faults("the saved tokenizer cannot be read"):
+        backend = Tokenizer.from_str(state["backend"])
+        return PreTrainedTokenizerFast(
+            tokenizer_object=backend,
+            chat_template=state["chat_template"],
+            additional_special_tokens=state["other_special_tokens"],
+            **{name: state[name] for name in _SETTINGS},
+            **state["named_special_tokens"],
+        )
+
+
+def _check_state(state: Mapping[str, Any]) -> None:
     check_fields(state, _TYPES, "the saved tokenizer")
     # These names become keyword arguments of the tokenizer, and some keyword arguments open files.
-    if not all(isinstance(token, str) for token in state["other_special_tokens"]):
+    special, named = state["other_special_tokens"], state["named_special_tokens"]
+    if not all(isinstance(token, str) for token in special):
         raise ValueError("the saved tokenizer has special tokens that are no strings")
-    for name, token in state["named_special_tokens"].items():
+    for name, token in named.items():
         if not name.endswith("_token") or not isinstance(token, str):
-            raise ValueError(f"the saved tokenizer has an invalid special token {name!r}")
+            raise ValueError(f"the saved tokenizer has an invalid special token {name[:40]!r}")
+    if len(special) > _MOST_SPECIAL or len(named) > _MOST_NAMED:
+        raise ValueError(
+            f"the saved tokenizer has {len(named)} named and {len(special)} other special tokens; "
+            f"allowed are {_MOST_NAMED} and {_MOST_SPECIAL}"
+        )
+    if max(map(len, [*special, *named.values()]), default=0) > _LONGEST_TOKEN:
+        raise ValueError(f"the saved tokenizer has a special token of more than {_LONGEST_TOKEN} characters")
+    if len(state["chat_template"] or "") > _LONGEST_TEMPLATE:
+        raise ValueError(f"the saved chat template has more than {_LONGEST_TEMPLATE} characters")
     try:
-        backend = Tokenizer.from_str(state["backend"])
-    except BaseException as error:  # tokenizers raises no narrower class, and its panics are no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise
+        check_backend(state["backend"])
+    except ValueError as error:
         raise ValueError(f"the saved tokenizer cannot be read: {error}") from error
-    # Writing a vocabulary out again takes memory by its largest id, whatever their number.
-    if max(backend.get_vocab().values(), default=0) > _LARGEST_ID:
-        raise ValueError(f"the saved tokenizer has ids above {_LARGEST_ID}")
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        chat_template=state["chat_template"],
-        additional_special_tokens=state["other_special_tokens"],
-        **{name: state[name] for name in _SETTINGS},
-        **state["named_special_tokens"],
-    )
 
 
 def check_fields(state: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]], where: str) -> None:

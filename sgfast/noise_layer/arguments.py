@@ -13,16 +13,21 @@ def check_real(name: str, value: Any) -> float:
     """Check for a number that is not NaN and return it as a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    if math.isnan(value):
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be a number that a float can hold") from error
+    if math.isnan(number):
         raise ValueError(f"{name} must be a number; got nan")
-    return float(value)
+    return number
 
 
 def check_finite(name: str, value: Any) -> float:
     """Check for a finite number and return it as a float."""
-    if math.isinf(check_real(name, value)):
+    number = check_real(name, value)
+    if math.isinf(number):
         raise ValueError(f"{name} must be finite; got {value}")
-    return float(value)
+    return number
 
 
 def check_bool(name: str, value: Any) -> bool:
@@ -44,9 +49,13 @@ def check_count(name: str, value: Any) -> int:
 def check_scale(scale: Any) -> Scale:
     """Check ``(min, max)`` with 0 ≤ min < max, a pair of numbers or a tensor of two, and return it as floats."""
     try:
-        bounds = [float(bound) for bound in scale]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"scale must be a pair of numbers, (min, max); got {scale!r}") from error
+        # Of a string, each digit would be a bound.
+        bounds = [] if isinstance(scale, str | bytes) else list(scale)
+        if not bounds or any(isinstance(bound, str | bytes | bool) for bound in bounds):
+            raise TypeError
+        bounds = [float(bound) for bound in bounds]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise TypeError(f"scale must be a pair of numbers, (min, max); got {repr(scale)[:100]}") from error
     if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] < math.inf:
         raise ValueError(f"scale must be (min, max) with 0 <= min < max; got {scale}")
     return bounds[0], bounds[1]

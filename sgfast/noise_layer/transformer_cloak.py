@@ -1,6 +1,7 @@
 """A noise layer for language models: mean and standard deviation come from small transformers over the sequence."""
 
 import copy
+import inspect
 import json
 from os import PathLike
 from typing import Any
@@ -28,6 +29,8 @@ KNOWN_BODIES = (
     "Qwen2Model",
     "Qwen3Model",
 )
+# As deep as the deepest models; each layer takes memory before anything is learned.
+MOST_LAYERS = 128
 
 
 class TransformerCloak(BaseNoiseLayer):
@@ -91,7 +94,8 @@ class TransformerCloak(BaseNoiseLayer):
         for name, heads in (("mean", mean_num_attention_heads), ("std", std_num_attention_heads)):
             _check_heads(f"{name}_num_attention_heads", heads, config.hidden_size)
         for name, layers in (("mean", mean_num_hidden_layers), ("std", std_num_hidden_layers)):
-            check_count(f"{name}_num_hidden_layers", layers)
+            if check_count(f"{name}_num_hidden_layers", layers) > MOST_LAYERS:
+                raise ValueError(f"{name}_num_hidden_layers must be at most {MOST_LAYERS}; got {layers}")
         for name, dropout in (("mean", mean_dropout), ("std", std_dropout)):
             _check_dropout(f"{name}_dropout", dropout)
         check_bool("directly_learn_stds", directly_learn_stds)
@@ -153,8 +157,10 @@ class TransformerCloak(BaseNoiseLayer):
         """Rebuild an untrained layer of the same architecture.
 
         Raises:
-            ValueError: a transformer type that is not among `KNOWN_BODIES`, or arguments that do not fit.
+            ValueError: a transformer type that is not among `KNOWN_BODIES`, a setting that is missing, unknown (a seed
+                among them) or of another type than `settings` gives, or arguments that do not fit.
         """
+        _check_settings(settings)
         arguments = dict(settings)
         body_name = arguments.pop("transformer_type")
         if body_name not in KNOWN_BODIES:
@@ -168,6 +174,17 @@ class TransformerCloak(BaseNoiseLayer):
         if arguments["value_range"] is not None:
             arguments["value_range"] = tuple(arguments["value_range"])
         return cls(config, body, **arguments)
+
+
+def _check_settings(settings: dict[str, Any]) -> None:
+    names = set(inspect.signature(TransformerCloak).parameters) - {"config_path", "seed"} | {"config", "attention"}
+    if different := sorted(map(str, settings.keys() ^ names)):
+        raise ValueError(f"the noise layer's settings are unknown or missing: {', '.join(different)[:100]}")
+    types: dict[str, Any] = {"transformer_type": str, "config": dict, "attention": str, "scale": list}
+    types["value_range"] = list | None
+    for name, kind in types.items():
+        if not isinstance(settings[name], kind):
+            raise ValueError(f"the noise layer's {name} must not be of type {type(settings[name]).__name__}")
 
 
 def _check_body(transformer_type: Any, config: Any) -> None:

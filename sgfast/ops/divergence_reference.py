@@ -57,8 +57,6 @@ def _values(
         at_label = noisy.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
         if settings.label_smoothing > 0:
             at_label = (1 - settings.label_smoothing) * at_label + settings.label_smoothing * noisy.mean(-1)
-        if settings.label_smoothing > 0:
-            at_label = (1 - settings.label_smoothing) * at_label + settings.label_smoothing * noisy.mean(-1)
         values.append(torch.where(labels < 0, 0, noisy.logsumexp(-1) - at_label))
     return torch.stack(values)
 

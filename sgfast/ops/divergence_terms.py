@@ -322,7 +322,7 @@ def _partial_to_p(
         case "total_variation":
             return atoms.log_ratio.sign().mul_(0.5), None
         case "squared_hellinger":
-            return _hellinger_partial(atoms, indicator(atoms.log_ratio), atoms.q)
+            return _hellinger_partial(atoms, indicator(atoms.log_ratio))
     raise AssertionError(kind)
 
 
@@ -346,15 +346,14 @@ def _partial_to_q(
         case "total_variation":
             return atoms.log_ratio.sign().mul_(-0.5), None
         case "squared_hellinger":
-            return _hellinger_partial(atoms, indicator(-atoms.log_ratio), atoms.p)
+            return _hellinger_partial(atoms, indicator(-atoms.log_ratio))
         case "cross_entropy":
             assert atoms.log_p is not None
             return -atoms.log_p, None
     raise AssertionError(kind)
 
 
-def _hellinger_partial(atoms: Atoms, is_larger: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """½(p − √(pq)): ½h·p where p is the larger side, −½h(1−h)·q elsewhere; or the same with the sides exchanged."""
+def _hellinger_partial(atoms: Atoms, is_larger: Tensor) -> tuple[Tensor, Tensor]:
+    """½(p − √(pq)): ½h·p where p is the larger side, −½h·√(pq) elsewhere; or the same with the sides exchanged."""
     half = atoms.half_shrinkage * 0.5
-    factor = (half * is_larger).neg_()
-    return factor, half.addcmul_(half, atoms.half_shrinkage).mul_(other).mul_(1 - is_larger)
+    return (half * is_larger).neg_(), half.mul_((atoms.p * atoms.q).sqrt_()).mul_(1 - is_larger)

@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from sgfast.noise_layer.arguments import check_scale, check_value_range
-from sgfast.noise_layer.transformer_cloak import TransformerCloak
+from sgfast.noise_layer.transformer_cloak import MOST_LAYERS, TransformerCloak
 from sgfast.training.objectives import DEFAULT_OPTIONS, FACTORIES, MODEL_ARGUMENTS
+from sgfast.training.yaml_settings import parse_yaml, read_yaml_file
+from sgfast.utils.bounded_pattern import check_pattern
+from sgfast.utils.inputs import check_path
 from sgfast.utils.records import TextAs, TextUnit
 
 Precision = Literal["float32", "bfloat16"]
@@ -31,6 +32,14 @@ _CURRENT_NAME = "distillation_layer_cosine_distance_loss_weight"
 _DEFAULT_LOSS = "distillation"
 _POSITIVE = ("learning_rate", "max_gradient_norm")
 _AT_LEAST_ONE = ("steps", "batch_size", "accumulation", "max_length", "save_steps")
+# Beyond any machine; without an end, what is counted up to them would be.
+_LARGEST_COUNT = 2**31 - 1
+_LARGEST_RANK = 2**12
+# Of PEFT's module names, which are short, an expression may go over the text more than once.
+_MOST_LOOPS = 3
+_LONGEST_SHOWN = 100
+# Settings inside settings inside settings.
+_DEEPEST = 3
 
 
 class ConfigurationError(ValueError):
@@ -87,38 +96,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds, an empty one if it holds nothing.
 
     Raises:
-        ConfigurationError: no such file, no YAML, a key that occurs twice, or something else than a mapping.
+        ConfigurationError: what `sgfast.training.yaml_settings` refuses, or something else than a mapping.
     """
     try:
-        content = yaml.load(path.read_bytes(), Loader=_Loader)
-    except OSError as error:
-        raise ConfigurationError(f"{path} cannot be read: {error.strerror or error}") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        raise ConfigurationError(f"{path}{where}: not YAML: {problem or str(error) or 'too deep'}") from error
+        content = read_yaml_file(path)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     if content is None:
         return {}
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} must hold settings, one `name: value` a line; got {_described(content)}")
     return content
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would keep the last of two equal keys without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: list[Any] = []
-        for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":
-                continue  # ``<<``, which the safe loader resolves
-            key = self.construct_object(key_node, deep=True)
-            if key in seen:
-                raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark
-                )
-            seen.append(key)
-        return super().construct_mapping(node, deep=deep)
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -157,12 +145,12 @@ def parse_override(text: str) -> tuple[str, Any]:
         ('noise_layer.scale', ['1e-3', 1.0])
     """
     name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise ConfigurationError(f"--set takes key=value, as in loss.alpha=0.3; got {text!r}")
+    if not equals or not name.strip() or name.count(".") > _DEEPEST:
+        raise ConfigurationError(f"--set takes key=value, as in loss.alpha=0.3; got {_described(text)}")
     try:
-        return name.strip(), yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigurationError(f"--set {name.strip()}: the value is not YAML: {value!r}") from error
+        return name.strip(), parse_yaml(value, f"--set {name.strip()[:100]}")
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def configuration_from(settings: Mapping[str, Any]) -> Configuration:
@@ -212,9 +200,11 @@ def loss_hints(factory: Callable[..., Any]) -> dict[str, Any]:
 
 def _checked_loss(given: Mapping[str, Any]) -> dict[str, Any]:
     name = _DEFAULT_LOSS if given.get("name") is None else given["name"]
+    if not isinstance(name, str):
+        raise ConfigurationError(f"loss.name must be a string; got {_described(name)}")
     name = {factory.__name__: short for short, factory in FACTORIES.items()}.get(name, name)
     if name not in FACTORIES:
-        raise ConfigurationError(f"loss.name must be one of {', '.join(FACTORIES)}; got {name!r}")
+        raise ConfigurationError(f"loss.name must be one of {', '.join(FACTORIES)}; got {_described(name)}")
     factory = FACTORIES[name]
     options = {key: value for key, value in given.items() if key != "name"}
     checked = _checked_values(options, loss_hints(factory), "loss", f" of the loss {name}")
@@ -229,6 +219,9 @@ def _checked_noise_layer(given: Mapping[str, Any]) -> dict[str, Any]:
         if "scale" in checked:
             checked["scale"] = check_scale(checked["scale"])
         check_value_range(checked.get("value_range"))
+        for name in ("mean_num_hidden_layers", "std_num_hidden_layers"):
+            if not 1 <= checked.get(name, 1) <= MOST_LAYERS:
+                raise ValueError(f"{name} must lie in [1, {MOST_LAYERS}]; got {checked[name]}")
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"noise_layer.{error}") from error
     return checked
@@ -244,18 +237,27 @@ def _check_ranges(configuration: Configuration) -> None:
     for name in ("warmup_steps", "weight_decay"):
         if getattr(configuration, name) < 0:
             raise ConfigurationError(f"{name} must not be negative; got {getattr(configuration, name)}")
-    if not 0 <= configuration.seed < 2**32:
-        raise ConfigurationError(f"seed must lie in [0, 2**32); got {configuration.seed}")  # numpy's generator
+    if not 0 <= configuration.seed < 2**32:  # numpy's generator
+        raise ConfigurationError(f"seed must lie in [0, 2**32); got {_described(configuration.seed)}")
     if configuration.loss_name.startswith("mutual_information") and configuration.batch_size % 2:
         raise ConfigurationError(
             f"the loss {configuration.loss_name} compares the halves of a batch: batch_size must be even; "
             f"got {configuration.batch_size}"
         )
     if configuration.lora is not None:
-        if configuration.lora.r < 1 or configuration.lora.lora_alpha < 1:
-            raise ConfigurationError("lora.r and lora.lora_alpha must be at least 1")
+        if not 1 <= configuration.lora.r <= _LARGEST_RANK or configuration.lora.lora_alpha < 1:
+            raise ConfigurationError(f"lora.r and lora.lora_alpha must be at least 1, lora.r at most {_LARGEST_RANK}")
+        if isinstance(configuration.lora.target_modules, str):
+            _check_modules(configuration.lora.target_modules)
         if not 0 <= configuration.lora.lora_dropout < 1:
             raise ConfigurationError(f"lora.lora_dropout must lie in [0, 1); got {configuration.lora.lora_dropout}")
+
+
+def _check_modules(pattern: str) -> None:
+    try:
+        check_pattern(pattern, "lora.target_modules", most_loops=_MOST_LOOPS)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
 
 
 def _checked_values(
@@ -265,8 +267,11 @@ def _checked_values(
     prefix = f"{where}." if where else ""
     for key in given:
         if key not in hints:
-            closest = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.0)[0]
-            raise ConfigurationError(f"unknown key {prefix}{key}{of_what}: the closest valid key is {prefix}{closest}")
+            shown = key[:_LONGEST_SHOWN] if isinstance(key, str) else _described(key)
+            closest = difflib.get_close_matches(shown, hints, n=1, cutoff=0.0)[0]
+            raise ConfigurationError(
+                f"unknown key {prefix}{shown}{of_what}: the closest valid key is {prefix}{closest}"
+            )
     return {
         key: _brought_to(hints[key], value, prefix + key)
         for key, value in given.items()
@@ -292,7 +297,7 @@ def _match(hint: Any, value: Any, name: str) -> tuple[bool, Any]:
         number = _number(value)
         return number is not None, number
     if origin is Path:
-        return isinstance(value, str | Path) and str(value) != "", Path(value) if isinstance(value, str) else value
+        return _path(value, name)
     if origin is Literal:
         return value in arguments, value
     if dataclasses.is_dataclass(origin) and isinstance(value, Mapping):
@@ -309,7 +314,19 @@ def _match(hint: Any, value: Any, name: str) -> tuple[bool, Any]:
         return True, tuple(_brought_to(*pair, f"an entry of {name}") for pair in zip(arguments, value, strict=True))
     if origin is int and isinstance(value, bool):
         return False, None
+    if origin is int and isinstance(value, int) and abs(value) > _LARGEST_COUNT and name != "seed":
+        raise ConfigurationError(f"{name} must be an integer of at most {_LARGEST_COUNT}; got {_described(value)}")
     return isinstance(value, origin), value
+
+
+def _path(value: Any, name: str) -> tuple[bool, Path | None]:
+    if not isinstance(value, str | Path) or str(value) == "":
+        return False, None
+    try:
+        check_path(value)
+    except ValueError as error:
+        raise ConfigurationError(f"{name}: {error}") from error
+    return True, Path(value)
 
 
 def _number(value: Any) -> float | None:
@@ -319,9 +336,13 @@ def _number(value: Any) -> float | None:
             value = float(value)
         except ValueError:
             return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _allowed(hint: Any) -> str:
@@ -345,4 +366,8 @@ def _allowed(hint: Any) -> str:
 def _described(value: Any) -> str:
     if isinstance(value, Mapping):
         return "settings"
-    return "nothing" if value is None else repr(value)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, list) and len(value) > _LONGEST_SHOWN:
+        return f"a list of {len(value)}"
+    return "nothing" if value is None else repr(value)[:_LONGEST_SHOWN]

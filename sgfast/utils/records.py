@@ -15,6 +15,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
+from sgfast.utils import strict_json
+from sgfast.utils.inputs import open_regular
+
 TextUnit = Literal["line", "paragraph"]
 TEXT_UNITS: tuple[TextUnit, ...] = ("line", "paragraph")
 # A text as the message of a user, or as it is.
@@ -22,6 +25,8 @@ TextAs = Literal["message", "plain"]
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROLES = ("system", "user", "assistant")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Millions of tokens. A file without line ends would be one record of its whole size.
+_LARGEST_RECORD = 2**24
 
 
 class Record(NamedTuple):
@@ -59,8 +64,9 @@ def read_records(path: str | os.PathLike[str], *, text_unit: TextUnit = "line") 
 
     Raises:
         RecordError: while iterating: no such file or not readable, bytes that are not UTF-8, a line that is no JSON
-            object, without ``text`` or ``messages`` or with both, values of another type, no text in ``text``, a
-            message without role or content, or a file without records.
+            object, a key twice in an object, without ``text`` or ``messages`` or with both, values of another type, no
+            text in ``text``, a message without role or content, a record of more than 16 MiB, a file without records,
+            or no regular file (a pipe, say).
         ValueError: unknown ``text_unit``.
 
     Example:
@@ -139,19 +145,17 @@ def _is_json(path: Path) -> bool:
 
 def _opened(path: Path) -> io.BufferedReader:
     try:
-        return path.open("rb")
-    except IsADirectoryError as error:
-        raise RecordError(f"{path} is a folder, not a text or JSONL file") from error
-    except OSError as error:
-        raise RecordError(f"{path} cannot be read: {error.strerror or error}") from error
+        return open_regular(path, wanted="text or JSONL file")
+    except ValueError as error:
+        raise RecordError(str(error)) from error
 
 
 def _each(path: Path, text_unit: TextUnit) -> Iterator[_Lines]:
     """The bytes of every record; an error if there is none."""
     empty = True
     with _opened(path) as file:
-        lines = _numbered_lines(file)
-        for one in lines if _is_json(path) or text_unit == "line" else _paragraphs(lines):
+        lines = _numbered_lines(path, file)
+        for one in lines if _is_json(path) or text_unit == "line" else _paragraphs(path, lines):
             if one.content.strip():
                 empty = False
                 yield one
@@ -159,10 +163,12 @@ def _each(path: Path, text_unit: TextUnit) -> Iterator[_Lines]:
         raise RecordError(f"{path} holds no records")
 
 
-def _numbered_lines(file: io.BufferedReader) -> Iterator[_Lines]:
+def _numbered_lines(path: Path, file: io.BufferedReader) -> Iterator[_Lines]:
     start = 0
-    for line, content in enumerate(file, start=1):
+    for line, content in enumerate(iter(lambda: file.readline(_LARGEST_RECORD + 1), b""), start=1):
         length = len(content)
+        if length > _LARGEST_RECORD:
+            raise RecordError(f"{path}, line {line}: the line is longer than {_LARGEST_RECORD} bytes")
         if line == 1 and content.startswith(_BYTE_ORDER_MARK):
             content, start = content.removeprefix(_BYTE_ORDER_MARK), len(_BYTE_ORDER_MARK)
             length -= len(_BYTE_ORDER_MARK)
@@ -170,16 +176,20 @@ def _numbered_lines(file: io.BufferedReader) -> Iterator[_Lines]:
         start += length
 
 
-def _paragraphs(lines: Iterable[_Lines]) -> Iterator[_Lines]:
+def _paragraphs(path: Path, lines: Iterable[_Lines]) -> Iterator[_Lines]:
     first: _Lines | None = None
     parts: list[bytes] = []
+    size = 0
     for one in lines:
         if one.content.strip():
             first = first or one
             parts.append(one.content)
+            size = size + len(one.content)
+            if size > _LARGEST_RECORD:
+                raise RecordError(f"{path}, line {first.line}: the paragraph is longer than {_LARGEST_RECORD} bytes")
         elif first is not None:
             yield first._replace(content=b"".join(parts))
-            first, parts = None, []
+            first, parts, size = None, [], 0
     if first is not None:
         yield first._replace(content=b"".join(parts))
 
@@ -204,8 +214,8 @@ class _MalformedError(Exception):
 
 def _json_record(text: str, line: int) -> Record:
     try:
-        values = json.loads(text.rstrip("\r\n"))
-    except (ValueError, RecursionError) as error:  # ValueError: also integers of too many digits
+        values = strict_json.loads(text.rstrip("\r\n"), allow_nan=True)  # Python writes it, and it is not read here
+    except ValueError as error:
         reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
         raise _MalformedError(f"not JSON: {reason}") from error
     if not isinstance(values, dict):

@@ -10,12 +10,17 @@ _LARGEST_STRUCTURE = 2**20
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
-def loads(text: str) -> Any:
+def loads(text: str, *, largest_structure: int = _LARGEST_STRUCTURE, allow_nan: bool = False) -> Any:
     r"""Parse a JSON text.
 
+    Args:
+        text: one JSON value.
+        largest_structure: how many characters it may have outside strings.
+        allow_nan: take ``NaN``, ``Infinity`` and ``-Infinity``, which JSON does not have and Python writes.
+
     Raises:
-        ValueError: no JSON, a key twice in one object, NaN or an infinity, nested too deeply, or more than 2²⁰
-            characters outside strings.
+        ValueError: no JSON, a key twice in one object, NaN or an infinity, nested too deeply, or more than
+            ``largest_structure`` characters outside strings.
 
     Example:
         >>> loads('{"a": [1, "\\u00e9"]}')
@@ -26,14 +31,15 @@ def loads(text: str) -> Any:
         ValueError: the key 'a' occurs twice
     """
     structure = len(text)
-    for string in _STRING.finditer(text):
-        structure -= string.end() - string.start()
-    if structure > _LARGEST_STRUCTURE:
+    if structure > largest_structure:
+        for string in _STRING.finditer(text):
+            structure -= string.end() - string.start()
+    if structure > largest_structure:
         raise ValueError(
-            f"{structure} characters of JSON outside strings are more than the {_LARGEST_STRUCTURE} allowed"
+            f"{structure} characters of JSON outside strings are more than the {largest_structure} allowed"
         )
     try:
-        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refused)
+        return json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=float if allow_nan else _refused)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None
 

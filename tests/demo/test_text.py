@@ -32,6 +32,8 @@ def test_python_carries_enough_text():
 def test_files_that_are_not_text_are_named(tmp_path):
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"\xff\xfe\x00\xd8")
-    for path in (binary, tmp_path, tmp_path / "absent"):
-        with pytest.raises(ValueError, match="cannot be read as UTF-8 text"):
+    faults = {binary: "as UTF-8 text", tmp_path: "is a folder, not a text file", tmp_path / "absent": "cannot be read"}
+    for path, fault in faults.items():
+        with pytest.raises(ValueError, match=fault) as caught:
             read_text(path)
+        assert str(path) in str(caught.value)

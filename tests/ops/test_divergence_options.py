@@ -5,12 +5,12 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from sgfast.ops.divergence_masked import masked_divergence
 from torch import Tensor
 
 import sgfast
 from sgfast.loss import divergences as single_divergences
 from sgfast.ops import divergence_chunks, divergences
+from sgfast.ops.divergence import masked_divergence
 from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
 from sgfast.ops.topk import union_of_top_k
@@ -181,11 +181,11 @@ def test_smoothed_labels_stay_within_the_memory_that_chunks_are_planned_for(kind
     indices, valid = union_of_top_k(noisy, clean, 50)
     planned = noisy.nbytes * divergence_chunks.temporaries(settings, 100 / 10_000, converted=False) + 4096
     with LiveBytes() as counted:
-        forward_rows(noisy, clean, temperature, settings, indices, valid, labels)
+        forward_rows(noisy, clean, (temperature, temperature), settings, indices, valid, labels)
     assert counted.peak <= planned
     targets, upstream = [torch.empty_like(noisy), torch.empty_like(clean)], torch.ones(len(settings.kinds), 4)
     with LiveBytes() as counted:
-        write_gradients(noisy, clean, temperature, settings, indices, valid, upstream, targets, labels)
+        write_gradients(noisy, clean, (temperature, temperature), settings, indices, valid, upstream, targets, labels)
     assert counted.peak <= planned
 
 

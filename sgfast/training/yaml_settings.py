@@ -1,0 +1,107 @@
+"""Small YAML texts of settings: nothing is executed, no key is lost, and no short text makes a large value."""
+
+from collections.abc import Hashable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sgfast.utils.inputs import open_regular
+
+# Settings take a kilobyte or two. PyYAML reads some 100 kB a second.
+_LARGEST_TEXT = 2**16
+# Once each alias is replaced by what it stands for: aliases of aliases double at each step.
+_MOST_NODES = 10_000
+_DEEPEST = 20
+# What PyYAML raises where a tag such as ``!!timestamp`` is written before something else.
+_OF_A_TAG = (AttributeError, IndexError, KeyError, TypeError)
+
+
+def read_yaml_file(path: Path) -> Any:
+    """The value that a YAML file holds.
+
+    Raises:
+        ValueError: no such file, no regular one, or what `parse_yaml` refuses; the message names file and line.
+    """
+    with open_regular(path, wanted="file of settings") as file:
+        content = file.read(_LARGEST_TEXT + 1)
+    return parse_yaml(content, str(path))
+
+
+def parse_yaml(text: str | bytes, where: str) -> Any:
+    """The value of a YAML text.
+
+    Args:
+        text: one document.
+        where: what to call it in an error.
+
+    Raises:
+        ValueError: no YAML, a tag that is not plain YAML's, a key that occurs twice, nested too deeply, an alias inside
+            what it stands for, or more than 64 kB or 10,000 values, aliases written out.
+    """
+    if len(text) > _LARGEST_TEXT:
+        raise ValueError(f"{where}: settings of more than {_LARGEST_TEXT} bytes are not read")
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if node is None:
+                return None
+            _check_size(node, {}, set())
+            return loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, RecursionError, ValueError, OverflowError, *_OF_A_TAG) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        reason = "nested too deeply" if isinstance(error, RecursionError) else problem or str(error)
+        if isinstance(error, _OF_A_TAG):
+            reason = "a value that its tag does not fit"
+        raise ValueError(f"{where}{line}: not YAML: {' '.join(reason.split())[:200]}") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, with an error for equal keys (it keeps the last) and for many brackets (it is slow)."""
+
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        if self.flow_level >= _DEEPEST:
+            raise yaml.scanner.ScannerError(problem="nested too deeply", problem_mark=self.get_mark())
+        super().fetch_flow_collection_start(token_class)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue  # ``<<``, which the safe loader resolves
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, Hashable):
+                continue  # which the safe loader refuses
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    problem=f"the key {key!r} occurs twice", problem_mark=key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _check_size(node: yaml.Node, sizes: dict[int, int], inside: set[int]) -> int:
+    """The number of values under a node, with each alias counted as what it stands for."""
+    if id(node) in sizes:
+        return sizes[id(node)]
+    if id(node) in inside:
+        raise yaml.constructor.ConstructorError(
+            problem="an alias stands inside what it stands for", problem_mark=node.start_mark
+        )
+    inside.add(id(node))
+    total = 1
+    if isinstance(node, yaml.CollectionNode):
+        for entry in node.value:
+            for child in entry if isinstance(entry, tuple) else (entry,):
+                total += _check_size(child, sizes, inside)
+    inside.discard(id(node))
+    if total > _MOST_NODES:
+        raise yaml.constructor.ConstructorError(
+            problem=f"it holds more than {_MOST_NODES} values", problem_mark=node.start_mark
+        )
+    sizes[id(node)] = total
+    return total
