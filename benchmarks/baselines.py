@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgfast.ops import divergence_rows, hidden, noise, philox, topk
+from sgfast.ops import divergence_atoms, divergence_rows, hidden, noise, philox, topk
 from sgfast.ops.divergence_terms import KINDS, Atoms, finish, may_be_infinite, nan_to_zero, partial_derivative, row_sum
 
 
@@ -138,11 +138,11 @@ def _divergence_topk_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     union, masses = _top_k_union(noisy, clean, mask, temperature, k)
     indices, valid = topk.unpack_union(union)
-    settings = divergence_rows.Settings(tuple(kinds), support, beta, skew)
+    settings = divergence_atoms.Settings(tuple(kinds), support, beta, skew)
     scales = (1 / temperature[:, None],) * 2
     found = divergence_rows.forward_rows(noisy, clean, scales, settings, indices, valid)
     values, _ = divergence_rows.finish_values(found, settings)
-    inside, _, atoms = divergence_rows._read(noisy, clean, scales, settings, indices, valid, None)
+    inside, _, atoms = divergence_atoms.read_sides(noisy, clean, scales, settings, indices, valid, None)
     scalars = [masses[0, 0], inside[0].sum[:, 0], masses[1, 0], inside[1].sum[:, 0]]
     for side, (_, _, largest, *_) in zip((noisy, clean), masses, strict=True):
         outside = side.float().scatter(-1, indices, -torch.inf)
@@ -172,7 +172,7 @@ def _divergence_topk_backward(
     *needs: bool,
 ) -> tuple[Tensor | None, ...]:
     indices, valid = topk.unpack_union(union)
-    settings = divergence_rows.Settings(tuple(kinds), support, beta, skew)
+    settings = divergence_atoms.Settings(tuple(kinds), support, beta, skew)
     arguments = (noisy, clean, (1 / temperature[:, None],) * 2, settings, indices, valid, upstream, needs)
     gradients = []
     for i, (side, gradient) in enumerate(zip((noisy, clean), divergence_rows.backward_rows(*arguments), strict=True)):

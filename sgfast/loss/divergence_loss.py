@@ -12,6 +12,7 @@ from sgfast.loss.components import masked_mean
 from sgfast.ops import validation
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences
+from sgfast.ops.divergence_atoms import LABEL_KIND
 from sgfast.ops.divergence_options import (
     BETA_KINDS,
     DEFAULT_BETA,
@@ -26,7 +27,6 @@ from sgfast.ops.divergence_options import (
     check_temperature,
     mixture_weight,
 )
-from sgfast.ops.divergence_rows import LABEL_KIND
 from sgfast.ops.topk import check_k
 
 Reduction = Literal["mean", "sum", "none"]

@@ -7,11 +7,12 @@ runs, not when it was traced.
 import multiprocessing
 import os
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sgfast.ops.operator import define
 from sgfast.ops.philox import as_int64
 
 # How many draws are remembered until their backward: more than any step makes, and about 2 MB.
@@ -53,7 +54,7 @@ def drawn_seed(device: torch.device) -> Tensor:
         RuntimeError: the draw belongs to a recomputation in backward, and the generator's state is not the forward's.
     """
     # Two equal calls in one graph are two draws: torch.compile merges equal calls, but never an empty tensor.
-    seed: Tensor = _draw_seed(torch.empty(1, dtype=torch.int64, device=device))
+    seed: Tensor = _draw_seed(_SeedDraw(torch.empty(1, dtype=torch.int64, device=device)))
     return seed
 
 
@@ -63,7 +64,8 @@ def counted_seed(seed: int, forward_count: Tensor, device: torch.device) -> Tens
     Raises:
         RuntimeError: the forward is a recomputation in backward, and the count has moved on.
     """
-    counted: Tensor = _count_forward(forward_count, as_int64(seed), torch.empty(0, dtype=torch.int64, device=device))
+    like = torch.empty(0, dtype=torch.int64, device=device)
+    counted: Tensor = _count_forward(_ForwardCount(forward_count, as_int64(seed), like))
     return counted
 
 
@@ -138,8 +140,16 @@ _draws = _Draws()
 _children = _Children()
 
 
-@torch.library.custom_op("sgfast::draw_seed", mutates_args=(), tags=(torch.Tag.nondeterministic_seeded,))
-def _draw_seed(like: Tensor) -> Tensor:
+class _SeedDraw(NamedTuple):
+    """The argument of ``sgfast::draw_seed``: an empty seed, on the device to draw on."""
+
+    like: Tensor
+
+
+@define("draw_seed", _SeedDraw, tags=(torch.Tag.nondeterministic_seeded,))
+def _draw_seed(arguments: _SeedDraw) -> Tensor:
+    """A seed (1,)."""
+    like = arguments.like
     with _draws.lock:
         state: Any = _generator_state(like.device)
         # On the device, so that nothing waits for it.
@@ -161,12 +171,22 @@ def _draw_seed(like: Tensor) -> Tensor:
 
 
 @_draw_seed.register_fake
-def _(like: Tensor) -> Tensor:
-    return torch.empty_like(like)
+def _(arguments: _SeedDraw) -> Tensor:
+    return torch.empty_like(arguments.like)
 
 
-@torch.library.custom_op("sgfast::count_forward", mutates_args=("forward_count",))
-def _count_forward(forward_count: Tensor, seed: int, like: Tensor) -> Tensor:
+class _ForwardCount(NamedTuple):
+    """The arguments of ``sgfast::count_forward``, which counts in place; ``like`` lies where the seed is wanted."""
+
+    forward_count: Tensor
+    seed: int
+    like: Tensor
+
+
+@define("count_forward", _ForwardCount, mutates_args=("forward_count",))
+def _count_forward(arguments: _ForwardCount) -> Tensor:
+    """The seed that belongs to the forward that is counted, ()."""
+    forward_count, seed, like = arguments
     if _in_backward():
         raise RuntimeError(
             "a noise layer with a fixed seed cannot be recomputed under activation checkpointing: it would draw "
@@ -178,8 +198,8 @@ def _count_forward(forward_count: Tensor, seed: int, like: Tensor) -> Tensor:
 
 
 @_count_forward.register_fake
-def _(forward_count: Tensor, seed: int, like: Tensor) -> Tensor:
-    return torch.empty_like(forward_count, device=like.device)
+def _(arguments: _ForwardCount) -> Tensor:
+    return torch.empty_like(arguments.forward_count, device=arguments.like.device)
 
 
 def _in_backward() -> bool:

@@ -5,6 +5,7 @@ asked for (gradient penalties, meta-learning), so it is taken by autograd throug
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,8 @@ def double_backward(
 ) -> list[Tensor | None]:
     """Return gradients, for ``inputs`` and for ``upstream``, of the sum of gradient · ``upstream_of_gradients``.
 
+    They are None where nothing reached the gradients.
+
     Args:
         name: the operation, for the error.
         impl: the choice the forward was called with.
@@ -35,6 +38,8 @@ def double_backward(
     Raises:
         RuntimeError: the implementation is not ``"torch"``.
     """
+    if all(outer is None for outer in upstream_of_gradients):
+        return [None] * (len(inputs) + 1)
     implementation = dispatch.select(impl, triton_refusal).implementation
     if implementation != "torch":
         raise RuntimeError(
@@ -57,3 +62,9 @@ def double_backward(
                 allow_unused=True,
             )
         )
+
+
+def leave_out_unwanted(ctx: Any, gradients: Sequence[Tensor], wanted: Sequence[bool]) -> None:
+    """For a backward operator's outputs: the unwanted ones are constants; what does not reach the others is None."""
+    ctx.mark_non_differentiable(*(one for one, is_wanted in zip(gradients, wanted, strict=True) if not is_wanted))
+    ctx.set_materialize_grads(False)

@@ -25,10 +25,10 @@ With hard labels one more, always over the whole vocabulary and at temperature 1
 
 Gradients: with A_i, B_i the partial derivatives with respect to log p_i and log q_i,
 ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T. Nothing per logit is kept for backward: it reads the
-logits again; sums over a row are kept. `divergence_rows` goes from logits to atoms and back; `divergence_terms` has the
-terms and partials in forms that keep their digits. The Triton kernels, of ``sgfast_kernels``, are ``lse``,
-``divergence`` and ``divergence_backward``; with ``top_k``, ``topk``, ``divergence_topk`` and
-``divergence_topk_backward``.
+logits again; sums over a row are kept. `divergence_atoms` goes from logits to atoms, `divergence_rows` from atoms to
+sums and back to gradients; `divergence_terms` has the terms and partials in forms that keep their digits. The Triton
+kernels, of ``sgfast_kernels``, are ``lse``, ``divergence`` and ``divergence_backward``; with ``top_k``, ``topk``,
+``divergence_topk`` and ``divergence_topk_backward``.
 """
 
 from collections.abc import Sequence
@@ -39,6 +39,7 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
+from sgfast.ops.divergence_atoms import LABEL_KIND
 from sgfast.ops.divergence_chunks import (
     chunk_settings,
     forward_of,
@@ -46,6 +47,7 @@ from sgfast.ops.divergence_chunks import (
     read_logits,
     read_scales,
     read_support,
+    reciprocal_temperatures,
     row_chunks,
 )
 from sgfast.ops.divergence_options import (
@@ -62,7 +64,7 @@ from sgfast.ops.divergence_options import (
 )
 from sgfast.ops.divergence_problem import Problem
 from sgfast.ops.divergence_reference import reference
-from sgfast.ops.divergence_rows import LABEL_KIND, finish_values, write_gradients
+from sgfast.ops.divergence_rows import finish_values, write_gradients
 from sgfast.ops.operator import define, keep, kept
 
 
@@ -88,11 +90,11 @@ def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     settings = chunk_settings(problem)
     kept_indices = noisy.new_full((*shape, problem.support_width), -1, dtype=torch.int32)
     found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=rows.compute_dtype(noisy, clean))
-    wanted = (problem.noisy_wanted, problem.clean_wanted)
+    wanted, reciprocals = (problem.noisy_wanted, problem.clean_wanted), reciprocal_temperatures(problem)
     for chunk in row_chunks(problem, choice, settings):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice)
-        scales, chunk_labels = read_scales(problem, chunk), read_labels(labels, chunk)
+        scales, chunk_labels = read_scales(reciprocals, chunk), read_labels(labels, chunk)
         chunk_found = body(noisy_rows, clean_rows, scales, settings, indices, valid, chunk_labels, wanted)
         found[chunk] = rows.zero_masked(chunk_found, mask, chunk)
         if top_k:
@@ -149,6 +151,7 @@ def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
     if row_scalars is not None and settings.support == "full":
         flat_scalars = row_scalars.view(row_scalars.shape[0], -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
+    reciprocals = reciprocal_temperatures(problem)
     for chunk in row_chunks(problem, choice, settings):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice, kept_indices)
@@ -160,7 +163,7 @@ def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
         body(
             noisy_rows,
             clean_rows,
-            read_scales(problem, chunk),
+            read_scales(reciprocals, chunk),
             settings,
             indices,
             valid,
@@ -247,8 +250,9 @@ def divergences(
     """Divergences between the distributions of two sets of logits, per position, in nats.
 
     The formulas are at the top of this module. Values are within 1e-5 relative + 5e-7 of the exact ones and never
-    negative, also when the sides are nearly equal; ``-inf`` logits are legal on either side (a KL may then be ``inf``;
-    its gradient is 0 on the side where it would be infinite).
+    negative, also when the sides are nearly equal, or lie apart by a constant of up to 1e4; rows of gradients are
+    within one rounding of the inputs' dtype plus (5e-7 + 3e-7·value) / T. ``-inf`` logits are legal on either side (a
+    KL may then be ``inf``; its gradient is 0 on the side where it would be infinite).
 
     Args:
         noisy_logits: (..., V), float32, bfloat16, float16 or float64: the student, p. Row-strided views such as

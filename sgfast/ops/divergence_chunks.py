@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, topk
+from sgfast.ops.divergence_atoms import LABEL_KIND, Scales, Settings, softmax_scalars
 from sgfast.ops.divergence_problem import Problem
-from sgfast.ops.divergence_rows import LABEL_KIND, Scales, Settings, forward_rows, softmax_scalars
+from sgfast.ops.divergence_rows import forward_rows
 
 # What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
 _LOGITS_PER_THREAD = 64 * 1024
@@ -73,7 +74,7 @@ def temporaries(settings: Settings, selected: float, converted: bool) -> float:
     kinds = min(len(settings.kinds), 5)
     if settings.support == "full":
         return 12 + kinds + 3 * (kinds > 3) + (settings.label_smoothing > 0) + 2 * converted
-    whole = 5 if settings.support == "tail" or LABEL_KIND in settings.kinds else 4
+    whole = 4 + (settings.support == "tail") + (LABEL_KIND in settings.kinds)
     return whole + (settings.label_smoothing > 0) + 2 * converted + (17 + kinds) * selected
 
 
@@ -116,12 +117,16 @@ def read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) 
     return found
 
 
-def read_scales(problem: Problem, chunk: Tensor | slice) -> Scales:
-    """The reciprocals of both sides' temperatures in a chunk."""
-    noisy = 1 / rows.read_scalars(problem.temperature, chunk)
-    if problem.clean_temperature is None:
-        return noisy, noisy
-    return noisy, 1 / rows.read_scalars(problem.clean_temperature, chunk)
+def reciprocal_temperatures(problem: Problem) -> Scales:
+    """1/T of both sides, of the row shape."""
+    noisy = 1 / problem.temperature
+    return noisy, noisy if problem.clean_temperature is None else 1 / problem.clean_temperature
+
+
+def read_scales(reciprocals: Scales, chunk: Tensor | slice) -> Scales:
+    """A chunk's 1/T of both sides, (rows, 1)."""
+    noisy = rows.read_scalars(reciprocals[0], chunk)
+    return noisy, noisy if reciprocals[1] is reciprocals[0] else rows.read_scalars(reciprocals[1], chunk)
 
 
 def read_support(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, validation
-from sgfast.ops.divergence_rows import LABEL_KIND
+from sgfast.ops.divergence_atoms import LABEL_KIND
 from sgfast.ops.divergence_terms import KINDS
 
 Support = Literal["truncate", "renormalize", "tail"]

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import rows, topk
+from sgfast.ops.divergence_atoms import LABEL_KIND, Settings
 from sgfast.ops.divergence_chunks import indices_of_mask, no_support, settings_of
 from sgfast.ops.divergence_problem import Problem
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings
 
 
 def reference(problem: Problem, kept_indices: Tensor | None = None) -> Tensor:

@@ -1,16 +1,16 @@
-"""From rows of logits to the atoms that divergences are summed over, and from partials back to logit gradients.
+"""Row sums of the atoms' terms, and from partials back to logit gradients.
 
 One chunk of rows at a time: what `divergence` runs, eagerly or through torch.compile. Tensors made here are reused in
 place where they are needed no more; the rows that come in are never written to.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import rows
+from sgfast.ops.divergence_atoms import Rest, Scales, Settings, Side, one_side, read_sides
 from sgfast.ops.divergence_terms import (
     Atoms,
     finish,
@@ -20,192 +20,6 @@ from sgfast.ops.divergence_terms import (
     row_sum,
     total_of_rows,
 )
-
-# The name under which hard labels' cross-entropy travels among the kinds, always the last.
-LABEL_KIND = "label_cross_entropy"
-
-
-class Settings(NamedTuple):
-    """What a chunk's arithmetic depends on besides tensors; hashable, so that torch.compile can guard on it."""
-
-    kinds: tuple[str, ...]
-    support: str  # "full" or one of SUPPORTS
-    beta: float
-    skew: float
-    unit_temperature: bool = False  # the temperature is known to be 1: the labels' softmax is that of the kinds
-    paired: bool = False  # each side has a temperature of its own
-    label_smoothing: float = 0.0
-
-    @property
-    def divergences(self) -> tuple[str, ...]:
-        """The kinds that compare the two sides."""
-        return tuple(kind for kind in self.kinds if kind != LABEL_KIND)
-
-
-class _Side(NamedTuple):
-    """One side's rows: logits and probabilities (rows, V), maximum and Σ e^((logits − maximum) / T) (rows, 1)."""
-
-    logits: Tensor
-    probabilities: Tensor
-    maximum: Tensor
-    sum: Tensor
-
-
-class _Rest(NamedTuple):
-    """What one side has outside the support: e^((logits − maximum) / T) (rows, V), 0 inside; its maximum and sum.
-
-    With a maximum of its own the sum has all its digits however little of the whole it is.
-    """
-
-    weights: Tensor
-    maximum: Tensor
-    sum: Tensor
-
-
-# The reciprocals of both sides' temperatures, (rows, 1): one tensor twice unless ``Settings.paired``.
-Scales = tuple[Tensor, Tensor]
-
-
-def _side(logits: Tensor, scale: Tensor | float, dtype: torch.dtype, kept: Sequence[Tensor] | None = None) -> _Side:
-    """One side of the rows; its maximum and sum, unless they were kept, are taken from the logits."""
-    logits = logits.to(dtype)
-    maximum, total = kept or (logits.amax(-1, keepdim=True), None)
-    weights = _weights(logits, maximum, scale)
-    total = total_of_rows(weights, precise=True) if total is None else total
-    return _Side(logits, weights.div_(total), maximum, total)
-
-
-def _weights(logits: Tensor, maximum: Tensor, scale: Tensor | float) -> Tensor:
-    """e^((logits − maximum) / T)."""
-    # exp2 is the cheapest exponential; where its argument is large, and its rounding felt, the weight is next to 0.
-    # log2 e is written out: torch.compile would take a constant of the module for an input.
-    return (logits - maximum).mul_(scale * 1.4426950408889634).exp2_()
-
-
-def _atom_side(logits: Tensor, scale: Tensor, dtype: torch.dtype, indices: Tensor, valid: Tensor) -> _Side:
-    """One side under ``renormalize``: the support's logits are all there are."""
-    return _side(logits.to(dtype).gather(-1, indices).masked_fill_(~valid, -torch.inf), scale, dtype)
-
-
-def _gathered(side: _Side, indices: Tensor, valid: Tensor) -> _Side:
-    """The side over the support's logits."""
-    probabilities = side.probabilities.gather(-1, indices).masked_fill_(~valid, 0)
-    return _Side(side.logits.gather(-1, indices), probabilities, side.maximum, side.sum)
-
-
-def _rest(side: _Side, scale: Tensor, indices: Tensor) -> _Rest:
-    logits = side.logits.scatter(-1, indices, -torch.inf)
-    maximum = logits.amax(-1, keepdim=True)
-    maximum = torch.where(maximum == -torch.inf, side.maximum, maximum)
-    weights = _weights(logits, maximum, scale)
-    return _Rest(weights, maximum, total_of_rows(weights, precise=True))
-
-
-def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """log(a/b), with all its digits where a is near b and where it is far."""
-    difference = numerator - denominator
-    close = difference.abs() < 0.5 * denominator
-    return torch.where(close, (difference / denominator).log1p(), (numerator / denominator).log())
-
-
-def _log_ratio(noisy: _Side, clean: _Side, scales: Scales, paired: bool) -> Tensor:
-    """log p − log q of two sides over the same logits, a new tensor; 0 where both are 0."""
-    quotient = _log_quotient(noisy.sum, clean.sum)
-    if paired:
-        x, y = ((side.logits - side.maximum).mul_(scale) for side, scale in zip((noisy, clean), scales, strict=True))
-        return nan_to_zero(x.sub_(y).sub_(quotient))
-    # Differences before sums: x − y is exact where the sides are close, and so is what is subtracted from it. Where
-    # the sides lie apart, x − y would be rounded at the size of that shift: then each loses its own maximum first.
-    x, y, apart = noisy.logits, clean.logits, noisy.maximum - clean.maximum
-    shifted = (apart * scales[0]).abs() > 4
-    if torch.compiler.is_compiling() or shifted.device.type != "cpu" or shifted.any():
-        x, y = (side.logits - torch.where(shifted, side.maximum, 0) for side in (noisy, clean))
-        apart = torch.where(shifted, 0, apart)
-    return nan_to_zero((x - y).sub_(apart + quotient / scales[0]).mul_(scales[0]))
-
-
-def _ordered_probabilities(noisy: _Side, clean: _Side, log_ratio: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-    """The larger of p and q is one exponential, the smaller that times e^−|d|: what compiled code computes anew.
-
-    With `exp`: Inductor takes that for costly and computes it once, where all sums over a row, then one loop, find it.
-    """
-    noisy_is_larger = log_ratio > 0
-    x, y = ((side.logits - side.maximum) * scale for side, scale in zip((noisy, clean), scales, strict=True))
-    larger = torch.where(noisy_is_larger, x, y).exp() * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
-    root = (log_ratio.abs() * -0.5).exp()
-    return larger, larger * (root * root)
-
-
-def _atoms(
-    noisy: _Side,
-    clean: _Side,
-    rests: tuple[_Rest, _Rest] | None,
-    scales: Scales,
-    settings: Settings,
-    indices: Tensor,
-    valid: Tensor,
-) -> Atoms:
-    """The support's atoms: its logits, and under ``tail`` one for the rest of each side."""
-    whole = (noisy, clean)
-    if settings.support in ("truncate", "tail"):
-        noisy, clean = (_gathered(side, indices, valid) for side in whole)
-    log_ratio = _log_ratio(noisy, clean, scales, settings.paired)
-    p, q, ordered = noisy.probabilities, clean.probabilities, None
-    if torch.compiler.is_compiling() and settings.support == "full":
-        ordered = larger, smaller = _ordered_probabilities(noisy, clean, log_ratio, scales)
-        p, q = torch.where(log_ratio > 0, larger, smaller), torch.where(log_ratio > 0, smaller, larger)
-    log_p = None
-    if "cross_entropy" in settings.kinds:
-        log_p = (noisy.logits - noisy.maximum).mul_(scales[0]).sub_(noisy.sum.log())
-    if settings.support != "full":
-        log_ratio.masked_fill_(~valid, 0)
-    if rests is not None:
-        below = [(rest.maximum - side.maximum) * scale for rest, side, scale in zip(rests, whole, scales, strict=True)]
-        rest_p, rest_q = (
-            distance.exp() * (rest.sum / side.sum) for distance, rest, side in zip(below, rests, whole, strict=True)
-        )
-        rest_ratio = below[0] - below[1] + _log_quotient(rests[0].sum, rests[1].sum)
-        rest_ratio = nan_to_zero(rest_ratio - _log_quotient(noisy.sum, clean.sum))
-        p, q, log_ratio = torch.cat([p, rest_p], -1), torch.cat([q, rest_q], -1), torch.cat([log_ratio, rest_ratio], -1)
-        if log_p is not None:
-            log_p = torch.cat([log_p, below[0] + (rests[0].sum / noisy.sum).log()], -1)
-    return Atoms(p, q, log_ratio, log_p, settings.kinds, ordered)
-
-
-def softmax_scalars(noisy: Tensor, clean: Tensor, scales: Scales) -> tuple[Tensor, ...]:
-    """Maximum and sum of both sides' rows, (rows, 1)."""
-    dtype = rows.compute_dtype(noisy, clean)
-    sides = (_side(logits, scale, dtype) for logits, scale in zip((noisy, clean), scales, strict=True))
-    return tuple(scalar for side in sides for scalar in (side.maximum, side.sum))
-
-
-class _Rows(NamedTuple):
-    """Both sides of a chunk's rows, whole (under ``renormalize`` the support's logits), and their atoms."""
-
-    sides: tuple[_Side, _Side]
-    rests: tuple[_Rest, _Rest] | None
-    atoms: Atoms
-
-
-def _read(
-    noisy: Tensor,
-    clean: Tensor,
-    scales: Scales,
-    settings: Settings,
-    indices: Tensor,
-    valid: Tensor,
-    kept: Sequence[Tensor] | None,
-) -> _Rows:
-    dtype = rows.compute_dtype(noisy, clean)
-    pairs = list(zip((noisy, clean), scales, strict=True))
-    if settings.support == "renormalize":
-        first, second = (_atom_side(logits, scale, dtype, indices, valid) for logits, scale in pairs)
-    else:
-        first, second = (_side(*pair, dtype, kept and kept[2 * i : 2 * i + 2]) for i, pair in enumerate(pairs))
-    rests = None
-    if settings.support == "tail":
-        rests = _rest(first, scales[0], indices), _rest(second, scales[1], indices)
-    return _Rows((first, second), rests, _atoms(first, second, rests, scales, settings, indices, valid))
 
 
 def forward_rows(
@@ -226,7 +40,7 @@ def forward_rows(
     """
     sums, row_scalars, noisy_side = [], [], None
     if settings.divergences:
-        (noisy_side, clean_side), _, atoms = _read(noisy, clean, scales, settings, indices, valid, kept)
+        (noisy_side, clean_side), _, atoms = read_sides(noisy, clean, scales, settings, indices, valid, kept)
         none = torch.zeros_like(noisy_side.sum)
         row_scalars = [noisy_side.maximum, noisy_side.sum, clean_side.maximum, clean_side.sum]
         for kind in settings.divergences:
@@ -280,7 +94,7 @@ def backward_rows(
         for logits, wanted in zip((noisy, clean), sides_wanted, strict=True)
     ]
     if settings.divergences:
-        sides, rests, atoms = _read(noisy, clean, scales, settings, indices, valid, kept)
+        sides, rests, atoms = read_sides(noisy, clean, scales, settings, indices, valid, kept)
         noisy_side = sides[0]
         nan = _nan_rows(*sides)
         for i in (0, 1):
@@ -299,7 +113,7 @@ def backward_rows(
     return gradients
 
 
-def _nan_rows(noisy: _Side, clean: _Side) -> Tensor:
+def _nan_rows(noisy: Side, clean: Side) -> Tensor:
     """NaN where a side's sum is, else 0, (rows, 1). Inductor takes a product with 0 for 0, so it has to be chosen."""
     return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
 
@@ -375,8 +189,8 @@ def write_gradients(
 
 
 def _logit_gradient(
-    side: _Side,
-    outside: _Rest | None,
+    side: Side,
+    outside: Rest | None,
     probability: Tensor,
     factor: Tensor | None,
     rest: Tensor | None,
@@ -419,17 +233,17 @@ def _centred(probability: Tensor, factor: Tensor | None, rest: Tensor | None) ->
 
 
 def _at_temperature_1(
-    noisy: Tensor, side: _Side | None, settings: Settings, dtype: torch.dtype, kept_sum: Tensor | None = None
-) -> _Side:
+    noisy: Tensor, side: Side | None, settings: Settings, dtype: torch.dtype, kept_sum: Tensor | None = None
+) -> Side:
     """The noisy side whole and at temperature 1; ``side``, where it is that or has its maximum."""
-    if side is None or settings.support == "renormalize":
-        return _side(noisy, 1.0, dtype)
+    if side is None or settings.support in ("renormalize", "tail"):
+        return one_side(noisy, 1.0, dtype)
     if settings.unit_temperature:
         return side
-    return _side(side.logits, 1.0, dtype, None if kept_sum is None else (side.maximum, kept_sum))
+    return one_side(side.logits, 1.0, dtype, None if kept_sum is None else (side.maximum, kept_sum))
 
 
-def _label_cross_entropy(noisy: _Side, labels: Tensor, smoothing: float) -> Tensor:
+def _label_cross_entropy(noisy: Side, labels: Tensor, smoothing: float) -> Tensor:
     """−log softmax(noisy)[label], (rows, 1): 0 for a negative label, NaN for one outside the vocabulary.
 
     A part of it, ``smoothing``, is the mean over the vocabulary in place of the label's.
@@ -443,7 +257,7 @@ def _label_cross_entropy(noisy: _Side, labels: Tensor, smoothing: float) -> Tens
     return torch.where(labels < 0, 0, values) + _nan_outside(labels, noisy)
 
 
-def _add_label_gradient(gradient: Tensor, noisy: _Side, labels: Tensor, upstream: Tensor, smoothing: float) -> None:
+def _add_label_gradient(gradient: Tensor, noisy: Side, labels: Tensor, upstream: Tensor, smoothing: float) -> None:
     """Add upstream · (softmax(noisy) − (1 − smoothing)·onehot(label) − smoothing / V)."""
     weight = torch.where(labels < 0, 0, upstream[:, None] + _nan_outside(labels, noisy))
     gradient.addcmul_(noisy.probabilities, weight)
@@ -452,6 +266,6 @@ def _add_label_gradient(gradient: Tensor, noisy: _Side, labels: Tensor, upstream
     gradient.scatter_add_(-1, labels.clamp(0, gradient.shape[-1] - 1), weight * (smoothing - 1))
 
 
-def _nan_outside(labels: Tensor, noisy: _Side) -> Tensor:
+def _nan_outside(labels: Tensor, noisy: Side) -> Tensor:
     """NaN where a label lies outside the vocabulary, else 0, (rows, 1)."""
     return torch.zeros_like(noisy.maximum).masked_fill(labels >= noisy.logits.shape[-1], torch.nan)

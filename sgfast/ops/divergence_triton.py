@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, topk
+from sgfast.ops.divergence_atoms import LABEL_KIND
 from sgfast.ops.divergence_problem import Problem
-from sgfast.ops.divergence_rows import LABEL_KIND
 
 
 def _only_labels(problem: Problem) -> Problem:

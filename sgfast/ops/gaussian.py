@@ -22,14 +22,15 @@ Inputs (A, T, D) and (B, T, D) in float32, bfloat16, float16 or float64; results
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, validation
-from sgfast.ops.autograd import double_backward
-from sgfast.ops.gaussian_products import Triple, gradients_of_products, products, reference
+from sgfast.ops.autograd import double_backward, leave_out_unwanted
+from sgfast.ops.gaussian_products import Block, Triple, gradients_of_products, products, reference
+from sgfast.ops.operator import define, keep, kept
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
 # Bytes for a feature of a Gaussian on its way through the products, and for one of a pair that is summed term by term.
@@ -37,6 +38,9 @@ _PRODUCT_BYTES = 96
 _DIRECT_BYTES = 96
 # What a pair's rounding may amount to before it is summed again.
 _RELATIVE, _PER_FEATURE = 1e-6, 1e-7
+
+_DIFFERENTIABLE = ("mean_a", "std_a", "mean_b", "std_b")
+_EVERYTHING = (slice(None), slice(None))
 
 # Means, stds (n, T, D) and their mask as the caller gave them.
 _Side = tuple[Tensor, Tensor, Tensor | None]
@@ -68,40 +72,64 @@ def _read(side: _Side, chunk: tuple[slice, slice], by_feature: bool, index: Tens
     return mean.flatten(1)[..., None], std.flatten(1)[..., None], mask.flatten(1)
 
 
-def _by_feature(a: _Side, b: _Side) -> bool:
-    return any(mask is not None and mask.dim() == 3 for mask in (a[2], b[2]))
-
-
 def _triton_refusal(*_: Any, **__: Any) -> str | None:
     return "pairwise_gaussian_kl is float64 matrix products, which the vendor's library computes"
 
 
-@torch.library.custom_op("sgfast::pairwise_gaussian_kl", mutates_args=())
-def _forward(
-    mean_a: Tensor,
-    std_a: Tensor,
-    mean_b: Tensor,
-    std_b: Tensor,
-    mask_a: Tensor | None,
-    mask_b: Tensor | None,
-    max_chunk_bytes: int,
-    impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    choice = dispatch.select(impl, _triton_refusal())
+class _Problem(NamedTuple):
+    """The arguments of ``sgfast::pairwise_gaussian_kl``, checked."""
+
+    mean_a: Tensor
+    std_a: Tensor
+    mean_b: Tensor
+    std_b: Tensor
+    mask_a: Tensor | None
+    mask_b: Tensor | None
+    max_chunk_bytes: int
+    impl: str | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What has a gradient."""
+        return self.mean_a, self.std_a, self.mean_b, self.std_b
+
+    @property
+    def a(self) -> _Side:
+        """The first side."""
+        return self.mean_a, self.std_a, self.mask_a
+
+    @property
+    def b(self) -> _Side:
+        """The second side."""
+        return self.mean_b, self.std_b, self.mask_b
+
+    @property
+    def by_feature(self) -> bool:
+        """Whether a mask selects single features."""
+        return any(mask is not None and mask.dim() == 3 for mask in (self.mask_a, self.mask_b))
+
+    def block(self, chunk: tuple[slice, slice]) -> Block:
+        """Both sides at a chunk of features."""
+        return *_read(self.a, chunk, self.by_feature), *_read(self.b, chunk, self.by_feature)
+
+
+@define("pairwise_gaussian_kl", _Problem)
+def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """The divergences and how many features entered them, (A, B) each."""
+    mean_a, mean_b = problem.mean_a, problem.mean_b
+    choice = dispatch.select(problem.impl, _triton_refusal())
     body = dispatch.implementation_of(products, choice.implementation)
-    a, b = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b)
-    by_feature = _by_feature(a, b)
     twice, magnitude, count = mean_a.new_zeros((3, mean_a.shape[0], mean_b.shape[0]), dtype=torch.float64)
-    for chunk in feature_chunks(mean_a, twice.shape[0] + twice.shape[1], _PRODUCT_BYTES, max_chunk_bytes):
-        block = (*_read(a, chunk, by_feature), *_read(b, chunk, by_feature))
+    for chunk in feature_chunks(mean_a, sum(twice.shape), _PRODUCT_BYTES, problem.max_chunk_bytes):
+        block = problem.block(chunk)
         chunk_twice, chunk_magnitude, positions = body(block)
         twice += chunk_twice
         magnitude += chunk_magnitude
         count += positions * block[0].shape[-1]
     for pairs in _uncertain_pairs(twice, magnitude, count, mean_a[0].numel() if twice.numel() else 0):
-        twice.view(-1)[pairs] = _direct(a, b, pairs, max_chunk_bytes)
+        twice.view(-1)[pairs] = _direct(problem, pairs)
     kl = (twice / 2).clamp(min=0)
-    return kl.to(rows.compute_dtype(mean_a, std_a, mean_b, std_b)), count.to(torch.int64)
+    return kl.to(rows.compute_dtype(*problem.tensors)), count.to(torch.int64)
 
 
 def _uncertain_pairs(twice: Tensor, magnitude: Tensor, count: Tensor, features: int) -> Iterator[Tensor]:
@@ -120,125 +148,98 @@ def _on_cpu(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def _direct(a: _Side, b: _Side, pairs: Tensor, max_chunk_bytes: int) -> Tensor:
+def _direct(problem: _Problem, pairs: Tensor) -> Tensor:
     """2 KL of some pairs, (pairs,) in float64."""
-    columns, by_feature = b[0].shape[0], _by_feature(a, b)
+    columns, by_feature = problem.mean_b.shape[0], problem.by_feature
     twice = torch.zeros(pairs.shape, dtype=torch.float64, device=pairs.device)
-    for chunk in feature_chunks(a[0], pairs.shape[0], _DIRECT_BYTES, max_chunk_bytes):
-        some_a = _read(a, chunk, by_feature, pairs // columns)
-        some_b = _read(b, chunk, by_feature, pairs % columns)
+    for chunk in feature_chunks(problem.mean_a, pairs.shape[0], _DIRECT_BYTES, problem.max_chunk_bytes):
+        some_a = _read(problem.a, chunk, by_feature, pairs // columns)
+        some_b = _read(problem.b, chunk, by_feature, pairs % columns)
         twice += reference(*some_a[:2], *some_b[:2], (some_a[2] & some_b[2])[..., None])
     return twice
 
 
 @_forward.register_fake
-def _(
-    mean_a: Tensor,
-    std_a: Tensor,
-    mean_b: Tensor,
-    std_b: Tensor,
-    mask_a: Tensor | None,
-    mask_b: Tensor | None,
-    max_chunk_bytes: int,
-    impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    shape = (mean_a.shape[0], mean_b.shape[0])
-    kl = mean_a.new_empty(shape, dtype=rows.compute_dtype(mean_a, std_a, mean_b, std_b))
-    return kl, mean_a.new_empty(shape, dtype=torch.int64)
+def _(problem: _Problem) -> tuple[Tensor, Tensor]:
+    shape = (problem.mean_a.shape[0], problem.mean_b.shape[0])
+    kl = problem.mean_a.new_empty(shape, dtype=rows.compute_dtype(*problem.tensors))
+    return kl, torch.empty_like(kl, dtype=torch.int64)
 
 
-@torch.library.custom_op("sgfast::pairwise_gaussian_kl_backward", mutates_args=())
-def _backward(
-    mean_a: Tensor,
-    std_a: Tensor,
-    mean_b: Tensor,
-    std_b: Tensor,
-    mask_a: Tensor | None,
-    mask_b: Tensor | None,
-    upstream: Tensor,
-    needs: Sequence[bool],
-    max_chunk_bytes: int,
-    impl: str | None,
-) -> list[Tensor]:
-    """Gradients to the four tensors; one that is not needed is an empty tensor."""
-    choice = dispatch.select(impl, _triton_refusal())
+class _Backward(NamedTuple):
+    """What the gradients are computed from: the problem and upstream (A, B)."""
+
+    problem: _Problem
+    upstream: Tensor
+    wanted: Sequence[bool]  # to mean_a, std_a, mean_b and std_b
+
+
+@define("pairwise_gaussian_kl_backward", _Backward)
+def _backward(arguments: _Backward) -> list[Tensor]:
+    """Gradients to the four tensors; an unwanted one comes back empty."""
+    problem, upstream, wanted = arguments
+    choice = dispatch.select(problem.impl, _triton_refusal())
     body = dispatch.implementation_of(gradients_of_products, choice.implementation)
-    a, b = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b)
-    by_feature, upstream = _by_feature(a, b), upstream.to(torch.float64)
-    gradients = _empty_gradients((mean_a, std_a, mean_b, std_b), needs)
-    for chunk in feature_chunks(mean_a, sum(upstream.shape), _PRODUCT_BYTES, max_chunk_bytes):
-        block = (*_read(a, chunk, by_feature), *_read(b, chunk, by_feature))
-        for gradient, chunk_gradient, needed in zip(gradients, body(block, upstream), needs, strict=True):
+    upstream = upstream.to(torch.float64)
+    gradients = rows.room_for_gradients(problem.tensors, wanted)
+    for chunk in feature_chunks(problem.mean_a, sum(upstream.shape), _PRODUCT_BYTES, problem.max_chunk_bytes):
+        found = body(problem.block(chunk), upstream)
+        for gradient, chunk_gradient, needed in zip(gradients, found, wanted, strict=True):
             if needed:
                 gradient[:, *chunk] = chunk_gradient.view(gradient[:, *chunk].shape)
     return gradients
 
 
-def _empty_gradients(tensors: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor]:
-    return [
-        torch.empty_like(tensor, memory_format=torch.contiguous_format) if needed else tensor.new_empty(0)
-        for tensor, needed in zip(tensors, needs, strict=True)
-    ]
-
-
 @_backward.register_fake
-def _(
-    mean_a: Tensor,
-    std_a: Tensor,
-    mean_b: Tensor,
-    std_b: Tensor,
-    mask_a: Tensor | None,
-    mask_b: Tensor | None,
-    upstream: Tensor,
-    needs: Sequence[bool],
-    max_chunk_bytes: int,
-    impl: str | None,
-) -> list[Tensor]:
-    return _empty_gradients((mean_a, std_a, mean_b, std_b), needs)
+def _(arguments: _Backward) -> list[Tensor]:
+    return rows.room_for_gradients(arguments.problem.tensors, arguments.wanted)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.max_chunk_bytes, impl = inputs
-    ctx.impl = dispatch.pinned(impl)
+def _setup(ctx: Any, problem: _Problem, output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+    keep(ctx, problem._replace(impl=dispatch.pinned(problem.impl)))
 
 
-def _gradients(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, upstream: Tensor | None, _: None) -> dict[str, Tensor]:
     if upstream is None:
-        return (None,) * 8
-    needs = list(ctx.needs_input_grad[:4])
-    gradients = _backward(*ctx.saved_tensors, upstream, needs, ctx.max_chunk_bytes, ctx.impl)
-    return *(one if needed else None for one, needed in zip(gradients, needs, strict=True)), *[None] * 4
+        return {}
+    (problem,) = kept(ctx)
+    return dict(
+        zip(
+            _DIFFERENTIABLE,
+            _backward(_Backward(problem, upstream, _forward.wanted(ctx, *_DIFFERENTIABLE))),
+            strict=True,
+        )
+    )
 
 
-def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, needs, _, ctx.impl = inputs
-    ctx.mark_non_differentiable(*(one for one, needed in zip(output, needs, strict=True) if not needed))
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*tensors)
+def _setup_second(ctx: Any, arguments: _Backward, output: list[Tensor]) -> None:
+    leave_out_unwanted(ctx, output, arguments.wanted)
+    keep(ctx, arguments.problem, arguments.upstream)
 
 
-def _second_gradients(ctx: Any, upstream_of_gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    if all(outer is None for outer in upstream_of_gradients):
-        return (None,) * 10
-    *tensors, mask_a, mask_b, upstream = ctx.saved_tensors
+def _second_gradients(ctx: Any, upstream_of_gradients: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    problem, upstream = kept(ctx)
 
-    def kl(mean_a: Tensor, std_a: Tensor, mean_b: Tensor, std_b: Tensor) -> Tensor:
-        a, b, everything = (mean_a, std_a, mask_a), (mean_b, std_b, mask_b), (slice(None), slice(None))
-        by_feature = _by_feature(a, b)
-        twice, _, _ = products((*_read(a, everything, by_feature), *_read(b, everything, by_feature)))
+    def kl(*tensors: Tensor) -> Tensor:
+        twice, _, _ = products(problem._replace(**dict(zip(_DIFFERENTIABLE, tensors, strict=True))).block(_EVERYTHING))
         return (twice / 2).to(upstream.dtype)
 
-    *gradients, upstream_gradient = double_backward(
-        "pairwise_gaussian_kl", ctx.impl, _triton_refusal(), kl, tensors, upstream, upstream_of_gradients
+    found = double_backward(
+        "pairwise_gaussian_kl",
+        problem.impl,
+        _triton_refusal(),
+        kl,
+        problem.tensors,
+        upstream,
+        upstream_of_gradients,
     )
-    return *gradients, None, None, upstream_gradient, None, None, None
+    return dict(zip((*_DIFFERENTIABLE, "upstream"), found, strict=True))
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+_forward.register_gradients(_setup, _gradients)
+_backward.register_gradients(_setup_second, _second_gradients)
 
 
 @dispatch.describe_triton(_triton_refusal)
@@ -306,7 +307,7 @@ def pairwise_gaussian_kl(
         max_bytes = validation.chunk_bytes(max_chunk_bytes)
     dispatch.check_impl(impl)
     dispatch.refuse_forward_mode("pairwise_gaussian_kl", mean_a, std_a, mean_b, std_b)
-    kl, count = _forward(mean_a, std_a, mean_b, std_b, *masks, max_bytes, impl)
+    kl, count = _forward(_Problem(mean_a, std_a, mean_b, std_b, *masks, max_bytes, impl))
     return kl, count
 
 

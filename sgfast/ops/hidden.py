@@ -20,13 +20,15 @@ Inputs (..., D) in float32, bfloat16, float16 or float64; arithmetic and outputs
 Kept for backward besides the inputs: four scalars a row. The Triton kernels are in ``sgfast_kernels.hidden``.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, validation
-from sgfast.ops.autograd import double_backward
+from sgfast.ops.autograd import double_backward, leave_out_unwanted
+from sgfast.ops.operator import define, keep, kept
 
 
 class HiddenDistances(NamedTuple):
@@ -135,18 +137,36 @@ def _triton_refusal(noisy: Tensor, clean: Tensor, mask: Tensor | None = None, **
 _TEMPORARIES = 6
 
 
-@torch.library.custom_op("sgfast::hidden_distances", mutates_args=())
-def _forward(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, mask))
+class _Problem(NamedTuple):
+    """The arguments of ``sgfast::hidden_distances``, checked."""
+
+    noisy: Tensor
+    clean: Tensor
+    mask: Tensor | None
+    eps: float
+    impl: str | None
+
+
+def _refusal_of(problem: _Problem) -> str | None:
+    return _triton_refusal(problem.noisy, problem.clean, problem.mask)
+
+
+def _row_chunks(problem: _Problem, dtype: torch.dtype) -> Iterator[Tensor | slice]:
+    *shape, width = problem.noisy.shape
+    return rows.row_chunks(shape, problem.mask, width * dtype.itemsize * _TEMPORARIES, rows.DEFAULT_CHUNK_BYTES)
+
+
+@define("hidden_distances", _Problem)
+def _forward(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """The values and the row scalars, (4, ...) each."""
+    noisy, clean, mask, eps, impl = problem
+    choice = dispatch.select(impl, _refusal_of(problem))
     if choice.implementation == "triton":
         return dispatch.kernels().hidden_forward(noisy, clean, mask, eps)  # type: ignore[no-any-return]
     body = dispatch.implementation_of(_forward_rows, choice.implementation)
-    dtype = rows.compute_dtype(noisy, clean)
-    shape = noisy.shape[:-1]
-    values = noisy.new_zeros((4, *shape), dtype=dtype)
-    row_scalars = noisy.new_zeros((4, *shape), dtype=dtype)
-    row_bytes = noisy.shape[-1] * dtype.itemsize * _TEMPORARIES
-    for chunk in rows.row_chunks(shape, mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
+    values = noisy.new_zeros((4, *noisy.shape[:-1]), dtype=rows.compute_dtype(noisy, clean))
+    row_scalars = torch.zeros_like(values)
+    for chunk in _row_chunks(problem, row_scalars.dtype):
         chunk_values, chunk_scalars = body(rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk), eps)
         values.view(4, -1)[:, chunk] = rows.zero_masked(chunk_values.T, mask, chunk).T
         row_scalars.view(4, -1)[:, chunk] = chunk_scalars
@@ -154,123 +174,97 @@ def _forward(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float, impl
 
 
 @_forward.register_fake
-def _(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
-    values = noisy.new_empty((4, *noisy.shape[:-1]), dtype=rows.compute_dtype(noisy, clean))
+def _(problem: _Problem) -> tuple[Tensor, Tensor]:
+    noisy = problem.noisy
+    values = noisy.new_empty((4, *noisy.shape[:-1]), dtype=rows.compute_dtype(noisy, problem.clean))
     return values, torch.empty_like(values)
 
 
-@torch.library.custom_op("sgfast::hidden_distances_backward", mutates_args=())
-def _backward(
-    noisy: Tensor,
-    clean: Tensor,
-    mask: Tensor | None,
-    upstream: Tensor,
-    row_scalars: Tensor,
-    eps: float,
-    needs_noisy: bool,
-    needs_clean: bool,
-    impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients to both sides; one that is not needed is an empty tensor, for an op cannot return None."""
-    choice = dispatch.select(impl, _triton_refusal(noisy, clean, mask))
-    needs = (needs_noisy, needs_clean)
+class _Backward(NamedTuple):
+    """What the gradients are computed from: the problem, upstream and forward's row scalars, (4, ...) each."""
+
+    problem: _Problem
+    upstream: Tensor
+    row_scalars: Tensor
+    wanted: Sequence[bool]  # to noisy, to clean
+
+
+@define("hidden_distances_backward", _Backward)
+def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
+    """Gradients to the sides wanted; an unwanted one comes back empty."""
+    problem, upstream, row_scalars, wanted = arguments
+    noisy, clean, mask, eps, impl = problem
+    choice = dispatch.select(impl, _refusal_of(problem))
     if choice.implementation == "triton":
-        gradients = dispatch.kernels().hidden_backward(noisy, clean, mask, upstream, row_scalars, eps, *needs)
-        noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in gradients)
-        return noisy_gradient, clean_gradient
+        found = dispatch.kernels().hidden_backward(noisy, clean, mask, upstream, row_scalars, eps, *wanted)
+        to_noisy, to_clean = (noisy.new_empty(0) if one is None else one for one in found)
+        return to_noisy, to_clean
     body = dispatch.implementation_of(_backward_rows, choice.implementation)
-    noisy_gradient, clean_gradient = (
-        torch.zeros_like(side, memory_format=torch.contiguous_format) if needed else side.new_empty(0)
-        for side, needed in zip((noisy, clean), needs, strict=True)
-    )
-    row_bytes = noisy.shape[-1] * row_scalars.dtype.itemsize * _TEMPORARIES
-    for chunk in rows.row_chunks(noisy.shape[:-1], mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
-        chunk_gradients = body(
-            rows.read_rows(noisy, chunk),
-            rows.read_rows(clean, chunk),
-            upstream.reshape(4, -1)[:, chunk],
-            row_scalars.view(4, -1)[:, chunk],
-            eps,
-            *needs,
-        )
-        for gradient, chunk_gradient in zip((noisy_gradient, clean_gradient), chunk_gradients, strict=True):
+    gradients = rows.empty_gradients(noisy, clean, wanted)
+    if mask is not None:
+        for gradient in gradients:
+            gradient.zero_()
+    for chunk in _row_chunks(problem, row_scalars.dtype):
+        some_noisy, some_clean = rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk)
+        per_row = upstream.reshape(4, -1)[:, chunk], row_scalars.view(4, -1)[:, chunk]
+        found = body(some_noisy, some_clean, *per_row, eps, *wanted)
+        for gradient, chunk_gradient in zip(gradients, found, strict=True):
             if chunk_gradient is not None:
                 selected = rows.zero_masked(chunk_gradient, mask, chunk)
                 gradient.view(-1, gradient.shape[-1])[chunk] = selected.to(gradient.dtype)
-    return noisy_gradient, clean_gradient
+    return gradients
 
 
 @_backward.register_fake
-def _(
-    noisy: Tensor,
-    clean: Tensor,
-    mask: Tensor | None,
-    upstream: Tensor,
-    row_scalars: Tensor,
-    eps: float,
-    needs_noisy: bool,
-    needs_clean: bool,
-    impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    noisy_gradient, clean_gradient = (
-        torch.empty_like(side, memory_format=torch.contiguous_format) if needed else side.new_empty(0)
-        for side, needed in ((noisy, needs_noisy), (clean, needs_clean))
-    )
-    return noisy_gradient, clean_gradient
+def _(arguments: _Backward) -> tuple[Tensor, Tensor]:
+    return rows.empty_gradients(arguments.problem.noisy, arguments.problem.clean, arguments.wanted)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    noisy, clean, mask, ctx.eps, impl = inputs
-    ctx.impl = dispatch.pinned(impl)
+def _setup(ctx: Any, problem: _Problem, output: tuple[Tensor, Tensor]) -> None:
     _, row_scalars = output
     ctx.mark_non_differentiable(row_scalars)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(noisy, clean, mask, row_scalars)
+    keep(ctx, problem._replace(impl=dispatch.pinned(problem.impl)), row_scalars)
 
 
-def _gradients(ctx: Any, upstream: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None, None, None]:
+def _gradients(ctx: Any, upstream: Tensor | None, _: None) -> dict[str, Tensor | None]:
     if upstream is None:
-        return None, None, None, None, None
-    noisy, clean, mask, row_scalars = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:2]
-    gradients = _backward(noisy, clean, mask, upstream, row_scalars, ctx.eps, *needs, ctx.impl)
-    noisy_gradient, clean_gradient = (one if needed else None for one, needed in zip(gradients, needs, strict=True))
-    return noisy_gradient, clean_gradient, None, None, None
+        return {}
+    problem, row_scalars = kept(ctx)
+    to_noisy, to_clean = _backward(_Backward(problem, upstream, row_scalars, _forward.wanted(ctx, "noisy", "clean")))
+    return {"noisy": to_noisy, "clean": to_clean}
 
 
-def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    noisy, clean, mask, upstream, _, ctx.eps, *needs, ctx.impl = inputs
-    ctx.mark_non_differentiable(*(one for one, needed in zip(output, needs, strict=True) if not needed))
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(noisy, clean, mask, upstream)
+def _setup_second(ctx: Any, arguments: _Backward, output: tuple[Tensor, Tensor]) -> None:
+    leave_out_unwanted(ctx, output, arguments.wanted)
+    keep(ctx, arguments.problem, arguments.upstream)
 
 
-def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    if all(outer is None for outer in upstream_of_gradients):
-        return (None,) * 9
-    noisy, clean, mask, upstream = ctx.saved_tensors
+def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> dict[str, Tensor | None]:
+    problem, upstream = kept(ctx)
+    mask = problem.mask
 
     def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
         if mask is None:
-            return reference(noisy, clean, ctx.eps)
+            return reference(noisy, clean, problem.eps)
         # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
         noisy, clean = (torch.where(mask[..., None], side, 1) for side in (noisy, clean))
-        return torch.where(mask, reference(noisy, clean, ctx.eps), 0)
+        return torch.where(mask, reference(noisy, clean, problem.eps), 0)
 
-    noisy_gradient, clean_gradient, upstream_gradient = double_backward(
+    to_noisy, to_clean, to_upstream = double_backward(
         "hidden_distances",
-        ctx.impl,
-        _triton_refusal(noisy, clean, mask),
+        problem.impl,
+        _refusal_of(problem),
         masked_reference,
-        (noisy, clean),
+        (problem.noisy, problem.clean),
         upstream,
         upstream_of_gradients,
     )
-    return noisy_gradient, clean_gradient, None, upstream_gradient, None, None, None, None, None
+    return {"noisy": to_noisy, "clean": to_clean, "upstream": to_upstream}
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+_forward.register_gradients(_setup, _gradients)
+_backward.register_gradients(_setup_second, _second_gradients)
 
 
 @dispatch.describe_triton(_triton_refusal)
@@ -312,5 +306,5 @@ def hidden_distances(
         raise ValueError(f"eps must be positive; got {eps}")
     dispatch.check_impl(impl)
     dispatch.refuse_forward_mode("hidden_distances", noisy, clean)
-    values, _ = _forward(noisy, clean, mask, eps, impl)
+    values, _ = _forward(_Problem(noisy, clean, mask, eps, impl))
     return HiddenDistances(*values.unbind(0))

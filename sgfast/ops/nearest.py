@@ -17,12 +17,13 @@ Inputs float32, bfloat16, float16 or float64; distances in float32 (float64 if a
 int64. There is no gradient.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, nearest_scan, nearest_triton, rows, validation
+from sgfast.ops.operator import define
 
 Metric = Literal["l2", "cosine"]
 METRICS = ("l2", "cosine")
@@ -34,10 +35,22 @@ def _triton_refusal(queries: Tensor, table: Tensor, k: int = 1, **_: Any) -> str
     return nearest_triton.refusal(queries, table, k)
 
 
-@torch.library.custom_op("sgfast::nearest_embeddings", mutates_args=())
-def _nearest(
-    queries: Tensor, table: Tensor, k: int, metric: str, farthest: bool, max_chunk_bytes: int, impl: str | None
-) -> tuple[Tensor, Tensor]:
+class _Search(NamedTuple):
+    """The arguments of ``sgfast::nearest_embeddings``, checked."""
+
+    queries: Tensor
+    table: Tensor
+    k: int
+    metric: str
+    farthest: bool
+    max_chunk_bytes: int
+    impl: str | None
+
+
+@define("nearest_embeddings", _Search)
+def _nearest(search: _Search) -> tuple[Tensor, Tensor]:
+    """Distances and indices (..., k)."""
+    queries, table, k, metric, farthest, max_chunk_bytes, impl = search
     implementation = dispatch.select(impl, _triton_refusal(queries, table, k)).implementation
     # The search is for the k smallest sign · d².
     sign = -1 if farthest else 1
@@ -51,18 +64,27 @@ def _nearest(
 
 
 @_nearest.register_fake
-def _(
-    queries: Tensor, table: Tensor, k: int, metric: str, farthest: bool, max_chunk_bytes: int, impl: str | None
-) -> tuple[Tensor, Tensor]:
-    shape = (*queries.shape[:-1], k)
-    distances = queries.new_empty(shape, dtype=rows.compute_dtype(queries, table))
-    return distances, queries.new_empty(shape, dtype=torch.int64)
+def _(search: _Search) -> tuple[Tensor, Tensor]:
+    shape = (*search.queries.shape[:-1], search.k)
+    distances = search.queries.new_empty(shape, dtype=rows.compute_dtype(search.queries, search.table))
+    return distances, torch.empty_like(distances, dtype=torch.int64)
 
 
-@torch.library.custom_op("sgfast::embedding_ranks", mutates_args=())
-def _ranks(
-    queries: Tensor, table: Tensor, targets: Tensor, metric: str, max_chunk_bytes: int, impl: str | None
-) -> Tensor:
+class _Ranking(NamedTuple):
+    """The arguments of ``sgfast::embedding_ranks``, checked but for the targets' values."""
+
+    queries: Tensor
+    table: Tensor
+    targets: Tensor
+    metric: str
+    max_chunk_bytes: int
+    impl: str | None
+
+
+@define("embedding_ranks", _Ranking)
+def _ranks(ranking: _Ranking) -> Tensor:
+    """Ranks (...)."""
+    queries, table, targets, metric, max_chunk_bytes, impl = ranking
     implementation = dispatch.select(impl, _triton_refusal(queries, table)).implementation
     flat_targets = targets.reshape(-1).to(torch.int64)
     if ((flat_targets < 0) | (flat_targets >= table.shape[0])).any():
@@ -76,8 +98,8 @@ def _ranks(
 
 
 @_ranks.register_fake
-def _(queries: Tensor, table: Tensor, targets: Tensor, metric: str, max_chunk_bytes: int, impl: str | None) -> Tensor:
-    return targets.new_empty(targets.shape, dtype=torch.int64)
+def _(ranking: _Ranking) -> Tensor:
+    return ranking.targets.new_empty(ranking.targets.shape, dtype=torch.int64)
 
 
 @dispatch.describe_triton(_triton_refusal)
@@ -125,7 +147,8 @@ def nearest_embeddings(
         raise ValueError(f"k must lie in [1, {table.shape[0]}], the rows of table; got {k}")
     max_bytes = DEFAULT_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
     dispatch.check_impl(impl)
-    distances, indices = _nearest(queries.detach(), table.detach(), k, metric, farthest, max_bytes, impl)
+    search = _Search(queries.detach(), table.detach(), k, metric, farthest, max_bytes, impl)
+    distances, indices = _nearest(search)
     return distances, indices
 
 
@@ -176,7 +199,8 @@ def embedding_ranks(
     validation.check_device("targets", targets, "queries", queries)
     max_bytes = DEFAULT_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
     dispatch.check_impl(impl)
-    return _ranks(queries.detach(), table.detach(), targets, metric, max_bytes, impl)  # type: ignore[no-any-return]
+    ranks: Tensor = _ranks(_Ranking(queries.detach(), table.detach(), targets, metric, max_bytes, impl))
+    return ranks
 
 
 def _check_pair(queries: Tensor, table: Tensor, metric: str) -> None:

@@ -18,13 +18,14 @@ nothing but the inputs is kept. ``sgfast.ops.philox`` has the stream; the Triton
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, philox, rows, validation
-from sgfast.ops.autograd import double_backward
+from sgfast.ops.autograd import double_backward, leave_out_unwanted
+from sgfast.ops.operator import define, keep, kept
 
 _Index = tuple[int | slice, ...]
 
@@ -93,60 +94,56 @@ def _boxes(shape: Sequence[int]) -> Iterator[tuple[_Index, int, int]]:
             yield (*outer, slice(start, stop)), (position * length + start) * inner, (stop - start) * inner
 
 
-def _expand(tensor: Tensor | None, shape: Sequence[int]) -> Tensor | None:
-    return None if tensor is None else tensor.expand(shape)
+class _Problem(NamedTuple):
+    """The arguments of ``sgfast::apply_noise``, checked; means, stds and masks broadcast to the input."""
+
+    input: Tensor
+    mean: Tensor
+    std: Tensor
+    seed: Tensor
+    offset: int
+    noise_mask: Tensor | None
+    keep_mask: Tensor | None
+    lowest: float | None
+    highest: float | None
+    impl: str | None
 
 
-def _box_of(tensor: Tensor | None, index: _Index) -> Tensor | None:
-    return None if tensor is None else tensor[index]
+def _refusal_of(problem: _Problem) -> str | None:
+    return _triton_refusal(problem.input, problem.mean, problem.std, problem.noise_mask, problem.keep_mask)
 
 
-@torch.library.custom_op("sgfast::apply_noise", mutates_args=())
-def _forward(
-    input: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    seed: Tensor,
-    offset: int,
-    noise_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    lowest: float | None,
-    highest: float | None,
-    impl: str | None,
-) -> Tensor:
-    choice = dispatch.select(impl, _triton_refusal(input, mean, std, noise_mask, keep_mask))
+def _at(problem: _Problem, index: _Index) -> _Problem:
+    """The problem of one box."""
+    input = problem.input
+    mean, std = (one.expand(input.shape)[index] for one in (problem.mean, problem.std))
+    masks = (problem.noise_mask, problem.keep_mask)
+    noise_mask, keep_mask = (None if one is None else one.expand(input.shape)[index] for one in masks)
+    return problem._replace(input=input[index], mean=mean, std=std, noise_mask=noise_mask, keep_mask=keep_mask)
+
+
+@define("apply_noise", _Problem)
+def _forward(problem: _Problem) -> Tensor:
+    input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest, impl = problem
+    choice = dispatch.select(impl, _refusal_of(problem))
     if choice.implementation == "triton":
         arguments = (input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
         return dispatch.kernels().noise_forward(*arguments)  # type: ignore[no-any-return]
     keys = philox.round_keys(seed)
     rows.keep_freed_memory(16 * philox.chunk_elements())
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
-    mean, std = mean.expand(input.shape), std.expand(input.shape)
-    noise_mask, keep_mask = _expand(noise_mask, input.shape), _expand(keep_mask, input.shape)
     for index, start, count in _boxes(input.shape):
-        box = input[index]
-        eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.shape)
-        masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
-        output[index] = reference(box, mean[index], std[index], eps, *masks, lowest, highest)
+        box = _at(problem, index)
+        eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.input.shape)
+        output[index] = reference(box.input, box.mean, box.std, eps, box.noise_mask, box.keep_mask, lowest, highest)
         # Not to be held while the next are drawn.
         del eps
     return output
 
 
 @_forward.register_fake
-def _(
-    input: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    seed: Tensor,
-    offset: int,
-    noise_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    lowest: float | None,
-    highest: float | None,
-    impl: str | None,
-) -> Tensor:
-    return torch.empty_like(input, memory_format=torch.contiguous_format)
+def _(problem: _Problem) -> Tensor:
+    return torch.empty_like(problem.input, memory_format=torch.contiguous_format)
 
 
 def _new_sum(like: Tensor, shape: Sequence[int], needed: bool) -> Tensor:
@@ -204,114 +201,91 @@ def _box_gradients(
     return of_input, of_mean, None if eps is None else kept * eps.to(input.dtype).to(kept.dtype)
 
 
-@torch.library.custom_op("sgfast::apply_noise_backward", mutates_args=())
-def _backward(
-    upstream: Tensor,
-    input: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    seed: Tensor,
-    offset: int,
-    noise_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    lowest: float | None,
-    highest: float | None,
-    needs: Sequence[bool],
-    impl: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to input, mean and std; one that is not needed is an empty tensor, for an op cannot return None."""
-    choice = dispatch.select(impl, _triton_refusal(input, mean, std, noise_mask, keep_mask))
+class _Backward(NamedTuple):
+    """What the gradients are computed from: the problem and upstream."""
+
+    problem: _Problem
+    upstream: Tensor
+    wanted: Sequence[bool]  # to input, mean and std
+
+
+@define("apply_noise_backward", _Backward)
+def _backward(arguments: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to input, mean and std; an unwanted one comes back empty."""
+    problem, upstream, wanted = arguments
+    input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest, impl = problem
+    choice = dispatch.select(impl, _refusal_of(problem))
     if choice.implementation == "triton":
-        arguments = (upstream, input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
-        computed = dispatch.kernels().noise_backward(*arguments, *needs)
-        of_input, of_mean, of_std = (input.new_empty(0) if one is None else one for one in computed)
-        return of_input, of_mean, of_std
+        operands = (upstream, input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
+        found = dispatch.kernels().noise_backward(*operands, *wanted)
+        to_input, to_mean, to_std = (input.new_empty(0) if one is None else one for one in found)
+        return to_input, to_mean, to_std
     keys = philox.round_keys(seed)
     rows.keep_freed_memory(16 * philox.chunk_elements())
-    reads_eps = needs[2] or lowest is not None or highest is not None
-    shape = input.shape
-    operands = (input, mean, std)
-    totals = [_new_sum(operand, shape, needed) for operand, needed in zip(operands, needs, strict=True)]
-    full_mean, full_std = mean.expand(shape), std.expand(shape)
-    noise_mask, keep_mask = _expand(noise_mask, shape), _expand(keep_mask, shape)
-    for index, start, count in _boxes(shape):
-        box = input[index]
-        eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.shape) if reads_eps else None
-        masks = _box_of(noise_mask, index), _box_of(keep_mask, index)
+    reads_eps = wanted[2] or lowest is not None or highest is not None
+    totals = [
+        _new_sum(operand, input.shape, needed) for operand, needed in zip((input, mean, std), wanted, strict=True)
+    ]
+    for index, start, count in _boxes(input.shape):
+        box = _at(problem, index)
+        eps = None
+        if reads_eps:
+            eps = philox.draws(keys, offset, start, count, choice.implementation).view(box.input.shape)
         gradients = _box_gradients(
-            upstream[index], box, full_mean[index], full_std[index], eps, *masks, lowest, highest
+            upstream[index], box.input, box.mean, box.std, eps, box.noise_mask, box.keep_mask, lowest, highest
         )
-        for total, gradient, needed in zip(totals, gradients, needs, strict=True):
+        for total, gradient, needed in zip(totals, gradients, wanted, strict=True):
             if needed and gradient is not None:
-                _add_box(total, index, gradient, shape)
+                _add_box(total, index, gradient, input.shape)
         # Not to be held while the next are drawn.
         del eps, gradients, gradient
-    of_input, of_mean, of_std = (
+    to_input, to_mean, to_std = (
         total.to(operand.dtype).view(operand.shape) if needed else total
-        for total, operand, needed in zip(totals, operands, needs, strict=True)
+        for total, operand, needed in zip(totals, (input, mean, std), wanted, strict=True)
     )
-    return of_input, of_mean, of_std
+    return to_input, to_mean, to_std
 
 
 @_backward.register_fake
-def _(
-    upstream: Tensor,
-    input: Tensor,
-    mean: Tensor,
-    std: Tensor,
-    seed: Tensor,
-    offset: int,
-    noise_mask: Tensor | None,
-    keep_mask: Tensor | None,
-    lowest: float | None,
-    highest: float | None,
-    needs: Sequence[bool],
-    impl: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    of_input, of_mean, of_std = (
-        torch.empty_like(operand, memory_format=torch.contiguous_format) if needed else operand.new_empty(0)
-        for operand, needed in zip((input, mean, std), needs, strict=True)
-    )
-    return of_input, of_mean, of_std
+def _(arguments: _Backward) -> tuple[Tensor, Tensor, Tensor]:
+    problem = arguments.problem
+    to_input, to_mean, to_std = rows.room_for_gradients((problem.input, problem.mean, problem.std), arguments.wanted)
+    return to_input, to_mean, to_std
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    input, mean, std, seed, ctx.offset, noise_mask, keep_mask, *ctx.value_range, impl = inputs
-    ctx.impl = dispatch.pinned(impl)
-    ctx.save_for_backward(input, mean, std, seed, noise_mask, keep_mask)
+def _setup(ctx: Any, problem: _Problem, output: Tensor) -> None:
+    keep(ctx, problem._replace(impl=dispatch.pinned(problem.impl)))
 
 
-def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    input, mean, std, seed, *masks = ctx.saved_tensors
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = _backward(upstream, input, mean, std, seed, ctx.offset, *masks, *ctx.value_range, needs, ctx.impl)
-    return *(one if needed else None for one, needed in zip(gradients, needs, strict=True)), *[None] * 7
+def _gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor]:
+    (problem,) = kept(ctx)
+    to_input, to_mean, to_std = _backward(_Backward(problem, upstream, _forward.wanted(ctx, "input", "mean", "std")))
+    return {"input": to_input, "mean": to_mean, "std": to_std}
 
 
-def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    upstream, input, mean, std, seed, ctx.offset, noise_mask, keep_mask, *ctx.value_range, needs, ctx.impl = inputs
-    ctx.mark_non_differentiable(*(one for one, needed in zip(output, needs, strict=True) if not needed))
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(upstream, input, mean, std, seed, noise_mask, keep_mask)
+def _setup_second(ctx: Any, arguments: _Backward, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    leave_out_unwanted(ctx, output, arguments.wanted)
+    keep(ctx, arguments.problem, arguments.upstream)
 
 
-def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    upstream, input, mean, std, seed, *masks = ctx.saved_tensors
-    eps = philox._standard_normal(seed, input.shape, ctx.offset, torch.float32, ctx.impl)
-    *gradients, upstream_gradient = double_backward(
+def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> dict[str, Tensor | None]:
+    problem, upstream = kept(ctx)
+    eps = philox.standard_normal(problem.input.shape, problem.seed, offset=problem.offset, impl=problem.impl)
+    masks_and_range = (problem.noise_mask, problem.keep_mask, problem.lowest, problem.highest)
+    to_input, to_mean, to_std, to_upstream = double_backward(
         "apply_noise",
-        ctx.impl,
-        _triton_refusal(input, mean, std, *masks),
-        lambda input, mean, std: reference(input, mean, std, eps, *masks, *ctx.value_range),
-        (input, mean, std),
+        problem.impl,
+        _refusal_of(problem),
+        lambda input, mean, std: reference(input, mean, std, eps, *masks_and_range),
+        (problem.input, problem.mean, problem.std),
         upstream,
         upstream_of_gradients,
     )
-    return upstream_gradient, *gradients, *[None] * 8
+    return {"input": to_input, "mean": to_mean, "std": to_std, "upstream": to_upstream}
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+_forward.register_gradients(_setup, _gradients)
+_backward.register_gradients(_setup_second, _second_gradients)
 
 
 @dispatch.describe_triton(_triton_refusal)
@@ -375,7 +349,9 @@ def apply_noise(
     dispatch.check_impl(impl)
     dispatch.refuse_forward_mode("apply_noise", input, mean, std)
     key = philox.seed_tensor(seed, input.device)
-    return _forward(input, mean, std, key, offset, noise_mask, keep_mask, lowest, highest, impl)  # type: ignore[no-any-return]
+    problem = _Problem(input, mean, std, key, offset, noise_mask, keep_mask, lowest, highest, impl)
+    noised: Tensor = _forward(problem)
+    return noised
 
 
 def _boolean_mask(name: str, mask: Tensor | None, input: Tensor) -> Tensor | None:

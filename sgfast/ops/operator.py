@@ -14,7 +14,7 @@ import functools
 import hashlib
 import inspect
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import Tensor
 def _digest_of_sources() -> str:
     digest = hashlib.sha256()
     package = Path(__file__).parent.parent
-    for path in sorted(path for folder in ("ops", "loss") for path in (package / folder).rglob("*.py")):
+    for path in sorted(path for folder in ("ops", "loss", "noise_layer") for path in (package / folder).rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
@@ -37,14 +37,14 @@ FORMULA = _digest_of_sources()
 class Operator:
     """A registered operator: call it with its arguments' tuple."""
 
-    def __init__(self, name: str, arguments: type, implementation: Callable[..., Any]) -> None:
+    def __init__(self, name: str, arguments: type, implementation: Callable[..., Any], **registration: Any) -> None:
         """Register ``sgfast::name``; ``implementation`` takes an ``arguments`` and returns tensors."""
         self.name, self.implementation = name, implementation
-        self._arguments = arguments
-        self._names = [name for name, *_ in _flat_fields(arguments)]
+        self._layout = _layout(arguments)
+        self._names = [name for name, _ in self._layout.flat_fields]
         run = self._unpacked(implementation, checked=True)
-        run.__signature__ = _signature(arguments, implementation)  # type: ignore[attr-defined]
-        self._operator = torch.library.custom_op(f"sgfast::{name}", run, mutates_args=())
+        run.__signature__ = self._signature(implementation)  # type: ignore[attr-defined]
+        self._operator = torch.library.custom_op(f"sgfast::{name}", run, **registration)
 
     def __call__(self, arguments: Any) -> Any:
         """Run the operator."""
@@ -52,7 +52,7 @@ class Operator:
 
     def flat(self, arguments: Any) -> tuple[Any, ...]:
         """The arguments as the schema has them."""
-        return *_leaves(arguments), FORMULA
+        return *self._layout.flatten(arguments), FORMULA
 
     @property
     def overload(self) -> Any:
@@ -71,93 +71,125 @@ class Operator:
 
         Args:
             setup: ``setup(ctx, arguments, output)`` keeps what backward needs, see `keep`.
-            gradients: ``gradients(ctx, *upstream)`` returns gradients by the arguments' names; others have none.
+            gradients: ``gradients(ctx, *upstream)`` returns gradients by the arguments' names; others have none. The
+                gradient of an argument that wants none (see `wanted`) is dropped.
         """
 
+        names = frozenset(self._names)
+
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            setup(ctx, _pack(self._arguments, iter(inputs)), output)
+            setup(ctx, self._layout.pack(inputs), output)
 
         def backward(ctx: Any, *upstream: Any) -> tuple[Tensor | None, ...]:
             found = gradients(ctx, *upstream)
-            return *(found.get(name) for name in self._names), None
+            unknown = found.keys() - names
+            if unknown:
+                raise RuntimeError(f"sgfast::{self.name} has no arguments {sorted(unknown)} that could have gradients")
+            needed = zip(self._names, ctx.needs_input_grad, strict=False)  # PyTorch's has more at its end
+            return *(found.get(name) if needs else None for name, needs in needed), None
 
         self._operator.register_autograd(backward, setup_context=setup_context)
+
+    def wanted(self, ctx: Any, *names: str) -> list[bool]:
+        """Whether somebody asks for the gradients of these arguments, in backward."""
+        needs = dict(zip(self._names, ctx.needs_input_grad, strict=False))
+        return [bool(needs[name]) for name in names]
+
+    def _signature(self, implementation: Callable[..., Any]) -> inspect.Signature:
+        fields = [*self._layout.flat_fields, ("formula", str)]
+        return inspect.Signature(
+            [
+                inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=kind)
+                for name, kind in fields
+            ],
+            return_annotation=typing.get_type_hints(implementation)["return"],
+        )
 
     def _unpacked(self, function: Callable[..., Any], checked: bool = False) -> Callable[..., Any]:
         """``function`` of the arguments' tuple as a function of the flat arguments."""
 
         @functools.wraps(function)
         def run(*flat: Any, **named: Any) -> Any:
-            values = [*flat, *(named[name] for name in (*self._names, "formula")[len(flat) :])]
-            if checked and values[-1] != FORMULA:
+            if named:
+                flat = (*flat, *(named[name] for name in (*self._names, "formula")[len(flat) :]))
+            if checked and flat[-1] != FORMULA:
                 raise RuntimeError(
                     f"this graph calls sgfast::{self.name} as another version of sgfast defined the operator "
-                    f"(formula {values[-1]}, here {FORMULA}): export or compile the graph again"
+                    f"(formula {flat[-1]}, here {FORMULA}): export or compile the graph again"
                 )
-            return function(_pack(self._arguments, iter(values)))
+            return function(self._layout.pack(flat))
 
         return run
 
 
-def define(name: str, arguments: type) -> Callable[[Callable[..., Any]], Operator]:
-    """Register the decorated function as the operator ``sgfast::name``."""
-    return lambda implementation: Operator(name, arguments, implementation)
+def define(
+    name: str, arguments: type, *, mutates_args: Sequence[str] = (), tags: Sequence[torch.Tag] = ()
+) -> Callable[[Callable[..., Any]], Operator]:
+    """Register the decorated function as the operator ``sgfast::name``, which writes to ``mutates_args`` alone."""
+    return lambda implementation: Operator(name, arguments, implementation, mutates_args=mutates_args, tags=tags)
 
 
 def keep(ctx: Any, *values: Any) -> None:
     """Keep tensors, argument tuples and constants for backward, which gets them back from `kept`."""
-    leaves = [leaf for value in values for leaf in _leaves((value,))]
+    kinds: list[Any] = [type(value) for value in values]
+    ctx.layouts = [_layout(kind) if _is_named_tuple(kind) else None for kind in kinds]
+    pairs = zip(values, ctx.layouts, strict=True)
+    leaves = [leaf for value, layout in pairs for leaf in (layout.flatten(value) if layout else (value,))]
     ctx.save_for_backward(*(leaf if isinstance(leaf, Tensor) else None for leaf in leaves))
     ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    ctx.types = [type(value) if _is_named_tuple(type(value)) else None for value in values]
 
 
 def kept(ctx: Any) -> list[Any]:
     """What `keep` was given."""
     pairs = zip(ctx.saved_tensors, ctx.constants, strict=True)
-    leaves = iter([constant if tensor is None else tensor for tensor, constant in pairs])
-    return [next(leaves) if kind is None else _pack(kind, leaves) for kind in ctx.types]
+    leaves = [constant if tensor is None else tensor for tensor, constant in pairs]
+    values, place = [], 0
+    for layout in ctx.layouts:
+        values.append(layout.pack(leaves, place) if layout else leaves[place])
+        place += layout.size if layout else 1
+    return values
 
 
 def _is_named_tuple(kind: Any) -> bool:
     return isinstance(kind, type) and issubclass(kind, tuple) and hasattr(kind, "_fields")
 
 
-def _leaves(arguments: tuple[Any, ...]) -> list[Any]:
-    found = []
-    for value in arguments:
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            found += _leaves(value)
-        else:
-            found.append(value)
-    return found
+class _Layout:
+    """Where the fields of a NamedTuple, and those of its NamedTuples, lie in a flat sequence."""
 
+    def __init__(self, arguments: Any) -> None:
+        hints = typing.get_type_hints(arguments)
+        named = [(field, hints[field]) for field in arguments._fields]
+        nested = [_layout(hint) if _is_named_tuple(hint) else None for _, hint in named]
+        self._make = arguments._make
+        # A call goes through here several times: a tuple without any of its own is copied at once.
+        self._nested = nested if any(nested) else None
+        #: Names and types.
+        self.flat_fields: list[tuple[str, Any]] = []
+        for field, layout in zip(named, nested, strict=True):
+            self.flat_fields += layout.flat_fields if layout else [field]
+        self.size = len(self.flat_fields)
 
-def _pack(arguments: type, leaves: Iterator[Any]) -> Any:
-    return arguments(*(next(leaves) if kind is None else _pack(kind, leaves) for kind in _nested(arguments)))
+    def flatten(self, arguments: tuple[Any, ...]) -> Sequence[Any]:
+        """The fields in a row."""
+        if self._nested is None:
+            return arguments
+        flat: list[Any] = []
+        for value, layout in zip(arguments, self._nested, strict=True):
+            flat += layout.flatten(value) if layout else (value,)
+        return flat
+
+    def pack(self, flat: Sequence[Any], place: int = 0) -> Any:
+        """The tuple whose fields lie from ``place`` on."""
+        if self._nested is None:
+            return self._make(flat[place : place + self.size])
+        values = []
+        for layout in self._nested:
+            values.append(layout.pack(flat, place) if layout else flat[place])
+            place += layout.size if layout else 1
+        return self._make(values)
 
 
 @functools.cache
-def _nested(arguments: type) -> tuple[type | None, ...]:
-    """For each field its own NamedTuple, or None."""
-    hints = typing.get_type_hints(arguments)
-    return tuple(kind if _is_named_tuple(kind := hints[field]) else None for field in arguments._fields)  # type: ignore[attr-defined]
-
-
-def _flat_fields(arguments: type) -> Iterator[tuple[str, Any]]:
-    hints = typing.get_type_hints(arguments)
-    for field in arguments._fields:  # type: ignore[attr-defined]
-        if _is_named_tuple(hints[field]):
-            yield from _flat_fields(hints[field])
-        else:
-            yield field, hints[field]
-
-
-def _signature(arguments: type, implementation: Callable[..., Any]) -> inspect.Signature:
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    fields = [*_flat_fields(arguments), ("formula", str)]
-    returns = typing.get_type_hints(implementation)["return"]
-    return inspect.Signature(
-        [inspect.Parameter(name, kind, annotation=annotation) for name, annotation in fields],
-        return_annotation=returns,
-    )
+def _layout(arguments: Any) -> _Layout:
+    return _Layout(arguments)

@@ -16,11 +16,13 @@ of our own for ln, sin and cos, so that no device's mathematical library enters;
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, validation
+from sgfast.ops.operator import define
 
 # Largest |draw − exact value|: radius · 9e-8 (cosine_and_sine) + 5e-7 · |cos| (radius) + the product's rounding make
 # 1.2e-6 where division and root are correctly rounded; a GPU's (within 2 units in the last place, and 1) make the rest.
@@ -217,8 +219,19 @@ def _triton_refusal(
     return dispatch.triton_device_refusal(seed)
 
 
-@torch.library.custom_op("sgfast::standard_normal", mutates_args=())
-def _standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype, impl: str | None) -> Tensor:
+class _Draw(NamedTuple):
+    """The arguments of ``sgfast::standard_normal``, checked."""
+
+    seed: Tensor
+    shape: Sequence[int]
+    offset: int
+    dtype: torch.dtype
+    impl: str | None
+
+
+@define("standard_normal", _Draw)
+def _standard_normal(arguments: _Draw) -> Tensor:
+    seed, shape, offset, dtype, impl = arguments
     implementation = dispatch.select(impl, _triton_refusal(shape, seed)).implementation
     if implementation == "triton":
         return dispatch.kernels().standard_normal(seed, shape, offset, dtype)  # type: ignore[no-any-return]
@@ -234,8 +247,8 @@ def _standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: tor
 
 
 @_standard_normal.register_fake
-def _(seed: Tensor, shape: Sequence[int], offset: int, dtype: torch.dtype, impl: str | None) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=seed.device)
+def _(arguments: _Draw) -> Tensor:
+    return torch.empty(arguments.shape, dtype=arguments.dtype, device=arguments.seed.device)
 
 
 @dispatch.describe_triton(_triton_refusal)
@@ -284,4 +297,5 @@ def standard_normal(
         raise TypeError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype}")
     check_offset(offset)
     dispatch.check_impl(impl)
-    return _standard_normal(seed_tensor(seed, device), shape, offset, dtype, impl)  # type: ignore[no-any-return]
+    values: Tensor = _standard_normal(_Draw(seed_tensor(seed, device), shape, offset, dtype, impl))
+    return values

@@ -75,7 +75,13 @@ def read_scalars(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
 
 def empty_gradients(noisy: Tensor, clean: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """Return room for both sides' gradients, none for an unwanted one."""
-    return noisy.new_empty(noisy.shape if wanted[0] else 0), clean.new_empty(clean.shape if wanted[1] else 0)
+    to_noisy, to_clean = room_for_gradients((noisy, clean), wanted)
+    return to_noisy, to_clean
+
+
+def room_for_gradients(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """Return room for each tensor's gradient; (0,) for an unwanted one, because an operator cannot return None."""
+    return [tensor.new_empty(tensor.shape if one else 0) for tensor, one in zip(tensors, wanted, strict=True)]
 
 
 def zero_masked(values: Tensor, mask: Tensor | None, chunk: Tensor | slice) -> Tensor:

@@ -6,12 +6,13 @@ and any selection of the k largest is the same one.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows, validation
+from sgfast.ops.operator import define
 
 
 def top_k_indices(logits: Tensor, k: int) -> Tensor:
@@ -110,33 +111,38 @@ def _triton_refusal(noisy_logits: Tensor, clean_logits: Tensor, k: int, **_: Any
     )
 
 
-@torch.library.custom_op("sgfast::top_k_support", mutates_args=())
-def _top_k_support(
-    noisy_logits: Tensor, clean_logits: Tensor, k: int, max_chunk_bytes: int, impl: str | None
-) -> tuple[Tensor, Tensor]:
-    choice = dispatch.select(impl, _triton_refusal(noisy_logits, clean_logits, k))
+class _Problem(NamedTuple):
+    """The arguments of ``sgfast::top_k_support``, checked."""
+
+    noisy_logits: Tensor
+    clean_logits: Tensor
+    k: int
+    max_chunk_bytes: int
+    impl: str | None
+
+
+@define("top_k_support", _Problem)
+def _top_k_support(problem: _Problem) -> tuple[Tensor, Tensor]:
+    """Indices, and which of them are valid: (..., min(2k, V)) each."""
+    noisy, clean, k, max_chunk_bytes, impl = problem
+    choice = dispatch.select(impl, _triton_refusal(noisy, clean, k))
     if choice.implementation == "triton":
-        one = torch.ones((), device=noisy_logits.device).expand(noisy_logits.shape[:-1])
-        return unpack_union(dispatch.kernels().top_k_union(noisy_logits, clean_logits, None, one, k)[0])
-    body = union_finder(choice.implementation, noisy_logits.device)
-    shape, size = noisy_logits.shape[:-1], noisy_logits.shape[-1]
-    indices = noisy_logits.new_empty((*shape, min(2 * k, size)), dtype=torch.int64)
-    valid = torch.empty_like(indices, dtype=torch.bool)
-    row_bytes = temporary_bytes(noisy_logits, k)
-    row_bytes += rows.copied_bytes(noisy_logits) + rows.copied_bytes(clean_logits)
-    for chunk in rows.row_chunks(shape, None, row_bytes, max_chunk_bytes):
+        one = torch.ones((), device=noisy.device).expand(noisy.shape[:-1])
+        return unpack_union(dispatch.kernels().top_k_union(noisy, clean, None, one, k)[0])
+    body = union_finder(choice.implementation, noisy.device)
+    indices, valid = _room(problem)
+    row_bytes = temporary_bytes(noisy, k) + rows.copied_bytes(noisy) + rows.copied_bytes(clean)
+    for chunk in rows.row_chunks(noisy.shape[:-1], None, row_bytes, max_chunk_bytes):
         indices.view(-1, indices.shape[-1])[chunk], valid.view(-1, valid.shape[-1])[chunk] = body(
-            rows.read_rows(noisy_logits, chunk), rows.read_rows(clean_logits, chunk), k
+            rows.read_rows(noisy, chunk), rows.read_rows(clean, chunk), k
         )
     return indices, valid
 
 
 @_top_k_support.register_fake
-def _(
-    noisy_logits: Tensor, clean_logits: Tensor, k: int, max_chunk_bytes: int, impl: str | None
-) -> tuple[Tensor, Tensor]:
-    size = noisy_logits.shape[-1]
-    indices = noisy_logits.new_empty((*noisy_logits.shape[:-1], min(2 * k, size)), dtype=torch.int64)
+def _room(problem: _Problem) -> tuple[Tensor, Tensor]:
+    shape, size = problem.noisy_logits.shape[:-1], problem.noisy_logits.shape[-1]
+    indices = problem.noisy_logits.new_empty((*shape, support_width(problem.k, "both", size)), dtype=torch.int64)
     return indices, torch.empty_like(indices, dtype=torch.bool)
 
 
@@ -184,5 +190,5 @@ def top_k_support(
     check_k("k", k, noisy_logits.shape[-1])
     dispatch.check_impl(impl)
     chunk_bytes = validation.chunk_bytes(max_chunk_bytes)
-    indices, valid = _top_k_support(noisy_logits.detach(), clean_logits.detach(), k, chunk_bytes, impl)
+    indices, valid = _top_k_support(_Problem(noisy_logits.detach(), clean_logits.detach(), k, chunk_bytes, impl))
     return indices, valid

@@ -12,7 +12,7 @@ class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made inside the block: ``live`` now, ``peak`` at most.
 
     A registered operator is one call to it; what happens inside is seen when its function is called directly, as
-    ``operator._init_fn``.
+    ``operator.implementation``.
     """
 
     def __init__(self) -> None:

@@ -164,6 +164,11 @@ class Recorder(TorchDispatchMode):
             self.calls.append((operator, args))
         return operator(*args, **(kwargs or {}))
 
+    def backward_arguments(self) -> dict[str, Any]:
+        """The arguments of the one backward operator that ran, by their names."""
+        ((operator, arguments),) = [call for call in self.calls if "backward" in str(call[0])]
+        return dict(zip((one.name for one in operator._schema.arguments), arguments, strict=True))
+
 
 def _leaf(value: Tensor) -> Tensor:
     return value.detach().clone().requires_grad_(value.is_floating_point())

@@ -140,9 +140,10 @@ def test_two_forwards_in_one_graph_are_two_draws(seed, inputs):
 
 
 def test_the_operators_are_registered_as_pytorch_asks():
-    torch.library.opcheck(seeds._draw_seed, (torch.empty(1, dtype=torch.int64),))
-    count = torch.zeros((), dtype=torch.int64)
-    torch.library.opcheck(seeds._count_forward, (count, 7, torch.empty(0, dtype=torch.int64)))
+    draw = seeds._SeedDraw(torch.empty(1, dtype=torch.int64))
+    count = seeds._ForwardCount(torch.zeros((), dtype=torch.int64), 7, torch.empty(0, dtype=torch.int64))
+    for operator, arguments in ((seeds._draw_seed, draw), (seeds._count_forward, count)):
+        torch.library.opcheck(operator.overload, operator.flat(arguments))
 
 
 def draws(seed, count=2):

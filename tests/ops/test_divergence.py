@@ -12,7 +12,8 @@ from torch import Tensor
 import sgfast
 from sgfast.ops import divergence as divergence_module
 from sgfast.ops import divergence_chunks, divergences, top_k_support, topk
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
+from sgfast.ops.divergence_atoms import LABEL_KIND, Settings
+from sgfast.ops.divergence_rows import forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
 from tests.gates import registration
 from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
@@ -751,7 +752,7 @@ def test_peak_memory_is_the_gradients_and_a_chunk(dtype, layout, top_k):
     assert own == 2 * 96 * width * noisy.element_size()
     assert counted.peak <= own + bound + row_vectors
     with LiveBytes() as counted:
-        topk._top_k_support._init_fn(noisy, clean, 40, bound, "torch")
+        topk._top_k_support.implementation(topk._Problem(noisy, clean, 40, bound, "torch"))
     assert counted.peak <= bound + 96 * 80 * 9
 
 

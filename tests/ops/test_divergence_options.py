@@ -11,7 +11,8 @@ import sgfast
 from sgfast.loss import divergences as single_divergences
 from sgfast.ops import divergence_chunks, divergences
 from sgfast.ops.divergence import masked_divergence
-from sgfast.ops.divergence_rows import LABEL_KIND, Settings, forward_rows, write_gradients
+from sgfast.ops.divergence_atoms import LABEL_KIND, Settings
+from sgfast.ops.divergence_rows import forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
 from sgfast.ops.topk import union_of_top_k
 from tests.gates import registration

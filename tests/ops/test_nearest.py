@@ -306,11 +306,11 @@ def test_memory_is_bounded(metric, table_kind, max_chunk_bytes):
     queries, table, targets = embeddings(700, 24, 40)
     table = table if table_kind == "random" else table[:1].expand(700, 24)
     with LiveBytes() as counted:
-        nearest._nearest._init_fn(queries, table, 10, metric, False, max_chunk_bytes, None)
+        nearest._nearest.implementation(nearest._Search(queries, table, 10, metric, False, max_chunk_bytes, None))
     outputs = 40 * 10 * (8 + 8 + 4)
     assert counted.peak <= max_chunk_bytes + outputs
     with LiveBytes() as counted:
-        nearest._ranks._init_fn(queries, table, targets, metric, max_chunk_bytes, None)
+        nearest._ranks.implementation(nearest._Ranking(queries, table, targets, metric, max_chunk_bytes, None))
     assert counted.peak <= max_chunk_bytes + 40 * (8 + 8)
 
 
@@ -319,7 +319,7 @@ def test_memory_is_bounded_for_many_queries():
     _, table, _ = embeddings(3000, 24, 1)
     assert nearest_scan.sizes_of(24, 1, 2**17).held < 1000
     with LiveBytes() as counted:
-        nearest._nearest._init_fn(table, table, 2, "l2", False, 2**17, None)
+        nearest._nearest.implementation(nearest._Search(table, table, 2, "l2", False, 2**17, None))
     assert counted.peak <= 2**17 + 3000 * 2 * (8 + 8 + 4)
     check(table[:100], table, 2, "l2", max_chunk_bytes=2**17)
 
@@ -377,8 +377,10 @@ def test_through_the_compiler(metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_registration(metric):
     queries, table, targets = embeddings(70, 6, 12)
-    torch.library.opcheck(nearest._nearest, (queries.view(3, 4, 6), table, 4, metric, True, 10**5, None))
-    torch.library.opcheck(nearest._ranks, (queries, table, targets, metric, 10**5, None))
+    search = nearest._Search(queries.view(3, 4, 6), table, 4, metric, True, 10**5, None)
+    ranking = nearest._Ranking(queries, table, targets, metric, 10**5, None)
+    for operator, arguments in ((nearest._nearest, search), (nearest._ranks, ranking)):
+        torch.library.opcheck(operator.overload, operator.flat(arguments))
 
     def both(queries: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, ...]:
         distances, indices = nearest_embeddings(queries, table, 3, metric=metric)

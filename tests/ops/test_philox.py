@@ -340,7 +340,8 @@ def test_standard_normal_registration():
         return standard_normal(like.shape, seed, offset=like.shape[0], dtype=torch.bfloat16)
 
     seed = torch.tensor(-9)
-    torch.library.opcheck(philox._standard_normal, (seed, (3, 5), 2, torch.float16, None))
+    operator = philox._standard_normal
+    torch.library.opcheck(operator.overload, operator.flat(philox._Draw(seed, (3, 5), 2, torch.float16, None)))
     compiled = torch.compile(draw, fullgraph=True, dynamic=True)
     for rows in (3, 8):
         assert torch.equal(compiled(torch.empty(rows, 5), seed), draw(torch.empty(rows, 5), seed))

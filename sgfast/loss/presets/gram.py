@@ -19,14 +19,15 @@ Products in float32 (float64 if an input is), whatever autocast and TF32 say; no
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows
-from sgfast.ops.autograd import double_backward
+from sgfast.ops.autograd import double_backward, leave_out_unwanted
+from sgfast.ops.operator import define, keep, kept
 from sgfast.ops.precision import full_precision_products
 
 Form = Literal["features", "positions"]
@@ -148,115 +149,107 @@ def _triton_refusal() -> str:
     return "there is no Triton kernel for TextBrewer's presets"
 
 
-@torch.library.custom_op("sgfast::gram_distance", mutates_args=())
-def _forward(
-    student: Tensor,
-    student_to: Tensor,
-    teacher: Tensor,
-    teacher_to: Tensor,
-    weights: Tensor,
-    form: str,
-    impl: str | None,
-) -> Tensor:
-    implementation = dispatch.select(impl, _triton_refusal()).implementation
+_LAYERS = ("student", "student_to", "teacher", "teacher_to")
+
+
+class _Problem(NamedTuple):
+    """The arguments of ``sgfast::gram_distance``, checked by the caller."""
+
+    student: Tensor
+    student_to: Tensor
+    teacher: Tensor
+    teacher_to: Tensor
+    weights: Tensor
+    form: str
+    impl: str | None
+
+    @property
+    def layers(self) -> _Layers:
+        """What has a gradient."""
+        return self.student, self.student_to, self.teacher, self.teacher_to
+
+
+@define("gram_distance", _Problem)
+def _forward(problem: _Problem) -> Tensor:
+    """Values (B,)."""
+    implementation = dispatch.select(problem.impl, _triton_refusal()).implementation
+    weights = problem.weights
     values = weights.new_zeros(weights.shape[0])
-    with full_precision_products(student.device):
-        for sample, layers in enumerate(zip(student, student_to, teacher, teacher_to, strict=True)):
-            factors = _factors(layers, weights[sample], form)
+    with full_precision_products(weights.device):
+        for sample, layers in enumerate(zip(*problem.layers, strict=True)):
+            factors = _factors(layers, weights[sample], problem.form)
             values[sample] = _sample_value(factors, lambda body: dispatch.implementation_of(body, implementation))
     return values
 
 
 @_forward.register_fake
-def _(
-    student: Tensor,
-    student_to: Tensor,
-    teacher: Tensor,
-    teacher_to: Tensor,
-    weights: Tensor,
-    form: str,
-    impl: str | None,
-) -> Tensor:
-    return weights.new_empty(weights.shape[0])
+def _(problem: _Problem) -> Tensor:
+    return problem.weights.new_empty(problem.weights.shape[0])
 
 
-@torch.library.custom_op("sgfast::gram_distance_backward", mutates_args=())
-def _backward(
-    student: Tensor,
-    student_to: Tensor,
-    teacher: Tensor,
-    teacher_to: Tensor,
-    weights: Tensor,
-    upstream: Tensor,
-    form: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    """Gradients to the four layers; one that is not needed is an empty tensor."""
-    inputs = (student, student_to, teacher, teacher_to)
-    gradients = _empty_gradients(inputs, needs)
-    with full_precision_products(student.device):
-        for sample, layers in enumerate(zip(*inputs, strict=True)):
+class _Backward(NamedTuple):
+    """What the gradients are computed from: the problem and upstream (B,)."""
+
+    problem: _Problem
+    upstream: Tensor
+    wanted: Sequence[bool]  # to each of the four layers
+
+
+@define("gram_distance_backward", _Backward)
+def _backward(arguments: _Backward) -> list[Tensor]:
+    """Gradients to the four layers; an unwanted one comes back empty.
+
+    An impl that could not run has been refused in forward, and the products are PyTorch's in every one.
+    """
+    problem, upstream, wanted = arguments
+    form, weights = problem.form, problem.weights
+    gradients = rows.room_for_gradients(problem.layers, wanted)
+    with full_precision_products(weights.device):
+        for sample, layers in enumerate(zip(*problem.layers, strict=True)):
             of_factors = _factor_gradients(_factors(layers, weights[sample], form), upstream[sample])
             found = _layer_gradients(*of_factors, layers, weights[sample], form)
-            for gradient, needed, one in zip(gradients, needs, found, strict=True):
+            for gradient, needed, one in zip(gradients, wanted, found, strict=True):
                 if needed:
                     gradient[sample] = one.to(gradient.dtype)
     return gradients
 
 
 @_backward.register_fake
-def _(
-    student: Tensor,
-    student_to: Tensor,
-    teacher: Tensor,
-    teacher_to: Tensor,
-    weights: Tensor,
-    upstream: Tensor,
-    form: str,
-    needs: list[bool],
-) -> list[Tensor]:
-    return _empty_gradients((student, student_to, teacher, teacher_to), needs)
+def _(arguments: _Backward) -> list[Tensor]:
+    return rows.room_for_gradients(arguments.problem.layers, arguments.wanted)
 
 
-def _empty_gradients(inputs: _Layers, needs: list[bool]) -> list[Tensor]:
-    return [one.new_empty(one.shape if needed else 0) for one, needed in zip(inputs, needs, strict=True)]
+def _setup(ctx: Any, problem: _Problem, output: Tensor) -> None:
+    keep(ctx, problem)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.form, impl = inputs
-    ctx.impl = dispatch.pinned(impl)
-    ctx.save_for_backward(*tensors)
+def _gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor]:
+    (problem,) = kept(ctx)
+    found = _backward(_Backward(problem, upstream, _forward.wanted(ctx, *_LAYERS)))
+    return dict(zip(_LAYERS, found, strict=True))
 
 
-def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:4])
-    # An impl that could not run has been refused in forward, and the products are PyTorch's in every one.
-    found = _backward(*ctx.saved_tensors, upstream, ctx.form, needs)
-    return *(one if needed else None for one, needed in zip(found, needs, strict=True)), None, None, None
+def _setup_second(ctx: Any, arguments: _Backward, output: list[Tensor]) -> None:
+    leave_out_unwanted(ctx, output, arguments.wanted)
+    keep(ctx, arguments.problem, arguments.upstream)
 
 
-def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *tensors, ctx.form, ctx.needs = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _second_gradients(ctx: Any, upstream_of_gradients: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *layers, weights, upstream = ctx.saved_tensors
-    wanted = [one if needed else None for one, needed in zip(upstream_of_gradients, ctx.needs, strict=True)]
-    *found, upstream_gradient = double_backward(
+def _second_gradients(ctx: Any, upstream_of_gradients: Sequence[Tensor | None]) -> dict[str, Tensor | None]:
+    problem, upstream = kept(ctx)
+    found = double_backward(
         "the presets' losses",
         "torch",
         _triton_refusal(),
-        functools.partial(reference, weights, ctx.form),
-        layers,
+        functools.partial(reference, problem.weights, problem.form),
+        problem.layers,
         upstream,
-        wanted,
+        upstream_of_gradients,
     )
-    return *found, None, upstream_gradient, None, None
+    return dict(zip((*_LAYERS, "upstream"), found, strict=True))
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+_forward.register_gradients(_setup, _gradients)
+_backward.register_gradients(_setup_second, _second_gradients)
 
 
 def gram_distance(
@@ -276,5 +269,5 @@ def gram_distance(
         (B,), float32 or float64.
     """
     dispatch.refuse_forward_mode("the presets' losses", student, student_to, teacher, teacher_to)
-    values: Tensor = _forward(student, student_to, teacher, teacher_to, weights, form, None)
+    values: Tensor = _forward(_Problem(student, student_to, teacher, teacher_to, weights, form, None))
     return values

@@ -10,12 +10,14 @@ TextBrewer's.
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.loss.presets.checks import masked_mean
 from sgfast.ops import rows, validation
+from sgfast.ops.operator import define
 
 TemperatureScheduler = Callable[..., float | Tensor]
 
@@ -128,7 +130,7 @@ def _check_min_temperature(min_temperature: float | None) -> None:
 def _row_statistic(logits_S: Tensor, logits_T: Tensor, mask: Tensor | None, statistic: str, eps: float) -> Tensor:
     validation.check_pair("logits_S", logits_S, "logits_T", logits_T)
     mask = validation.row_mask(mask, "mask", "logits_S", logits_S)
-    values: Tensor = _row_statistics(logits_S.detach(), logits_T.detach(), mask, statistic, eps)
+    values: Tensor = _row_statistics(_Statistics(logits_S.detach(), logits_T.detach(), mask, statistic, eps))
     return values
 
 
@@ -136,12 +138,23 @@ def _row_statistic(logits_S: Tensor, logits_T: Tensor, mask: Tensor | None, stat
 _TEMPORARIES = 6
 
 
-@torch.library.custom_op("sgfast::scheduler_statistics", mutates_args=())
-def _row_statistics(student: Tensor, teacher: Tensor, mask: Tensor | None, statistic: str, eps: float) -> Tensor:
+class _Statistics(NamedTuple):
+    """The arguments of ``sgfast::scheduler_statistics``, checked."""
+
+    student: Tensor
+    teacher: Tensor
+    mask: Tensor | None
+    statistic: str
+    eps: float
+
+
+@define("scheduler_statistics", _Statistics)
+def _row_statistics(arguments: _Statistics) -> Tensor:
     """``disagreement`` 1 − s·t / ((|s| + eps)(|t| + eps)), or ``confidence`` max softmax(s), in chunks: (...).
 
     Infinite logits are left out of the products.
     """
+    student, teacher, mask, statistic, eps = arguments
     dtype, shape = rows.compute_dtype(student, teacher), student.shape[:-1]
     values = student.new_ones(shape, dtype=dtype)
     row_bytes = student.shape[-1] * dtype.itemsize * _TEMPORARIES
@@ -157,5 +170,6 @@ def _row_statistics(student: Tensor, teacher: Tensor, mask: Tensor | None, stati
 
 
 @_row_statistics.register_fake
-def _(student: Tensor, teacher: Tensor, mask: Tensor | None, statistic: str, eps: float) -> Tensor:
-    return student.new_empty(student.shape[:-1], dtype=rows.compute_dtype(student, teacher))
+def _(arguments: _Statistics) -> Tensor:
+    student = arguments.student
+    return student.new_empty(student.shape[:-1], dtype=rows.compute_dtype(student, arguments.teacher))

@@ -17,8 +17,8 @@ Gradients, with w = k q where the column counts and f = −k log p there:
 Arithmetic in float32 (float64 if an input is), in chunks of rows; nothing is kept for backward besides the inputs.
 """
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,8 @@ from sgfast.loss.presets.score_arithmetic import (
     forward_rows_on_cpu,
 )
 from sgfast.ops import dispatch, rows
-from sgfast.ops.autograd import double_backward
+from sgfast.ops.autograd import double_backward, leave_out_unwanted
+from sgfast.ops.operator import define, keep, kept
 
 
 def _triton_refusal() -> str:
@@ -42,17 +43,33 @@ def _triton_refusal() -> str:
 _TEMPORARIES = 12
 
 
+class _Problem(NamedTuple):
+    """The arguments of ``sgfast::score_rows``, checked by the caller."""
+
+    student: Tensor
+    teacher: Tensor
+    keys: Tensor | None
+    mask: Tensor | None
+    kind: str
+    threshold: float | None
+    impl: str | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The arithmetic's and the values'."""
+        return rows.compute_dtype(self.student, self.teacher)
+
+
 _Chunk = tuple[Tensor | slice, Tensor, Tensor, Tensor | None]
 
 
-def _chunks(
-    student: Tensor, teacher: Tensor, keys: Tensor | None, mask: Tensor | None, dtype: torch.dtype
-) -> Iterator[_Chunk]:
+def _chunks(problem: _Problem) -> Iterator[_Chunk]:
     """Yield chunks of rows: where they lie, both sides, and with keys the sides as (samples, rows, K) beside them."""
+    student, teacher, keys = problem.student, problem.teacher, problem.keys
     shape, width = student.shape[:-1], student.shape[-1]
-    row_bytes = width * dtype.itemsize * _TEMPORARIES
+    row_bytes = width * problem.dtype.itemsize * _TEMPORARIES
     if keys is None:
-        for chunk in rows.row_chunks(shape, mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
+        for chunk in rows.row_chunks(shape, problem.mask, row_bytes, rows.DEFAULT_CHUNK_BYTES):
             yield chunk, rows.read_rows(student, chunk), rows.read_rows(teacher, chunk), None
         return
     of_a_sample = shape[1:].numel()
@@ -72,141 +89,103 @@ def _blocks(samples: int, of_a_sample: int, rows_at_once: int) -> Iterator[tuple
             yield slice(first, min(first + step, samples)), slice(start, stop)
 
 
-def _body(
-    careful: Callable[..., Any], on_cpu: Callable[..., Any], like: Tensor, impl: str | None
-) -> Callable[..., Any]:
-    implementation = dispatch.select(impl, _triton_refusal()).implementation
-    if implementation == "torch" and like.device.type == "cpu":
+def _body(problem: _Problem, careful: Callable[..., Any], on_cpu: Callable[..., Any]) -> Callable[..., Any]:
+    implementation = dispatch.select(problem.impl, _triton_refusal()).implementation
+    if implementation == "torch" and problem.student.device.type == "cpu":
         return on_cpu
     return dispatch.implementation_of(careful, implementation)
 
 
-@torch.library.custom_op("sgfast::score_rows", mutates_args=())
-def _forward(
-    student: Tensor,
-    teacher: Tensor,
-    keys: Tensor | None,
-    mask: Tensor | None,
-    kind: str,
-    threshold: float | None,
-    impl: str | None,
-) -> Tensor:
-    body = _body(forward_rows, forward_rows_on_cpu, student, impl)
-    dtype = rows.compute_dtype(student, teacher)
-    values = student.new_zeros(student.shape[:-1], dtype=dtype)
-    for lie, some_student, some_teacher, some_keys in _chunks(student, teacher, keys, mask, dtype):
-        found = body(some_student, some_teacher, some_keys, kind, threshold)
-        values.view(-1)[lie] = rows.zero_masked(found.reshape(-1), mask, lie)
+@define("score_rows", _Problem)
+def _forward(problem: _Problem) -> Tensor:
+    """Values of the row shape."""
+    body = _body(problem, forward_rows, forward_rows_on_cpu)
+    values = problem.student.new_zeros(problem.student.shape[:-1], dtype=problem.dtype)
+    for lie, some_student, some_teacher, some_keys in _chunks(problem):
+        found = body(some_student, some_teacher, some_keys, problem.kind, problem.threshold)
+        values.view(-1)[lie] = rows.zero_masked(found.reshape(-1), problem.mask, lie)
     return values
 
 
 @_forward.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    keys: Tensor | None,
-    mask: Tensor | None,
-    kind: str,
-    threshold: float | None,
-    impl: str | None,
-) -> Tensor:
-    return student.new_empty(student.shape[:-1], dtype=rows.compute_dtype(student, teacher))
+def _(problem: _Problem) -> Tensor:
+    return problem.student.new_empty(problem.student.shape[:-1], dtype=problem.dtype)
 
 
-@torch.library.custom_op("sgfast::score_rows_backward", mutates_args=())
-def _backward(
-    student: Tensor,
-    teacher: Tensor,
-    keys: Tensor | None,
-    mask: Tensor | None,
-    upstream: Tensor,
-    kind: str,
-    threshold: float | None,
-    needs_student: bool,
-    needs_teacher: bool,
-    impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    """Gradients to both sides; one that is not needed is an empty tensor, for an op cannot return None."""
-    body = _body(backward_rows, backward_rows_on_cpu, student, impl)
-    needs = (needs_student, needs_teacher)
-    gradients = _empty_gradients(student, teacher, *needs)
-    if mask is not None:
+class _Backward(NamedTuple):
+    """What the gradients are computed from: the problem and upstream of the row shape."""
+
+    problem: _Problem
+    upstream: Tensor
+    wanted: Sequence[bool]  # to student, to teacher
+
+
+@define("score_rows_backward", _Backward)
+def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
+    """Gradients to both sides; an unwanted one comes back empty."""
+    problem, upstream, wanted = arguments
+    body = _body(problem, backward_rows, backward_rows_on_cpu)
+    gradients = rows.empty_gradients(problem.student, problem.teacher, wanted)
+    if problem.mask is not None:
         for gradient in gradients:
             gradient.zero_()
     flat_upstream = upstream.reshape(-1)
-    for lie, some_student, some_teacher, some_keys in _chunks(student, teacher, keys, mask, upstream.dtype):
+    for lie, some_student, some_teacher, some_keys in _chunks(problem):
         some_upstream = flat_upstream[lie].view(some_student.shape[:-1])
-        found = body(some_student, some_teacher, some_keys, some_upstream, kind, threshold, *needs)
+        found = body(some_student, some_teacher, some_keys, some_upstream, problem.kind, problem.threshold, *wanted)
         for gradient, some in zip(gradients, found, strict=True):
             if some is not None:
-                selected = rows.zero_masked(some.reshape(-1, some.shape[-1]), mask, lie)
+                selected = rows.zero_masked(some.reshape(-1, some.shape[-1]), problem.mask, lie)
                 gradient.view(-1, gradient.shape[-1])[lie] = selected.to(gradient.dtype)
     return gradients
 
 
 @_backward.register_fake
-def _(
-    student: Tensor,
-    teacher: Tensor,
-    keys: Tensor | None,
-    mask: Tensor | None,
-    upstream: Tensor,
-    kind: str,
-    threshold: float | None,
-    needs_student: bool,
-    needs_teacher: bool,
-    impl: str | None,
-) -> tuple[Tensor, Tensor]:
-    return _empty_gradients(student, teacher, needs_student, needs_teacher)
+def _(arguments: _Backward) -> tuple[Tensor, Tensor]:
+    return rows.empty_gradients(arguments.problem.student, arguments.problem.teacher, arguments.wanted)
 
 
-def _empty_gradients(
-    student: Tensor, teacher: Tensor, needs_student: bool, needs_teacher: bool
-) -> tuple[Tensor, Tensor]:
-    first, second = (
-        side.new_empty(side.shape if needed else 0)
-        for side, needed in ((student, needs_student), (teacher, needs_teacher))
-    )
-    return first, second
+def _setup(ctx: Any, problem: _Problem, output: Tensor) -> None:
+    keep(ctx, problem._replace(impl=dispatch.pinned(problem.impl)))
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    student, teacher, keys, mask, ctx.kind, ctx.threshold, impl = inputs
-    ctx.impl = dispatch.pinned(impl)
-    ctx.save_for_backward(student, teacher, keys, mask)
+def _gradients(ctx: Any, upstream: Tensor) -> dict[str, Tensor]:
+    (problem,) = kept(ctx)
+    to_student, to_teacher = _backward(_Backward(problem, upstream, _forward.wanted(ctx, "student", "teacher")))
+    return {"student": to_student, "teacher": to_teacher}
 
 
-def _gradients(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-    needs = ctx.needs_input_grad[:2]
-    found = _backward(*ctx.saved_tensors, upstream, ctx.kind, ctx.threshold, *needs, ctx.impl)
-    return *(one if needed else None for one, needed in zip(found, needs, strict=True)), *(None,) * 5
+def _setup_second(ctx: Any, arguments: _Backward, output: tuple[Tensor, Tensor]) -> None:
+    leave_out_unwanted(ctx, output, arguments.wanted)
+    keep(ctx, arguments.problem, arguments.upstream)
 
 
-def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    student, teacher, keys, mask, upstream, ctx.kind, ctx.threshold, *ctx.needs, ctx.impl = inputs
-    ctx.save_for_backward(student, teacher, keys, mask, upstream)
-
-
-def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    student, teacher, keys, mask, upstream = ctx.saved_tensors
+def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> dict[str, Tensor | None]:
+    problem, upstream = kept(ctx)
+    keys, mask = problem.keys, problem.mask
 
     def reference(student: Tensor, teacher: Tensor) -> Tensor:
         if mask is not None:
             # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
             student, teacher = (torch.where(mask[..., None], side, 0) for side in (student, teacher))
         every_key = keys if keys is None else keys.view(keys.shape[0], *[1] * (student.dim() - 2), -1)
-        values = forward_rows(student, teacher, every_key, ctx.kind, ctx.threshold)
+        values = forward_rows(student, teacher, every_key, problem.kind, problem.threshold)
         return values if mask is None else torch.where(mask, values, 0)
 
-    wanted = [one if needed else None for one, needed in zip(upstream_of_gradients, ctx.needs, strict=True)]
-    student_gradient, teacher_gradient, upstream_gradient = double_backward(
-        "the presets' losses", ctx.impl, _triton_refusal(), reference, (student, teacher), upstream, wanted
+    to_student, to_teacher, to_upstream = double_backward(
+        "the presets' losses",
+        problem.impl,
+        _triton_refusal(),
+        reference,
+        (problem.student, problem.teacher),
+        upstream,
+        upstream_of_gradients,
     )
-    return student_gradient, teacher_gradient, None, None, upstream_gradient, *(None,) * 5
+    return {"student": to_student, "teacher": to_teacher, "upstream": to_upstream}
 
 
-_forward.register_autograd(_gradients, setup_context=_setup_context)
-_backward.register_autograd(_second_gradients, setup_context=_setup_second_context)
+_forward.register_gradients(_setup, _gradients)
+_backward.register_gradients(_setup_second, _second_gradients)
 
 
 def score_rows(
@@ -232,5 +211,5 @@ def score_rows(
         (B, ...), float32 or float64.
     """
     dispatch.refuse_forward_mode("the presets' losses", student, teacher)
-    values: Tensor = _forward(student, teacher, keys, mask, kind, threshold, None)
+    values: Tensor = _forward(_Problem(student, teacher, keys, mask, kind, threshold, None))
     return values

@@ -218,23 +218,21 @@ def test_temporaries_are_chunks(operator):
     if operator == "score_rows":
         student, teacher = (torch.randn(4, 8, 512, 512) for _ in range(2))  # 32 MiB each
         keys, queries = torch.ones(4, 512), torch.ones(4, 8, 512, dtype=torch.bool)
-        options = (student, teacher, keys, queries)
-        forward = (score_rows._forward, (*options, "cross_entropy", None, "torch"))
-        backward = (
-            score_rows._backward,
-            (*options, torch.ones(4, 8, 512), "cross_entropy", None, True, True, "torch"),
-        )
+        problem = score_rows._Problem(student, teacher, keys, queries, "cross_entropy", None, "torch")
+        forward = (score_rows._forward, problem)
+        backward = (score_rows._backward, score_rows._Backward(problem, torch.ones(4, 8, 512), [True] * 2))
         outputs, allowed = student.nbytes * 2, 2 * 2**23
     else:
         length, width = (512, 2048) if operator.endswith("direct") else (128, 8192)
         layers = [torch.randn(1, length, width) for _ in range(4)]
         weights = torch.ones(1, length)
-        forward = (gram._forward, (*layers, weights, "features", "torch"))
-        backward = (gram._backward, (*layers, weights, torch.ones(1), "features", [True] * 4))
+        problem = gram._Problem(*layers, weights, "features", "torch")
+        forward = (gram._forward, problem)
+        backward = (gram._backward, gram._Backward(problem, torch.ones(1), [True] * 4))
         # One sample's factors and their gradients are of its layers' size; its Gram matrix is 16 or 256 MiB.
         outputs, allowed = 4 * layers[0].nbytes, 6 * 4 * layers[0].nbytes + 2 * 2**23
         assert allowed < 8 * width**2 * 4
     for (operation, arguments), beyond in ((forward, allowed), (backward, allowed + outputs)):
         with LiveBytes() as counted:
-            operation._init_fn(*arguments)
+            operation.implementation(arguments)
         assert counted.peak < beyond, f"{counted.peak / 2**20:.0f} MiB"
