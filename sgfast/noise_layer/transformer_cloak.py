@@ -168,7 +168,7 @@ class TransformerCloak(BaseNoiseLayer):
         import transformers
 
         body = getattr(transformers, body_name)
-        config = body.config_class.from_dict(_without_attention(arguments.pop("config")))
+        config = body.config_class.from_dict(_architecture(arguments.pop("config")))
         config._attn_implementation = _known_attention(arguments.pop("attention"))
         arguments["scale"] = tuple(arguments["scale"])
         if arguments["value_range"] is not None:
@@ -234,15 +234,13 @@ class _Estimator(nn.Module):
 
 def _plain_config(config: Any) -> dict[str, Any]:
     """The config as JSON types, without where it came from or how the base model's weights were stored."""
-    plain: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
-    for name in ("quantization_config", "_name_or_path", "_model_name_or_path", "auto_map"):
-        plain.pop(name, None)
-    return _without_attention(plain)
+    return _architecture(json.loads(config.to_json_string(use_diff=False)))
 
 
-def _without_attention(config: dict[str, Any]) -> dict[str, Any]:
-    # In a config this may name a repository, which transformers would fetch code from.
-    return {name: value for name, value in config.items() if "attn_implementation" not in name}
+def _architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """What is written of a config, and all that is read from one: the rest may name files, code and repositories."""
+    foreign = ("quantization_config", "_name_or_path", "_model_name_or_path", "auto_map")
+    return {name: value for name, value in config.items() if name not in foreign and "attn_implementation" not in name}
 
 
 def _attention_of(config: Any) -> str:

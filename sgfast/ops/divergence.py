@@ -41,6 +41,7 @@ from sgfast.ops import dispatch, divergence_triton, rows, topk, validation
 from sgfast.ops.autograd import double_backward
 from sgfast.ops.divergence_atoms import LABEL_KIND
 from sgfast.ops.divergence_chunks import (
+    chunk_settings,
     forward_of,
     read_labels,
     read_logits,
@@ -48,7 +49,6 @@ from sgfast.ops.divergence_chunks import (
     read_support,
     reciprocal_temperatures,
     row_chunks,
-    settings_of,
 )
 from sgfast.ops.divergence_options import (
     TOP_K_OF,
@@ -87,7 +87,7 @@ def _forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
         check_label_values(labels, mask, noisy.shape[-1])
     body = forward_of(choice.implementation)
     shape = noisy.shape[:-1]
-    settings = settings_of(problem)
+    settings = chunk_settings(problem)
     kept_indices = noisy.new_full((*shape, problem.support_width), -1, dtype=torch.int32)
     found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=rows.compute_dtype(noisy, clean))
     wanted, reciprocals = (problem.noisy_wanted, problem.clean_wanted), reciprocal_temperatures(problem)
@@ -141,7 +141,7 @@ def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
         return noisy_gradient, clean_gradient
     body = dispatch.implementation_of(write_gradients, choice.implementation, one_loop=True)
     size = noisy.shape[-1]
-    settings = settings_of(problem)
+    settings = chunk_settings(problem)
     gradients = rows.empty_gradients(noisy, clean, wanted)
     if mask is not None:
         for gradient in gradients:

@@ -19,19 +19,23 @@ _LOGITS_PER_THREAD_TO_SELECT_FROM = 256 * 1024
 
 
 def settings_of(problem: Problem) -> Settings:
-    """The settings of a chunk's arithmetic."""
-    temperature = problem.temperature
-    # Only a CPU can look at the temperature without waiting for a queue.
-    labelled = problem.labels is not None and temperature.device.type == "cpu"
+    """The settings of a chunk's arithmetic that no tensor's value decides: a graph may be traced through this."""
     return Settings(
         tuple(problem.kinds.split(",")),
         problem.support if problem.has_support else "full",
         problem.beta,
         problem.skew,
-        labelled and bool((temperature == 1).all()),
-        problem.clean_temperature is not None,
-        problem.label_smoothing,
+        paired=problem.clean_temperature is not None,
+        label_smoothing=problem.label_smoothing,
     )
+
+
+def chunk_settings(problem: Problem) -> Settings:
+    """The settings of a chunk's arithmetic, within an operator: its tensors' values are there to be looked at."""
+    temperature = problem.temperature
+    # Only a CPU can look at the temperature without waiting for a queue.
+    labelled = problem.labels is not None and temperature.device.type == "cpu"
+    return settings_of(problem)._replace(unit_temperature=labelled and bool((temperature == 1).all()))
 
 
 def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) -> Iterator[Tensor | slice]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgfast.huggingface.assets import load_causal_lm
+from sgfast.huggingface.assets import load_causal_lm, packaged_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,20 @@ def test_the_packaged_model_answers(smollm2):
     )
     answer = model.generate(**prompt, max_new_tokens=8, do_sample=False)
     assert "Paris" in tokenizer.decode(answer[0, prompt["input_ids"].shape[1] :])
+
+
+@pytest.mark.parametrize(
+    ("text", "ids"),
+    [
+        ("<|im_start|>user\nhi<|im_end|>\n", [1, 4093, 198, 6004, 2, 198]),  # nothing in front
+        ("  Hello  world é <|im_end|> x", [216, 38699, 216, 905, 26411, 216, 2, 1792]),
+        ("a\U00040000b", [81, 218, 218, 218, 82]),  # the vocabulary lacks the byte F1
+    ],
+)
+def test_the_packaged_tokenizer_is_one_under_every_version(text, ids):
+    tokenizer = packaged_tokenizer()
+    assert dict(tokenizer(text)) == {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
 
 
 def test_the_packaged_model_can_be_saved_and_loaded(smollm2, tmp_path):

