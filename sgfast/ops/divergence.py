@@ -198,7 +198,7 @@ def _gradients(ctx: Any, upstream: Tensor | None, *_: Tensor | None) -> dict[str
     if upstream is None:
         return {}
     problem, kept_indices, row_scalars = kept(ctx)
-    noisy_wanted, clean_wanted = ctx.needs_input_grad[:2]
+    noisy_wanted, clean_wanted = _forward.wanted(ctx, "noisy", "clean")
     if (noisy_wanted and not problem.noisy_wanted) or (clean_wanted and not problem.clean_wanted):
         row_scalars = None
     problem = problem._replace(noisy_wanted=noisy_wanted, clean_wanted=clean_wanted)
