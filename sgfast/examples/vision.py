@@ -143,7 +143,8 @@ def draw(path: Path, images: Images, results: Sequence[Result], columns: int = 1
     from matplotlib import pyplot
 
     rows = [("original", images.held_out), *((result.name, result.transformed) for result in results)]
-    figure, axes = pyplot.subplots(len(rows), columns, figsize=(columns, 1.15 * len(rows)), squeeze=False)
+    # Rounded: some versions of matplotlib cut a fraction of a pixel off, and 1.15 · 3 lies a rounding below 3.45.
+    figure, axes = pyplot.subplots(len(rows), columns, figsize=(columns, round(1.15 * len(rows), 2)), squeeze=False)
     for (name, pictures), row in zip(rows, axes, strict=True):
         for axis, picture in zip(row, pictures, strict=False):
             axis.imshow(picture[0].numpy(), cmap="gray_r")
