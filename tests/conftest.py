@@ -1,5 +1,6 @@
 """Fixtures over tiny causal language models; draws that are the same in every run, and no time limits for examples."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,8 +17,13 @@ hypothesis.settings.load_profile("sgfast")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Seed PyTorch: what a test draws depends on no other, and one that fails fails again."""
+    """Seed PyTorch: what a test draws depends on no other, and one that fails fails again.
+
+    Noise layers remember the generator's states of their draws, which the seed brings back in every test.
+    """
     torch.manual_seed(0)
+    if (seeds := sys.modules.get("sgfast.noise_layer.seeds")) is not None:
+        seeds._draws = seeds._Draws()
 
 
 @pytest.fixture

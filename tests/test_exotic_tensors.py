@@ -102,10 +102,17 @@ CALLS = {
         if function.__module__ == divergences.__name__ and not name.startswith("_")
     },
     "DivergenceLoss": (
-        lambda student_logits, teacher_logits, labels, mask, num_items: DivergenceLoss(
-            "forward_kl", hard_label_weight=0.5
-        )(student_logits, teacher_logits, labels=labels, mask=mask, num_items=num_items),
-        {"student_logits": X, "teacher_logits": Y, "labels": IDS, "mask": MASK, "num_items": torch.tensor(4.0)},
+        lambda student, teacher, **others: DivergenceLoss("forward_kl", hard_label_weight=0.5)(
+            student, teacher, **others
+        ),
+        {
+            "student": X,
+            "teacher": Y,
+            "labels": IDS,
+            "mask": MASK,
+            "weights": torch.ones(MASK.shape),
+            "num_items": torch.tensor(4.0),
+        },
     ),
     "a factory's loss": (model_loss, {"loss_mask": uneven_tokens()["attention_mask"], "count": torch.tensor(9.0)}),
     **{f"kd {name}": (function, KD) for name, function in KD_LOSS_MAP.items()},

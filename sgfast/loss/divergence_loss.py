@@ -393,9 +393,8 @@ def _check_kind(kind: str | Mapping[str, float]) -> str | dict[str, float]:
 def _check_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
     if weights is None:
         return None
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"weights must be a torch.Tensor or None; got {type(weights).__name__}")
-    if weights.dtype == torch.bool or weights.is_complex():
+    validation.check_tensor("weights", weights, "a torch.Tensor or None", student)
+    if weights.dtype == torch.bool:
         raise TypeError(f"weights must be real numbers; got {weights.dtype} (a bool tensor is a mask)")
     if weights.shape != student.shape[:-1]:
         raise ValueError(f"weights must have the row shape {tuple(student.shape[:-1])}; got {tuple(weights.shape)}")

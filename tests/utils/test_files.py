@@ -22,7 +22,10 @@ def writing(path, worker=None):
     def hold(begun):
         with replacing(path) as temporary:
             temporary.write_bytes(b"x" * 1000)
-            if worker is not None and (pid := os.fork()):
+            if worker is not None:
+                if (pid := os.fork()) == 0:
+                    time.sleep(60)
+                    os._exit(0)
                 worker.write_text(str(pid))
             begun()
             time.sleep(60)
