@@ -105,7 +105,7 @@ def backward_rows(
                 partials = _weighted_partials(i, atoms, settings, weights, probability, means)
                 outside = None if rests is None else rests[i]
                 gradients[i] = _logit_gradient(
-                    sides[i], outside, probability, *partials, settings, indices, noisy.shape[-1]
+                    sides[i], outside, probability, *partials, settings, indices, noisy.shape[-1], means is None
                 )
     if labels is not None and gradients[0] is not None:
         at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, dtype, None if kept is None else kept[-2])
@@ -198,8 +198,19 @@ def _logit_gradient(
     settings: Settings,
     indices: Tensor,
     size: int,
+    summed: bool,
 ) -> Tensor:
-    """The logits' gradient, from (factor + shift)·p + rest with respect to the atoms' log-probabilities."""
+    """The logits' gradient, from (factor + shift)·p + rest with respect to the atoms' log-probabilities.
+
+    Unless ``summed``, what rounding has left in the sums is not looked for: compiled code, which has the means from
+    forward, would need a second loop and memory between the two.
+    """
+    if not summed:
+        if factor is None or rest is None:
+            part = rest if factor is None else factor.mul_(probability)
+            assert part is not None
+            return part
+        return rest.addcmul_(factor, probability)
     if settings.support != "truncate":
         found, _ = _centred(probability, factor, rest)
         if settings.support == "full":
