@@ -190,8 +190,8 @@ def implementation_of(body: _Function, implementation: str, one_loop: bool = Fal
 
 
 # Inductor writes to memory what reads more than a few tensors or takes more than 30 operations, and reads it again in
-# another loop: a waste where most of the tensors are scalars of a row and most of the operations on those. A product and
-# a sum in one instruction round once, and take a tenth less time.
+# another loop: a waste where most of the tensors are scalars of a row and most of the operations on those. A product
+# and a sum in one instruction round once, and take a tenth less time.
 _ONE_LOOP: dict[str, Any] = {
     "realize_reads_threshold": 10_000,
     "realize_acc_reads_threshold": 10_000,

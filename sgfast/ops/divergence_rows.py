@@ -48,8 +48,7 @@ def forward_rows(
             for side, wanted in enumerate(sides_wanted):
                 # Uncompiled, a partial only to be summed would cost more than its sum does in backward.
                 kept_sum = wanted and settings.support == "full" and torch.compiler.is_compiling()
-                factor = _partial(kind, side, atoms, settings)[0] if kept_sum else None
-                row_scalars.append(none if factor is None else _mean_factor(factor, (atoms.p, atoms.q)[side]))
+                row_scalars.append(_partial_sum(kind, side, atoms, settings) if kept_sum else none)
     if labels is not None:
         at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, rows.compute_dtype(noisy, clean))
         none = torch.zeros_like(at_temperature_1.sum)
@@ -120,6 +119,16 @@ def _nan_rows(noisy: Side, clean: Side) -> Tensor:
 
 def _partial(kind: str, side: int, atoms: Atoms, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
     return partial_derivative(kind, side, atoms, settings.beta, settings.skew, settings.support == "truncate")
+
+
+def _partial_sum(kind: str, side: int, atoms: Atoms, settings: Settings) -> Tensor:
+    """Σ of one kind's partial towards one side, (rows, 1)."""
+    factor, rest = _partial(kind, side, atoms, settings)
+    total = None if factor is None else _mean_factor(factor, (atoms.p, atoms.q)[side])
+    if rest is None:
+        assert total is not None
+        return total
+    return total_of_rows(rest) if total is None else total + total_of_rows(rest)
 
 
 def _mean_factor(factor: Tensor, probability: Tensor) -> Tensor:
