@@ -24,7 +24,7 @@ __all__ = [
     "use_impl",
 ]
 
-# What most people come for, by the module that has it; each is read when it is asked for.
+# The names that most people need, by the module that defines them. A module is imported when its name is asked for.
 _MODULES = {"DivergenceLoss": "sgfast.loss", "divergences": "sgfast.ops"}
 
 

@@ -29,7 +29,8 @@ _LARGEST_COUNT = 10_000
 _COUNTS = ("num_hidden_layers", "n_layer", "num_labels")
 # A rebuilt layer's buffers, such as rotary frequencies, are not in the file.
 _LARGEST_BUFFERS = 2**26
-# What the tokenizer and chat template of a file may make of a text. The estimators' time grows with the square.
+# The most tokens that a file's tokenizer and chat template may make of a text: the estimators' time grows with the
+# square of their number.
 _TOKENS, _TOKENS_PER_TEXT, _TOKENS_PER_BYTE = 2**13, 2**8, 8
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-# What came is shown; a name of a megabyte is not.
+# An error message quotes the input. A longer message is cut here.
 _LONGEST_LINE = 1000
 _IN_DEMO = ("accelerate", "gguf", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "typer", "yaml")
 _EXTRAS = {**dict.fromkeys(_IN_DEMO, "demo"), "peft": "peft"}
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether memory was refused, by Python or by torch, which has a class of its own only for a GPU's."""
+    """Whether Python or torch refused memory. torch has an exception class for a GPU's memory, and none for a CPU's."""
     is_torch_on_cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_on_cpu
 

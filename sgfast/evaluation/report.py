@@ -25,13 +25,13 @@ _PARQUET_ROWS = 4096
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
-    """What an evaluation is of: its settings without the seed, and digests of data and transform.
+    """The identity of an evaluation: its settings without the seed, and digests of data and transform.
 
     Raises:
         EvaluationError: no such transform or data, no regular file, a file that is no transform, or a first record that
             cannot be used.
     """
-    # What is empty, or of another kind, is refused before all of it is read and a model is loaded.
+    # An empty file, or one of another kind, is refused before a digest reads all of it and before a model is loaded.
     try:
         with open_regular(settings.transform, wanted="text transform") as file:
             check_client_file(settings.transform)

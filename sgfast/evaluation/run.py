@@ -26,7 +26,7 @@ from sgfast.utils.records import RecordError
 
 # A learned inversion needs texts to train on, to choose an epoch by, and to be measured on.
 _LEAST_TEXTS = 3
-# How far two measurements of one record under one seed may lie apart, relatively.
+# Two measurements of one record under one seed may differ by this part of their size.
 _SAME_DRAW = 0.05
 
 

@@ -46,8 +46,9 @@ class Settings:
     save_seconds: float = 10.0
 
     def compared(self) -> dict[str, Any]:
-        """What the results depend on, the seed excepted, which is stored nowhere: an evaluation is resumed only under
-        the same.
+        """The settings that the results depend on, without the seed, which no file stores.
+
+        An evaluation is resumed under equal settings alone.
         """
         return {
             "model": self.model,

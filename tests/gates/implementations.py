@@ -19,6 +19,9 @@ if dispatch.interpreting():
 
     strict.install()
 
+each_fast_implementation = pytest.mark.parametrize(
+    "impl", [pytest.param("triton", marks=pytest.mark.triton)] if RUNS_TRITON else ["torch"]
+)
 each_implementation = pytest.mark.parametrize(
     "impl", [pytest.param("triton", marks=pytest.mark.triton)] if RUNS_TRITON else ["torch", "compile"]
 )

@@ -16,15 +16,12 @@ from sgfast.ops.divergence_atoms import LABEL_KIND, Settings
 from sgfast.ops.divergence_rows import forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
 from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
+from tests.gates.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
 from tests.gates.live_bytes import LiveBytes
 from tests.ops.problems import problem
 
 SUPPORTS = (None, "truncate", "renormalize", "tail")
 EACH_SUPPORT = SUPPORTS
-each_fast_implementation = pytest.mark.parametrize(
-    "impl", [pytest.param("triton", marks=pytest.mark.triton)] if RUNS_TRITON else ["torch"]
-)
 SYMMETRIC = ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger")
 
 
