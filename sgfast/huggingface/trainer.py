@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import accelerate
 import torch
@@ -14,14 +14,13 @@ from sgfast.huggingface import trainer_checkpoint as checkpoint
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.loss_over_nothing import LossOverNothing
 from sgfast.huggingface.step_seeds import seed_for, seed_generators, without_secrets, without_seeds
+from sgfast.huggingface.token_counts import Batch, Window, attended_tokens, token_counts
 from sgfast.loss.factory import LossFunctions
 from sgfast.metrics.utility import token_divergences
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.weight_decay import exempt_parameters
 from sgfast.utils.files import replacing
 from sgfast.utils.one_writer import one_writer
-
-Batch = Mapping[str, Any]
 
 
 class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
@@ -147,7 +146,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         if not batches:
             return batches, None
         self._windows += 1
-        counts = torch.stack([_token_counts(batch, device) for batch in batches]).sum(0)
+        counts = torch.stack([token_counts(batch, device) for batch in batches]).sum(0)
         if self.accelerator.num_processes > 1:
             counts = self.accelerator.reduce(counts, "sum")
         if self.is_world_process_zero():
@@ -172,7 +171,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         inputs = dict(inputs)
         loss_mask = inputs.pop("loss_mask", None)
         if loss_mask is None:
-            loss_mask = _attended(inputs)
+            loss_mask = attended_tokens(inputs)
 
         def with_loss(_module: nn.Module, _arguments: Any, keywords: dict[str, Any], outputs: Any) -> Any:
             teacher_outputs = None
@@ -270,7 +269,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             loss, (outputs, teacher_outputs) = self.compute_loss(model, inputs, return_outputs=True)
             noisy = outputs.base_model_output
             clean = noisy if teacher_outputs is None else teacher_outputs.base_model_output
-            self._measure(noisy.noisy_logits, clean.clean_logits, _attended(inputs))
+            self._measure(noisy.noisy_logits, clean.clean_logits, attended_tokens(inputs))
         if prediction_loss_only:
             return loss, None, None
         labels = tuple(inputs[name] for name in self.label_names if name in inputs)
@@ -415,35 +414,6 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
 
     def _load_best_model(self) -> None:
         checkpoint.load_trained(self.model, self.state.best_model_checkpoint)
-
-
-class Window(NamedTuple):
-    """The micro-batches of an optimizer step, over all processes: what they add up to, and how many they are."""
-
-    token_counts: Tensor  # (3,): l & a, n & a, a
-    micro_batches: int
-
-    @property
-    def normalizers(self) -> dict[str, Tensor | float]:
-        """The counts by the names that losses take."""
-        return dict(zip(("loss_tokens", "noise_tokens", "attended_tokens"), self.token_counts, strict=True))
-
-
-def _attended(batch: Batch) -> Tensor:
-    """(B, T) bool."""
-    mask = batch.get("attention_mask")
-    if mask is not None:
-        return cast(Tensor, mask != 0)
-    tokens = batch["input_ids"] if "input_ids" in batch else batch["inputs_embeds"][..., 0]
-    return torch.ones_like(tokens, dtype=torch.bool)
-
-
-def _token_counts(batch: Batch, device: torch.device) -> Tensor:
-    """Numbers of counted (l & a), transformed (n & a) and attended tokens, on the device."""
-    attended = _attended(batch)
-    masks = (batch.get(name) for name in ("loss_mask", "noise_mask", "attention_mask"))
-    counts = [(attended if mask is None else (mask != 0) & attended).sum() for mask in masks]
-    return torch.stack(counts).to(device)
 
 
 def _check_arguments(model: Any, args: Any, loss: Any, teacher: Any, trainer_kwargs: Mapping[str, Any]) -> None:

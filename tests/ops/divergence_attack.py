@@ -80,8 +80,8 @@ def make(seed: int, widths: tuple[int, ...] = WIDTHS, impl: str = "torch") -> Ca
             if choice.random() < 0.2:
                 gone = torch.rand(width, generator=generator) < choice.choice([0.1, 0.9])
                 gone[side.argmax()] = False
-                # Kernels keep the rounding of 1/T times a tile's largest logit: −1e30 has too much of that.
-                side[gone] = -math.inf if kernels else choice.choice([-math.inf, -1e30])
+                # Kernels take a ratio of 2^1e30 for infinite.
+                side[gone] = choice.choice([-math.inf, -1e28, -1e20, -1e10])
                 words.append("columns gone")
         shift = choice.choice([0.0, 0.0, 0.0, 1.0, -30.0, 300.0, 1e4, -1e4])
         noisy = noisy + shift

@@ -257,3 +257,19 @@ def test_the_oracle_is_the_definition():
         truth = exact(kind, *leaves, None, "full", ones, 0.3, 0.2)
         for gradient, expected in zip(torch.autograd.grad(truth.value.sum(), leaves), truth.gradients, strict=True):
             torch.testing.assert_close(gradient, expected.detach())
+
+
+@each_fast_implementation
+@pytest.mark.parametrize("value", [-1e10, -1e20, -1e30, torch.finfo(torch.float32).min, -math.inf])
+@pytest.mark.parametrize(("support", "top_k"), [("full", None), ("tail", 3), ("renormalize", 50), ("truncate", 3)])
+def test_masked_columns(impl, value, support, top_k):
+    """Whole tiles and groups of a row hold nothing but the number that stands for an impossible token."""
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(1)
+        noisy, clean = (torch.randn(3, 300, generator=generator) * 3 for _ in range(2))
+        noisy[:, 40:] = clean[:, 40:] = value
+        noisy[0, :40], noisy[0, 299] = value, 1.0
+        sides = (noisy.to(DEVICE, dtype), clean.to(DEVICE, dtype))
+        ones = (torch.ones(3, device=DEVICE),) * 2
+        case = divergence_attack.Case(*sides, ones, top_k, None, support, 0.5, 0.1, f"{value} {support} {dtype}")
+        assert_within_promise(case, impl, ("total_variation", "jensen_shannon", "skew_forward_kl"))

@@ -30,6 +30,9 @@ CROSS_ENTROPY, SKEW_FORWARD, SKEW_REVERSE = tl.constexpr(64), tl.constexpr(128),
 LABEL_CROSS_ENTROPY = tl.constexpr(512)
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+# What weights are taken against is at least this, in bits. What a product k·m was rounded by stays in the weights as a
+# power of two: of 1e9 it is at most 2^32; of masked logits, −1e20 say, it would overflow.
+LEAST_EXPONENT = tl.constexpr(-1e9)
 
 
 def kind_bits(kinds: Sequence[str]) -> int:

@@ -14,7 +14,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._divergence_launch import LOG2_E, neighbours, row_count, rows_of, split_rows, temperature_rows, tile
+from ._divergence_launch import (
+    LEAST_EXPONENT,
+    LOG2_E,
+    neighbours,
+    row_count,
+    rows_of,
+    split_rows,
+    temperature_rows,
+    tile,
+)
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 
 
@@ -119,10 +128,11 @@ def _lse_kernel(
     o_col = tl.arange(0, BV)
 
     b_low = tl.full([BV // NEIGHBOURS], -1e30, tl.float32)
+    b_least = tl.full([BV // NEIGHBOURS], LEAST_EXPONENT, tl.float32)
     b_0 = tl.zeros([BV // NEIGHBOURS], tl.float32)
-    b_ma, b_ca, b_sa = b_low, b_low, b_0
-    b_mb, b_cb, b_sb = b_low, b_low, b_0
-    b_c1, b_s1 = b_low, b_0
+    b_ma, b_ca, b_sa = b_low, b_least, b_0
+    b_mb, b_cb, b_sb = b_low, b_least, b_0
+    b_c1, b_s1 = b_least, b_0
     tail = start + (stop - start) // BV * BV
     for i_col in tl.range(start, tail, BV, num_stages=STAGES):
         b_a = tl.load(a_row + i_col + o_col).to(tl.float32)

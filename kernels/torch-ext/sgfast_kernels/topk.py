@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._divergence_launch import LOG2_E, row_count, rows_of, split_rows, temperature_rows
+from ._divergence_launch import LEAST_EXPONENT, LOG2_E, row_count, rows_of, split_rows, temperature_rows
 from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
 
 #: What the kernels select from and how many: their tiles hold the first groups of a row, and the maxima of all groups.
@@ -137,9 +137,9 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
 
 @triton.jit
 def reference(maximum, slope):
-    """fl(k·r) of the maximum; finite where there are only −inf."""
+    """fl(k·r) of the maximum; finite where there are only −inf or masked logits."""
     # Adding 0 keeps the compiler from fusing the product, unrounded, into what the caller takes it off.
-    return tl.fma(tl.maximum(maximum, -1e30), slope, 0.0)
+    return tl.maximum(tl.fma(maximum, slope, 0.0), LEAST_EXPONENT)
 
 
 @triton.jit
