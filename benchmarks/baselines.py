@@ -10,19 +10,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgfast.ops import divergence_atoms, divergence_rows, hidden, noise, philox, topk
-from sgfast.ops.divergence_terms import KINDS, Atoms, finish, may_be_infinite, nan_to_zero, partial_derivative, row_sum
+from sgfast.ops.divergence import atoms as divergence_atoms
+from sgfast.ops.divergence import rows as divergence_rows
+from sgfast.ops.divergence.terms import Atoms, finish, may_be_infinite, nan_to_zero, partial_derivative, row_sum
+from sgfast.ops.hidden import rows as hidden_rows
+from sgfast.ops.noise import philox
+from sgfast.ops.noise.boxes import box_gradients
+from sgfast.ops.noise.definitions import definition_values
+from sgfast.ops.topk import selection
 
 
 def _hidden_forward(noisy: Tensor, clean: Tensor, mask: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    values, row_scalars = hidden._forward_rows(noisy, clean, eps)
+    values, row_scalars = hidden_rows.forward_rows(noisy, clean, eps)
     return torch.where(mask, values, 0), row_scalars
 
 
 def _hidden_backward(
     noisy: Tensor, clean: Tensor, mask: Tensor, upstream: Tensor, row_scalars: Tensor, eps: float, *needs: bool
 ) -> tuple[Tensor | None, ...]:
-    gradients = hidden._backward_rows(noisy, clean, upstream, row_scalars, eps, *needs)
+    gradients = hidden_rows.backward_rows(noisy, clean, upstream, row_scalars, eps, *needs)
     return tuple(None if one is None else torch.where(mask[:, None], one, 0).to(noisy.dtype) for one in gradients)
 
 
@@ -40,7 +46,7 @@ def _atoms(noisy: Tensor, clean: Tensor, temperature: Tensor, scalars: Sequence[
     x_max, x_sum, y_max, y_sum = (one[:, None] for one in scalars)
     log_p = x - x_max / temperature[:, None] - x_sum.log()
     log_q = y - y_max / temperature[:, None] - y_sum.log()
-    return Atoms(log_p.exp(), log_q.exp(), (log_p - log_q).nan_to_num(0.0), log_p, KINDS)
+    return Atoms(log_p.exp(), log_q.exp(), (log_p - log_q).nan_to_num(0.0), log_p, reads_half_gaps=True)
 
 
 def _partials(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> list[Tensor]:
@@ -112,10 +118,10 @@ def _divergence_backward(
 
 
 def _top_k_union(noisy: Tensor, clean: Tensor, mask: Tensor, temperature: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    indices, valid = topk.union_of_top_k(noisy, clean, k)
+    indices, valid = selection.union_of_top_k(noisy, clean, k)
     sides = []
     for side in (noisy, clean):
-        first = topk.top_k_indices(side, k)
+        first = selection.top_k_indices(side, k)
         last = first[:, -1:]
         parts = []
         for part in (side.float(), side.float().scatter(-1, first, -torch.inf)):
@@ -137,7 +143,7 @@ def _divergence_topk_forward(
     skew: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     union, masses = _top_k_union(noisy, clean, mask, temperature, k)
-    indices, valid = topk.unpack_union(union)
+    indices, valid = selection.unpack_union(union)
     settings = divergence_atoms.Settings(tuple(kinds), support, beta, skew)
     scales = (1 / temperature[:, None],) * 2
     found = divergence_rows.forward_rows(noisy, clean, scales, settings, indices, valid)
@@ -171,7 +177,7 @@ def _divergence_topk_backward(
     skew: float,
     *needs: bool,
 ) -> tuple[Tensor | None, ...]:
-    indices, valid = topk.unpack_union(union)
+    indices, valid = selection.unpack_union(union)
     settings = divergence_atoms.Settings(tuple(kinds), support, beta, skew)
     arguments = (noisy, clean, (1 / temperature[:, None],) * 2, settings, indices, valid, upstream, needs)
     gradients = []
@@ -226,7 +232,7 @@ def _noise_forward(
     input: Tensor, mean: Tensor, std: Tensor, seed: Tensor, offset: int, *masks_and_bounds: Any
 ) -> Tensor:
     eps = _standard_normal(seed, input.shape, offset, torch.float32)
-    return noise.reference(input, mean, std, eps, *masks_and_bounds)
+    return definition_values(input, mean, std, eps, *masks_and_bounds)
 
 
 def _noise_backward(
@@ -234,7 +240,7 @@ def _noise_backward(
 ) -> tuple[Tensor | None, ...]:
     eps = _standard_normal(seed, input.shape, offset, torch.float32)
     *masks_and_bounds, needs_input, needs_mean, needs_std = rest
-    gradients = noise._box_gradients(upstream, input, mean, std, eps, *masks_and_bounds)
+    gradients = box_gradients(upstream, input, mean, std, eps, *masks_and_bounds)
     needs = zip((input, mean, std), gradients, (needs_input, needs_mean, needs_std), strict=True)
     return tuple(one.sum_to_size(like.shape).to(like.dtype) if needed else None for like, one, needed in needs)
 

@@ -16,7 +16,7 @@ from sgfast.benchmarking.families import COMPILED, METRICS, divergence_task, pai
 from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.liger import LIGER, liger_loss
 from sgfast.benchmarking.measuring import Outputs, Task
-from sgfast.ops.divergence_terms import KINDS
+from sgfast.ops.divergence.kinds import KINDS
 
 SHAPES = [(512, 32000, torch.float32), (128, 128256, torch.bfloat16)]
 SMALL_SHAPES = [(16, 4096, torch.float32), (8, 8192, torch.bfloat16)]

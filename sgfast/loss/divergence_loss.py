@@ -12,8 +12,8 @@ from sgfast.loss.components import masked_mean
 from sgfast.ops import validation
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences
-from sgfast.ops.divergence_atoms import LABEL_KIND
-from sgfast.ops.divergence_options import (
+from sgfast.ops.divergence.kinds import LABEL_KIND
+from sgfast.ops.divergence.options import (
     BETA_KINDS,
     DEFAULT_BETA,
     DEFAULT_SKEW,
@@ -27,7 +27,7 @@ from sgfast.ops.divergence_options import (
     check_temperature,
     mixture_weight,
 )
-from sgfast.ops.topk import check_k
+from sgfast.ops.topk.selection import check_k
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")

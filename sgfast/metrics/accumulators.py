@@ -15,7 +15,7 @@ from sgfast.metrics.exact_sum import WIDTH, carried, exact_sums, quotient
 from sgfast.metrics.privacy import check_rank, token_ranks
 from sgfast.metrics.utility import ATTENDED_MEANS, PREDICTED_MEANS, sequence_utility
 from sgfast.ops import validation
-from sgfast.ops.nearest import METRICS, Metric
+from sgfast.ops.nearest.operation import METRICS, Metric
 
 _TRANSFORMATION_RANKS = (10, 100, 1000)
 

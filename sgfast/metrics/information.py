@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import pairwise_gaussian_kl, rows, validation
-from sgfast.ops.gaussian import feature_chunks
+from sgfast.ops.gaussian.chunks import feature_chunks
 
 _Real = TypeVar("_Real", float, Tensor)
 

@@ -21,7 +21,8 @@ from sgfast.metrics.inversion import InversionResult, LearnedInversionAttack
 from sgfast.metrics.utility import check_token_ids
 from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 from sgfast.ops import dispatch, rows, validation
-from sgfast.ops.nearest import DEFAULT_CHUNK_BYTES, Metric, embedding_ranks
+from sgfast.ops.nearest import embedding_ranks
+from sgfast.ops.nearest.operation import DEFAULT_CHUNK_BYTES, Metric
 
 __all__ = [
     "InformationBounds",

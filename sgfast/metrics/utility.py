@@ -20,7 +20,8 @@ from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransfo
 from sgfast.noise_layer.arguments import check_count
 from sgfast.ops import rows, validation
 from sgfast.ops.divergence import divergences
-from sgfast.ops.topk import check_k, top_k_support
+from sgfast.ops.topk import top_k_support
+from sgfast.ops.topk.selection import check_k
 from sgfast.utils.torch import split_2d
 
 # Key in the result → kind of `sgfast.ops.divergences`. "jefferys" is the documented spelling.

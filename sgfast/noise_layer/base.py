@@ -12,8 +12,7 @@ from sgfast.noise_layer.arguments import Scale, ValueRange, check_scale, check_s
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.seeds import counted_seed, drawn_seed
 from sgfast.ops import validation
-from sgfast.ops.noise import apply_noise
-from sgfast.ops.philox import standard_normal
+from sgfast.ops.noise import apply_noise, standard_normal
 
 
 class BaseNoiseLayer(nn.Module, ABC):

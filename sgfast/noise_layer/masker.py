@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sgfast.noise_layer.arguments import check_count, check_real
-from sgfast.ops.topk import top_k_indices
+from sgfast.ops.topk.selection import top_k_indices
 
 
 class PercentMasker:

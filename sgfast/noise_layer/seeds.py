@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sgfast.ops.noise.philox import as_int64
 from sgfast.ops.operator import define
-from sgfast.ops.philox import as_int64
 
 # How many draws are remembered until their backward: more than any step makes, and about 2 MB.
 REMEMBERED_DRAWS = 2**14

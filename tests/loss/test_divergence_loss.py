@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sgfast.loss import DivergenceLoss
 from sgfast.ops import divergences
-from sgfast.ops.divergence_terms import KINDS
+from sgfast.ops.divergence.kinds import KINDS
 from tests.processes import in_processes
 
 IGNORED = -100

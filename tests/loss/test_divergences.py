@@ -9,11 +9,12 @@ from torch import Tensor
 
 from sgfast.loss import divergences as losses
 from sgfast.metrics import get_top_k_support_mask
-from sgfast.ops import divergence, divergence_chunks
+from sgfast.ops.divergence import chunks, masked_divergence
+from sgfast.ops.divergence.operator import BackwardProblem, backward, forward
 from tests.gates import registration
 from tests.gates.implementations import RUNS_TRITON
 from tests.gates.live_bytes import LiveBytes
-from tests.ops.problems import problem
+from tests.ops.divergence.problems import problem
 
 FUNCTIONS = {
     "jeffreys": losses.jeffreys_divergence,
@@ -223,24 +224,24 @@ def test_views_are_read_in_place_and_chunks_do_not_matter():
     expected = losses.jeffreys_divergence(*(view.clone() for view in views))
     assert torch.equal(losses.jeffreys_divergence(*views), expected)
     for chunk in (1, 100_000, 10**9):
-        value = divergence.masked_divergence(*views, "jeffreys", max_chunk_bytes=chunk)
+        value = masked_divergence(*views, "jeffreys", max_chunk_bytes=chunk)
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_temporaries_stay_within_what_chunks_are_planned_for(monkeypatch, support):
-    monkeypatch.setattr(divergence_chunks.rows, "keep_freed_memory", lambda size: None)  # nobody writes to that block
+    monkeypatch.setattr(chunks.rows, "keep_freed_memory", lambda size: None)  # nobody writes to that block
     noisy, clean = pair(4, 10_000)
     support_mask = dense_mask(4, 10_000)
     options = {"support_mask": support_mask, "support": support, "max_chunk_bytes": 10**9, "impl": "torch"}
     asked = problem(noisy, clean, ["skew_forward_kl"], **options)
     with LiveBytes() as counted:
-        divergence._forward.implementation(asked)
-    planned = noisy.numel() * 4 * divergence_chunks.masked_temporaries(divergence_chunks.settings_of(asked))
+        forward.implementation(asked)
+    planned = noisy.numel() * 4 * chunks.masked_temporaries(chunks.settings_of(asked))
     assert planned / 4 < counted.peak < planned
     no_indices = torch.empty(4, 0, dtype=torch.int32)
     with LiveBytes() as counted:
-        divergence._backward.implementation(divergence._Backward(asked, torch.ones(1, 4), no_indices, None))
+        backward.implementation(BackwardProblem(asked, torch.ones(1, 4), no_indices, None))
     assert counted.peak - 2 * noisy.nbytes < planned
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from sgfast.noise_layer import CloakNoiseLayer, seeds
-from sgfast.ops.philox import standard_normal
+from sgfast.ops import standard_normal
 from tests.processes import in_processes
 
 WIDTH = 16

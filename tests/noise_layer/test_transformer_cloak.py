@@ -10,7 +10,7 @@ import transformers
 
 from sgfast.noise_layer import TransformerCloak, recommend_scale
 from sgfast.noise_layer.seeds import fold_in, mix_seed
-from sgfast.ops.philox import standard_normal
+from sgfast.ops import standard_normal
 from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, tiny_causal_lm
 
 

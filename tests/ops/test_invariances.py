@@ -16,7 +16,7 @@ from sgfast.ops import (
     pairwise_gaussian_kl,
     top_k_support,
 )
-from sgfast.ops.divergence_terms import KINDS
+from sgfast.ops.divergence.kinds import KINDS
 from tests.gates.implementations import DEVICE, each_implementation
 
 SHIFTS = [(0.0, 0.0), (1e4, 0.0), (0.0, -1e4), (300.0, 310.0), (-1e4, 1e4), (1e4, 1e4)]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import sgfast
-from sgfast.ops import hidden
+from sgfast.ops.hidden.operator import Problem, forward
 from sgfast.ops.operator import FORMULA, define, keep, kept
 
 PACKAGE = Path(sgfast.__file__).parent
@@ -130,11 +130,11 @@ def test_pytorch_is_content_with_the_registration(shift):
 
 def test_a_call_of_another_version_is_refused():
     x = torch.ones(2, 3)
-    *arguments, formula = hidden._forward.flat(hidden._Problem(x, x, None, 1e-8, None))
+    *arguments, formula = forward.flat(Problem(x, x, None, 1e-8, None))
     assert formula == FORMULA
-    assert hidden._forward.overload(*arguments, formula)[0].tolist() == [[0.0] * 2] * 3 + [[1.0] * 2]
+    assert forward.overload(*arguments, formula)[0].tolist() == [[0.0] * 2] * 3 + [[1.0] * 2]
     with pytest.raises(RuntimeError, match=r"sgfast::hidden_distances as another version .*formula 0123abcd, here"):
-        hidden._forward.overload(*arguments, "0123abcd")
+        forward.overload(*arguments, "0123abcd")
 
 
 PROGRAM = """
@@ -155,14 +155,14 @@ CHANGES = {
     '    return {"noisy": to_noisy, "clean": to_clean}\n': '    return {"noisy": 2 * to_noisy, "clean": to_clean}\n',
     "    upstream: Tensor\n    row_scalars: Tensor\n": "    row_scalars: Tensor\n    upstream: Tensor\n",
     "problem, upstream, row_scalars, wanted = arguments": "problem, row_scalars, upstream, wanted = arguments",
-    "_Backward(problem, upstream, row_scalars,": "_Backward(problem, row_scalars, upstream,",
+    "BackwardProblem(problem, upstream, row_scalars,": "BackwardProblem(problem, row_scalars, upstream,",
 }
 
 
 def changed_package(folder: Path) -> Path:
     """The folder, with a copy of sgfast in it whose hidden distances are changed."""
     shutil.copytree(PACKAGE, folder / "sgfast", ignore=shutil.ignore_patterns("__pycache__"))
-    source = folder / "sgfast" / "ops" / "hidden.py"
+    source = folder / "sgfast" / "ops" / "hidden" / "operator.py"
     text = source.read_text()
     for old, new in CHANGES.items():
         assert text.count(old) == 1, old

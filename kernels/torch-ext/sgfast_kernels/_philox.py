@@ -1,4 +1,4 @@
-"""Device code of the noise stream: Philox4x32-10 and Box-Muller by polynomials, as ``sgfast.ops.philox`` defines them.
+"""Device code of the noise stream: Philox4x32-10 and Box-Muller by polynomials, as ``sgfast.ops.noise`` defines them.
 
 The words are the stream's, bit for bit. The normals take the same polynomials in the same order; a GPU contracts
 a·b + c, divides within 2 ulp and takes roots within 1, which the stated error of the stream allows for.

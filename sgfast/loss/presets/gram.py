@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows
-from sgfast.ops.autograd import double_backward, leave_out_unwanted
+from sgfast.ops.double_backward import double_backward, leave_out_unwanted
 from sgfast.ops.operator import define, keep, kept
 from sgfast.ops.precision import full_precision_products
 

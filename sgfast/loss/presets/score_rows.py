@@ -31,7 +31,7 @@ from sgfast.loss.presets.score_arithmetic import (
     forward_rows_on_cpu,
 )
 from sgfast.ops import dispatch, rows
-from sgfast.ops.autograd import double_backward, leave_out_unwanted
+from sgfast.ops.double_backward import double_backward, leave_out_unwanted
 from sgfast.ops.operator import define, keep, kept
 
 

@@ -1,0 +1,5 @@
+"""Divergences between two sets of logits: `divergences`, and `masked_divergence` over a support given as a mask."""
+
+from sgfast.ops.divergence.operation import divergences, masked_divergence
+
+__all__ = ["divergences", "masked_divergence"]

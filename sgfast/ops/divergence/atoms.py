@@ -1,0 +1,226 @@
+"""From rows of logits to the atoms that divergences are summed over.
+
+One chunk of rows at a time, eagerly or through torch.compile. Tensors made here are reused in place where they are
+needed no more; the rows that come in are never written to.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import rows
+from sgfast.ops.divergence.kinds import KINDS, LABEL_KIND
+from sgfast.ops.divergence.terms import Atoms, nan_to_zero, total_of_rows
+
+
+class Settings(NamedTuple):
+    """What a chunk's arithmetic depends on besides tensors; hashable, so that torch.compile can guard on it."""
+
+    kinds: tuple[str, ...]
+    support: str  # "full" or one of SUPPORTS
+    beta: float
+    skew: float
+    unit_temperature: bool = False  # the temperature is known to be 1: the labels' softmax is that of the kinds
+    paired: bool = False  # each side has a temperature of its own
+    label_smoothing: float = 0.0
+
+    @property
+    def divergences(self) -> tuple[str, ...]:
+        """The kinds that compare the two sides."""
+        return tuple(kind for kind in self.kinds if kind != LABEL_KIND)
+
+    @property
+    def reads_log_p(self) -> bool:
+        """A kind reads log p, not only log p − log q."""
+        return any(KINDS[kind].reads_log_p for kind in self.divergences)
+
+    @property
+    def reads_half_gaps(self) -> bool:
+        """A kind reads 1 − e^(−|log p − log q| / 2)."""
+        return any(KINDS[kind].reads_half_gaps for kind in self.divergences)
+
+
+class Side(NamedTuple):
+    """One side's rows: logits and probabilities (rows, V), maximum and Σ e^((logits − maximum) / T) (rows, 1).
+
+    Under ``tail`` the probabilities are still to be divided by that sum.
+    """
+
+    logits: Tensor
+    probabilities: Tensor
+    maximum: Tensor
+    sum: Tensor
+
+
+class Rest(NamedTuple):
+    """What one side has outside the support: e^((logits − maximum) / T) (rows, V), 0 inside; its maximum and sum.
+
+    With a maximum of its own the sum has all its digits however little of the whole it is.
+    """
+
+    weights: Tensor
+    maximum: Tensor
+    sum: Tensor
+
+
+# The reciprocals of both sides' temperatures, (rows, 1): one tensor twice unless ``Settings.paired``.
+Scales = tuple[Tensor, Tensor]
+
+
+def one_side(
+    logits: Tensor,
+    scale: Tensor | float,
+    dtype: torch.dtype,
+    kept: Sequence[Tensor] | None = None,
+    divided: bool = True,
+) -> Side:
+    """One side of the rows; its maximum and sum, unless they were kept, are taken from the logits."""
+    logits = logits.to(dtype)
+    maximum, total = kept or (logits.amax(-1, keepdim=True), None)
+    weights = _weights(logits, maximum, scale)
+    total = total_of_rows(weights, precise=True) if total is None else total
+    return Side(logits, weights.div_(total) if divided else weights, maximum, total)
+
+
+def _weights(logits: Tensor, maximum: Tensor, scale: Tensor | float) -> Tensor:
+    """e^((logits − maximum) / T)."""
+    # exp2 is the cheapest exponential; where its argument is large, and its rounding felt, the weight is next to 0.
+    # log2 e is written out: torch.compile would take a constant of the module for an input.
+    return (logits - maximum).mul_(scale * 1.4426950408889634).exp2_()
+
+
+def _atom_side(logits: Tensor, scale: Tensor, dtype: torch.dtype, indices: Tensor, valid: Tensor) -> Side:
+    """One side under ``renormalize``: the support's logits are all there are."""
+    return one_side(logits.to(dtype).gather(-1, indices).masked_fill_(~valid, -torch.inf), scale, dtype)
+
+
+def _gathered(side: Side, indices: Tensor, valid: Tensor, divided: bool) -> Side:
+    """The side over the support's logits."""
+    probabilities = side.probabilities.gather(-1, indices).masked_fill_(~valid, 0)
+    probabilities = probabilities if divided else probabilities.div_(side.sum)
+    return Side(side.logits.gather(-1, indices), probabilities, side.maximum, side.sum)
+
+
+def _rest(side: Side, scale: Tensor, indices: Tensor) -> Rest:
+    weights = side.probabilities.scatter(-1, indices, 0)
+    total = total_of_rows(weights, precise=True)
+    # A CPU looks: a rest so far below the maximum that digits are lost is rare, and costs four more passes.
+    if total.device.type == "cpu" and not torch.compiler.is_compiling() and (total > 1e-20).all():
+        return Rest(weights, side.maximum, total)
+    logits = side.logits.scatter(-1, indices, -torch.inf)
+    maximum = logits.amax(-1, keepdim=True)
+    maximum = torch.where(maximum == -torch.inf, side.maximum, maximum)
+    weights = _weights(logits, maximum, scale)
+    return Rest(weights, maximum, total_of_rows(weights, precise=True))
+
+
+def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """log(a/b) = ±log1p(|a − b| / min(a, b)), with all its digits where a is near b and where it is far."""
+    difference = numerator - denominator
+    return torch.copysign((difference.abs() / torch.minimum(numerator, denominator)).log1p_(), difference)
+
+
+def _log_ratio(noisy: Side, clean: Side, scales: Scales, paired: bool) -> Tensor:
+    """log p − log q of two sides over the same logits, a new tensor; 0 where both are 0."""
+    quotient = _log_quotient(noisy.sum, clean.sum)
+    if paired:
+        x, y = ((side.logits - side.maximum).mul_(scale) for side, scale in zip((noisy, clean), scales, strict=True))
+        return nan_to_zero(x.sub_(y).sub_(quotient))
+    # Differences before sums: x − y is exact where the sides are close, and so is what is subtracted from it. Where
+    # the sides lie apart, x − y would be rounded at the size of that shift: then each loses its own maximum first.
+    x, y, apart = noisy.logits, clean.logits, noisy.maximum - clean.maximum
+    shifted = (apart * scales[0]).abs_() > 4
+    if torch.compiler.is_compiling() or shifted.device.type != "cpu" or shifted.any():
+        x, y = (side.logits - torch.where(shifted, side.maximum, 0) for side in (noisy, clean))
+        apart = torch.where(shifted, 0, apart)
+    return nan_to_zero((x - y).sub_(apart + quotient / scales[0]).mul_(scales[0]))
+
+
+def _ordered_probabilities(noisy: Side, clean: Side, log_ratio: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+    """The larger of p and q is one exponential, the smaller that times e^−|d|: what compiled code computes anew.
+
+    With `exp`: Inductor takes that for costly and computes it once, where all sums over a row, then one loop, find it.
+    """
+    noisy_is_larger = log_ratio > 0
+    x, y = ((side.logits - side.maximum) * scale for side, scale in zip((noisy, clean), scales, strict=True))
+    larger = torch.where(noisy_is_larger, x, y).exp() * torch.where(noisy_is_larger, 1 / noisy.sum, 1 / clean.sum)
+    root = (log_ratio.abs() * -0.5).exp()
+    return larger, larger * (root * root)
+
+
+def _atoms(
+    noisy: Side,
+    clean: Side,
+    rests: tuple[Rest, Rest] | None,
+    scales: Scales,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+) -> Atoms:
+    """The support's atoms: its logits, and under ``tail`` one for the rest of each side."""
+    whole = (noisy, clean)
+    if settings.support in ("truncate", "tail"):
+        noisy, clean = (_gathered(side, indices, valid, settings.support == "truncate") for side in whole)
+    log_ratio = _log_ratio(noisy, clean, scales, settings.paired)
+    p, q, ordered = noisy.probabilities, clean.probabilities, None
+    if torch.compiler.is_compiling() and settings.support == "full":
+        ordered = larger, smaller = _ordered_probabilities(noisy, clean, log_ratio, scales)
+        p, q = torch.where(log_ratio > 0, larger, smaller), torch.where(log_ratio > 0, smaller, larger)
+    log_p = None
+    if settings.reads_log_p:
+        log_p = (noisy.logits - noisy.maximum).mul_(scales[0]).sub_(noisy.sum.log())
+    if settings.support != "full":
+        log_ratio.masked_fill_(~valid, 0)
+    if rests is not None:
+        below = [(rest.maximum - side.maximum) * scale for rest, side, scale in zip(rests, whole, scales, strict=True)]
+        rest_p, rest_q = (
+            distance.exp() * (rest.sum / side.sum) for distance, rest, side in zip(below, rests, whole, strict=True)
+        )
+        rest_ratio = below[0] - below[1] + _log_quotient(rests[0].sum, rests[1].sum)
+        rest_ratio = nan_to_zero(rest_ratio - _log_quotient(noisy.sum, clean.sum))
+        p, q, log_ratio = torch.cat([p, rest_p], -1), torch.cat([q, rest_q], -1), torch.cat([log_ratio, rest_ratio], -1)
+        if log_p is not None:
+            log_p = torch.cat([log_p, below[0] + (rests[0].sum / noisy.sum).log()], -1)
+    return Atoms(p, q, log_ratio, log_p, settings.reads_half_gaps, ordered)
+
+
+def softmax_scalars(noisy: Tensor, clean: Tensor, scales: Scales) -> tuple[Tensor, ...]:
+    """Maximum and sum of both sides' rows, (rows, 1)."""
+    dtype = rows.compute_dtype(noisy, clean)
+    sides = (one_side(logits, scale, dtype) for logits, scale in zip((noisy, clean), scales, strict=True))
+    return tuple(scalar for side in sides for scalar in (side.maximum, side.sum))
+
+
+class Rows(NamedTuple):
+    """Both sides of a chunk's rows, whole (under ``renormalize`` the support's logits), and their atoms."""
+
+    sides: tuple[Side, Side]
+    rests: tuple[Rest, Rest] | None
+    atoms: Atoms
+
+
+def read_sides(
+    noisy: Tensor,
+    clean: Tensor,
+    scales: Scales,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    kept: Sequence[Tensor] | None,
+) -> Rows:
+    """Read a chunk's rows, (rows, V) twice; ``kept`` are the `softmax_scalars` where they are at hand."""
+    dtype = rows.compute_dtype(noisy, clean)
+    pairs = list(zip((noisy, clean), scales, strict=True))
+    if settings.support == "renormalize":
+        first, second = (_atom_side(logits, scale, dtype, indices, valid) for logits, scale in pairs)
+    else:
+        divided = settings.support != "tail"
+        first, second = (
+            one_side(*pair, dtype, kept and kept[2 * i : 2 * i + 2], divided) for i, pair in enumerate(pairs)
+        )
+    rests = None
+    if settings.support == "tail":
+        rests = _rest(first, scales[0], indices), _rest(second, scales[1], indices)
+    return Rows((first, second), rests, _atoms(first, second, rests, scales, settings, indices, valid))

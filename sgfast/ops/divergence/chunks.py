@@ -1,0 +1,168 @@
+"""How `divergences` walks the rows of its logits in PyTorch: how many at a time, and what is read of each chunk."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, rows
+from sgfast.ops.divergence.atoms import Scales, Settings, softmax_scalars
+from sgfast.ops.divergence.kinds import LABEL_KIND
+from sgfast.ops.divergence.problem import Problem
+from sgfast.ops.divergence.rows import forward_rows
+from sgfast.ops.topk import selection
+
+# What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
+_LOGITS_PER_THREAD = 64 * 1024
+# Of selecting some, which has fewer temporaries and makes many small calls for every chunk.
+_LOGITS_PER_THREAD_TO_SELECT_FROM = 256 * 1024
+
+
+def settings_of(problem: Problem) -> Settings:
+    """The settings of a chunk's arithmetic that no tensor's value decides: a graph may be traced through this."""
+    return Settings(
+        problem.kind_names,
+        problem.support if problem.has_support else "full",
+        problem.beta,
+        problem.skew,
+        paired=problem.clean_temperature is not None,
+        label_smoothing=problem.label_smoothing,
+    )
+
+
+def chunk_settings(problem: Problem) -> Settings:
+    """The settings of a chunk's arithmetic, within an operator: its tensors' values are there to be looked at."""
+    temperature = problem.temperature
+    # Only a CPU can look at the temperature without waiting for a queue.
+    labelled = problem.labels is not None and temperature.device.type == "cpu"
+    return settings_of(problem)._replace(unit_temperature=labelled and bool((temperature == 1).all()))
+
+
+def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) -> Iterator[Tensor | slice]:
+    """Chunks whose temporaries stay within the caller's bound, and are fewer where that is faster.
+
+    Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
+    enough to do.
+    """
+    logits, mask, top_k, max_chunk_bytes = problem.noisy, problem.mask, problem.top_k, problem.max_chunk_bytes
+    size, dtype = logits.shape[-1], rows.compute_dtype(logits, problem.clean)
+    count = 0.0 if mask is None else 4.0  # the selected rows of both sides and their gradients
+    if problem.support_mask is not None:
+        count += masked_temporaries(settings)
+    elif choice.implementation == "compile":
+        count += compiled_temporaries(settings, dtype)
+    else:
+        count += temporaries(settings, problem.support_width / size, converted=logits.dtype != dtype)
+    row_bytes = math.ceil(size * dtype.itemsize * count)
+    if mask is None:
+        row_bytes += rows.copied_bytes(logits) + rows.copied_bytes(problem.clean)
+    if top_k:
+        row_bytes = max(row_bytes, selection.temporary_bytes(logits, top_k))
+    if logits.device.type == "cpu" and choice.implementation == "torch":
+        per_thread = _LOGITS_PER_THREAD if settings.support == "full" else _LOGITS_PER_THREAD_TO_SELECT_FROM
+        max_chunk_bytes = min(max_chunk_bytes, per_thread * torch.get_num_threads() * row_bytes // size)
+    if logits.device.type == "cpu":
+        rows.keep_freed_memory(max_chunk_bytes)
+    return rows.row_chunks(logits.shape[:-1], mask, row_bytes, max_chunk_bytes)
+
+
+def temporaries(settings: Settings, selected: float, converted: bool) -> float:
+    """How many temporaries of a chunk's size are alive at once, in forward or in backward towards both sides.
+
+    ``selected`` is the part of the logits that the support has. tests/ops/divergence/test_divergence_memory.py
+    counts the temporaries.
+    """
+    kinds = min(len(settings.kinds), 5)
+    if settings.support == "full":
+        return 12 + kinds + 3 * (kinds > 3) + (settings.label_smoothing > 0) + 2 * converted
+    whole = 4 + (settings.support == "tail") + (LABEL_KIND in settings.kinds)
+    return whole + (settings.label_smoothing > 0) + 2 * converted + (17 + kinds) * selected
+
+
+def masked_temporaries(settings: Settings) -> float:
+    """The same for a support given as a mask, compiled or not: its indices are 64 bits wide."""
+    return temporaries(settings, 1, converted=True) + 5
+
+
+def compiled_temporaries(settings: Settings, dtype: torch.dtype) -> float:
+    """How many temporaries compiled code writes to memory: none where one loop has all sums of a row."""
+    one_loop = settings.support == "full" and dtype == torch.float32 and settings.beta == 0.5
+    one_loop = one_loop and len(settings.kinds) <= 4 and LABEL_KIND not in settings.kinds and not settings.reads_log_p
+    # Where there should be none, one that another version of PyTorch needs would be eight times what is allowed.
+    return 1 / 8 if one_loop else max(8, 4 + len(settings.kinds))
+
+
+def forward_of(implementation: str) -> Callable[..., Tensor]:
+    """`forward_rows`; compiled, it is two programs, in each of which a row is read from the cache after the first time.
+
+    In one program the arithmetic between the passes, vectorized over rows, would part the passes: each over all rows.
+    """
+    if implementation != "compile":
+        return forward_rows
+    find_scalars = dispatch.compiled(softmax_scalars, one_loop=True)
+    find_values = dispatch.compiled(forward_rows, one_loop=True)
+
+    def run(noisy: Tensor, clean: Tensor, scales: Scales, settings: Settings, *rest: Any) -> Tensor:
+        kept = find_scalars(noisy, clean, scales) if settings.divergences else None
+        found: Tensor = find_values(noisy, clean, scales, settings, *rest, kept)
+        return found
+
+    return run
+
+
+def read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:
+    """A chunk's rows (rows, V), in place where the strides allow."""
+    found = rows.read_rows(logits, chunk)
+    if choice.implementation == "compile":
+        torch._dynamo.mark_static(found, 1)  # loops of a known length are twice as fast
+    return found
+
+
+def reciprocal_temperatures(problem: Problem) -> Scales:
+    """1/T of both sides, of the row shape."""
+    noisy = 1 / problem.temperature
+    return noisy, noisy if problem.clean_temperature is None else 1 / problem.clean_temperature
+
+
+def read_scales(reciprocals: Scales, chunk: Tensor | slice) -> Scales:
+    """A chunk's 1/T of both sides, (rows, 1)."""
+    noisy = rows.read_scalars(reciprocals[0], chunk)
+    return noisy, noisy if reciprocals[1] is reciprocals[0] else rows.read_scalars(reciprocals[1], chunk)
+
+
+def read_support(
+    problem: Problem,
+    chunk: Tensor | slice,
+    noisy_rows: Tensor,
+    clean_rows: Tensor,
+    choice: dispatch.Choice,
+    kept_indices: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A chunk's support as padded indices and their validity; backward reads the top k that forward kept."""
+    if problem.support_mask is not None:
+        return indices_of_mask(rows.read_rows(problem.support_mask, chunk))
+    if not problem.top_k:
+        return no_support(problem.noisy)
+    if kept_indices is not None:
+        return selection.unpack_union(rows.read_rows(kept_indices, chunk))
+    find_support = selection.union_finder(choice.implementation, problem.noisy.device)
+    return find_support(noisy_rows, clean_rows, problem.top_k, problem.top_k_of)
+
+
+def indices_of_mask(support_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Padded indices (rows, V) of a mask's True entries and which are valid; padding repeats the last valid one."""
+    positions = torch.arange(support_mask.shape[-1], device=support_mask.device).expand(support_mask.shape)
+    last_valid = positions.masked_fill(~support_mask, 0).amax(-1, keepdim=True)
+    return torch.where(support_mask, positions, last_valid), support_mask
+
+
+def no_support(like: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and their validity where the support is the whole vocabulary."""
+    return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
+
+
+def read_labels(labels: Tensor | None, chunk: Tensor | slice) -> Tensor | None:
+    """A chunk's labels, (rows, 1)."""
+    return None if labels is None else rows.read_scalars(labels, chunk)

@@ -1,0 +1,260 @@
+"""Divergences between two sets of logits at every position, any number of kinds from the same reads.
+
+`divergences` has the formulas. The call checks its arguments (`options`) and makes a `problem` of them, which the
+registered `operator` computes: in PyTorch, `chunks` of rows go through `atoms` (from logits to probabilities and their
+logarithms' differences), `terms` (each kind's formula in a form that keeps its digits) and `rows` (sums, and from
+partial derivatives back to logits); or the Triton `kernels` run. `definitions` has the plain formulas.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import dispatch, validation
+from sgfast.ops.divergence import kernels
+from sgfast.ops.divergence.kinds import LABEL_KIND
+from sgfast.ops.divergence.operator import forward
+from sgfast.ops.divergence.options import (
+    TOP_K_OF,
+    Support,
+    Temperature,
+    TopKOf,
+    check_label_smoothing,
+    check_labels,
+    check_options,
+    check_support_mask,
+    row_temperatures,
+)
+from sgfast.ops.divergence.problem import Problem
+from sgfast.ops.topk.selection import check_k
+
+
+@dispatch.describe_triton(kernels.refusal)
+def divergences(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    kinds: str | Sequence[str],
+    *,
+    top_k: int | None = None,
+    top_k_of: TopKOf = "both",
+    support: Support = "tail",
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    temperature: Temperature = 1.0,
+    beta: float | None = None,
+    skew: float | None = None,
+    max_chunk_bytes: int | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> dict[str, Tensor]:
+    r"""Divergences between the distributions of two sets of logits, per position, in nats.
+
+    For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and temperature T, with p = softmax(x/T) and
+    q = softmax(y/T):
+
+    ==================== =============================================================================
+    kind                 value
+    ==================== =============================================================================
+    forward_kl           KL(q‖p) = Σ q (log q − log p)
+    reverse_kl           KL(p‖q)
+    jeffreys             KL(p‖q) + KL(q‖p)
+    jensen_shannon       beta·KL(q‖m) + (1−beta)·KL(p‖m), m = beta·q + (1−beta)·p
+    total_variation      ½ Σ |p − q|
+    squared_hellinger    ½ Σ (√p − √q)²
+    cross_entropy        − Σ q log p
+    skew_forward_kl      KL(q‖skew·q + (1−skew)·p)         (Ko et al. 2024, DistiLLM)
+    skew_reverse_kl      KL(p‖skew·p + (1−skew)·q)
+    label_cross_entropy  − Σ w log softmax(x), w = (1−ε)·onehot(label) + ε/V, ε = ``label_smoothing``:
+                         always over the whole vocabulary and at temperature 1
+    ==================== =============================================================================
+
+    ``top_k`` restricts the sums to a support S, the union of both sides' top-k indices or one side's (constant for the
+    gradient):
+
+    =========== =======================================================
+    support     sums over
+    =========== =======================================================
+    truncate    the terms in S of the full-vocabulary p and q
+    renormalize softmax over S on both sides
+    tail        S and one more atom with the rest of the mass
+    =========== =======================================================
+
+    Gradients: with A_i and B_i the partial derivatives with respect to log p_i and log q_i,
+    ∂/∂x_i = (A_i − p_i Σ A) / T and ∂/∂y_i = (B_i − q_i Σ B) / T; that of ``label_cross_entropy`` is softmax(x) − w.
+    Nothing per logit is kept for backward: backward reads the logits again.
+
+    Values are within 1e-5 relative + 5e-7 of the exact ones and never negative, also when the sides are nearly equal,
+    or lie apart by a constant of up to 1e4; rows of gradients are within one rounding of the inputs' dtype plus
+    (5e-7 + 3e-7·value) / T. ``-inf`` logits are legal on either side (a KL may then be ``inf``; its gradient is 0 on
+    the side where it would be infinite).
+
+    Args:
+        noisy_logits: (..., V), float32, bfloat16, float16 or float64: the student, p. Row-strided views such as
+            ``logits[:, :-1]`` are read in place. Inputs are never written to.
+        clean_logits: of the same shape: the teacher, q.
+        kinds: one or more of ``forward_kl``, ``reverse_kl``, ``jeffreys``, ``jensen_shannon``, ``total_variation``,
+            ``squared_hellinger``, ``cross_entropy``, ``skew_forward_kl``, ``skew_reverse_kl``. May be empty where
+            there are ``labels``.
+        top_k: restrict to S, the top-k indices (ties: the lower index); None for the whole vocabulary.
+        top_k_of: whose top-k make S: the union of ``both`` sides', or those of ``noisy`` or ``clean`` alone.
+        support: what the restriction means: ``tail`` (S and one atom for the rest of the mass: a true divergence, at
+            most the full one), ``truncate`` (a lower bound that grows with k for the non-KL kinds; the KL and skew
+            kinds may be negative, are not clamped, and have a gradient at equal logits) or ``renormalize``. No effect
+            without ``top_k``.
+        mask: (...), bool or numbers equal to 0 or 1, 1 = selected. Masked rows are not read; they give 0 and zero
+            gradient. On a GPU, where looking would stop the queue, any number but 0 selects.
+        labels: (...), integers < V; negative = ignored. Adds ``label_cross_entropy``, the noisy side's cross-entropy
+            with these hard labels at temperature 1 over the whole vocabulary, from the same pass; 0 where ignored. On
+            a GPU a label ≥ V gives NaN.
+        label_smoothing: ε between 0 and 1: the part of the labels' weight that is spread evenly over the vocabulary,
+            as in ``torch.nn.CrossEntropyLoss``. Above 0 it needs ``labels`` and runs in PyTorch.
+        temperature: divides both logits; a positive number or a tensor of shape (...). A pair of them, (noisy, clean),
+            gives each side its own, in PyTorch. A constant: no gradient.
+        beta: weight of q in the mixture of ``jensen_shannon``, 0 < beta < 1; None: 0.5.
+        skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1; None: 0.1.
+        max_chunk_bytes: bound on the PyTorch implementation's temporaries beyond outputs and gradients (at least one
+            row); default 8 MiB.
+        impl: see ``sgfast.ops.dispatch``.
+
+    Returns:
+        For each kind (and for ``label_cross_entropy`` with ``labels``), values of shape (...) in float32 (float64 if
+        an input is), differentiable with respect to both sides; gradients are in the inputs' dtypes. Kept for
+        backward beyond the inputs: 4 float32 scalars and 2 per kind a row; with ``top_k`` at most 2k int32 indices a
+        row, and those scalars and 4 more where Triton runs.
+
+    Raises:
+        TypeError: an argument's type.
+        ValueError: shapes, devices, an unknown name, a number out of range; ``beta`` or ``skew`` where no kind takes
+            it, ``label_smoothing`` without ``labels``; on a CPU also a label ≥ V, and a mask with other numbers than
+            0 and 1.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.ops import divergences
+        >>> student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[0.0, 3.0]]).log1p()
+        >>> divergences(student, teacher, ["total_variation", "forward_kl"])
+        {'total_variation': tensor([0.3000]), 'forward_kl': tensor([0.1927])}
+    """
+    validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
+    labels = check_labels(labels, "noisy_logits", noisy_logits)
+    names, beta, skew = check_options(kinds, support, beta, skew, impl, with_labels=labels is not None)
+    validation.check_choice("top_k_of", top_k_of, TOP_K_OF)
+    check_label_smoothing(label_smoothing)
+    if label_smoothing > 0 and labels is None:
+        raise ValueError(f"label_smoothing={label_smoothing} needs labels; got None")
+    if top_k is not None:
+        check_k("top_k", top_k, noisy_logits.shape[-1])
+    if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
+        mask = labels >= 0 if mask is None else mask & (labels >= 0)
+        top_k = None
+    return _compute(
+        names,
+        noisy_logits,
+        clean_logits,
+        labels=labels,
+        support_mask=None,
+        mask=mask,
+        temperature=temperature,
+        top_k=top_k or 0,
+        top_k_of=top_k_of,
+        support=support,
+        beta=beta,
+        skew=skew,
+        label_smoothing=float(label_smoothing),
+        max_chunk_bytes=max_chunk_bytes,
+        impl=impl,
+    )
+
+
+def masked_divergence(
+    noisy_logits: Tensor,
+    clean_logits: Tensor,
+    support_mask: Tensor,
+    kind: str,
+    *,
+    support: Support = "tail",
+    mask: Tensor | None = None,
+    temperature: Temperature = 1.0,
+    beta: float | None = None,
+    skew: float | None = None,
+    max_chunk_bytes: int | None = None,
+    impl: dispatch.Implementation | None = None,
+) -> Tensor:
+    """One divergence per position over the support that ``support_mask`` selects: behind `sgfast.loss.divergences`.
+
+    A row of the mask without any True entry has no atoms: its value and gradients are 0. Padded indices as wide as the
+    vocabulary are gathered from and scattered to, about four times the work of the whole vocabulary; supports that are
+    top-k unions are far cheaper as ``divergences(..., top_k=k)``, where there are at most 2k atoms.
+
+    Args:
+        noisy_logits: (..., V), as in `divergences`.
+        clean_logits: of the same shape.
+        support_mask: bool, (..., V) or broadcastable to it: True = in S. It is read as it lies, also when broadcast.
+        kind: one of `divergences`' kinds.
+        support: ``tail``, ``truncate`` or ``renormalize``.
+        mask: (...), bool or numbers equal to 0 or 1, 1 = selected.
+        temperature: as in `divergences`.
+        beta: weight of q in the mixture of ``jensen_shannon``; None: 0.5.
+        skew: weight of the first argument in the skew kinds' mixture; None: 0.1.
+        max_chunk_bytes: bound on temporaries beyond outputs and gradients (at least one row); default 8 MiB.
+        impl: ``"triton"`` is refused: there is no kernel.
+
+    Raises:
+        TypeError: ``support_mask`` is not a boolean tensor; as `divergences`.
+        ValueError: its shape or device does not fit; as `divergences`.
+    """
+    validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
+    check_support_mask(support_mask, noisy_logits)
+    names, beta, skew = check_options(kind, support, beta, skew, impl)
+    support_mask = support_mask.expand(noisy_logits.shape)
+    has_atoms = support_mask.any(-1)
+    values = _compute(
+        names,
+        noisy_logits,
+        clean_logits,
+        labels=None,
+        support_mask=support_mask,
+        mask=has_atoms if mask is None else mask & has_atoms,
+        temperature=temperature,
+        top_k=0,
+        top_k_of="both",
+        support=support,
+        beta=beta,
+        skew=skew,
+        label_smoothing=0.0,
+        max_chunk_bytes=max_chunk_bytes,
+        impl=impl,
+    )
+    return values[kind]
+
+
+def _compute(
+    names: tuple[str, ...],
+    noisy: Tensor,
+    clean: Tensor,
+    *,
+    temperature: Temperature,
+    max_chunk_bytes: int | None,
+    **checked: Any,
+) -> dict[str, Tensor]:
+    """Run the operator on arguments that are checked but for temperatures and bound."""
+    dispatch.refuse_forward_mode("divergences", noisy, clean)
+    noisy_temperature, clean_temperature = row_temperatures(temperature, noisy, clean)
+    noisy_wanted, clean_wanted = (torch.is_grad_enabled() and side.requires_grad for side in (noisy, clean))
+    problem = Problem(
+        noisy,
+        clean,
+        temperature=noisy_temperature,
+        clean_temperature=clean_temperature,
+        kinds=",".join(names),
+        max_chunk_bytes=validation.chunk_bytes(max_chunk_bytes),
+        noisy_wanted=noisy_wanted,
+        clean_wanted=clean_wanted,
+        **checked,
+    )
+    values, *_ = forward(problem)
+    return dict(zip(names, values.unbind(0), strict=True))

@@ -1,0 +1,291 @@
+"""Row sums of the atoms' terms, and from partials back to logit gradients.
+
+One chunk of rows at a time: what `divergence` runs, eagerly or through torch.compile. Tensors made here are reused in
+place where they are needed no more; the rows that come in are never written to.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sgfast.ops import rows
+from sgfast.ops.divergence.atoms import Rest, Scales, Settings, Side, one_side, read_sides
+from sgfast.ops.divergence.terms import (
+    Atoms,
+    finish,
+    may_be_infinite,
+    nan_to_zero,
+    partial_derivative,
+    row_sum,
+    total_of_rows,
+)
+
+
+def forward_rows(
+    noisy: Tensor,
+    clean: Tensor,
+    scales: Scales,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    labels: Tensor | None = None,
+    sides_wanted: tuple[bool, bool] = (False, False),
+    kept: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """(rows, V) twice → what `finish_values` takes: for each row and kind a sum, then row scalars, (rows, 3·kinds + 4).
+
+    The scalars are both sides' maximum and sum and, over the whole vocabulary, two for each kind that backward needs;
+    0 stands for what is not computed. ``kept`` are the `softmax_scalars`, where they are at hand.
+    """
+    sums, row_scalars, noisy_side = [], [], None
+    if settings.divergences:
+        (noisy_side, clean_side), _, atoms = read_sides(noisy, clean, scales, settings, indices, valid, kept)
+        none = torch.zeros_like(noisy_side.sum)
+        row_scalars = [noisy_side.maximum, noisy_side.sum, clean_side.maximum, clean_side.sum]
+        for kind in settings.divergences:
+            sums.append(row_sum(kind, atoms, settings.beta, settings.skew, settings.support == "truncate"))
+            for side, wanted in enumerate(sides_wanted):
+                # Uncompiled, a partial only to be summed would cost more than its sum does in backward.
+                kept_sum = wanted and settings.support == "full" and torch.compiler.is_compiling()
+                row_scalars.append(_partial_sum(kind, side, atoms, settings) if kept_sum else none)
+    if labels is not None:
+        at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, rows.compute_dtype(noisy, clean))
+        none = torch.zeros_like(at_temperature_1.sum)
+        sums.append(_label_cross_entropy(at_temperature_1, labels, settings.label_smoothing))
+        row_scalars = row_scalars or [at_temperature_1.maximum, at_temperature_1.sum, none, none]
+        row_scalars += [at_temperature_1.sum, none]
+    return torch.cat(sums + row_scalars, -1)
+
+
+def finish_values(found: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Values (kinds, rows) and row scalars (4 + 2·kinds, rows) from all that `forward_rows` found, (rows, …)."""
+    parts = found.tensor_split([len(settings.kinds)], -1)
+    sums, row_scalars = (part.T.clone(memory_format=torch.contiguous_format) for part in parts)
+    # A row with a NaN (or with two infinities of one sign) has a NaN sum; its terms may have lost it.
+    nan = torch.where((row_scalars[1] >= 0) & (row_scalars[3] >= 0), 0.0, torch.nan).to(sums.dtype)
+    for kind, kind_sums in zip(settings.divergences, sums, strict=False):
+        finish(kind, kind_sums, settings.beta, settings.skew, settings.support == "truncate").add_(nan)
+    return sums, row_scalars
+
+
+def backward_rows(
+    noisy: Tensor,
+    clean: Tensor,
+    scales: Scales,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    upstream: Tensor,
+    sides_wanted: tuple[bool, bool],
+    labels: Tensor | None = None,
+    row_scalars: Tensor | None = None,
+) -> list[Tensor | None]:
+    """Gradients (rows, V) to the sides wanted, in the arithmetic's dtype; ``upstream`` is (kinds, rows).
+
+    ``row_scalars`` are those of the same implementation's `forward_rows`; what is not given is computed again.
+    """
+    dtype = rows.compute_dtype(noisy, clean)
+    kept = None if row_scalars is None else row_scalars[:, :, None].unbind(0)
+    noisy_side = None
+    gradients: list[Tensor | None] = [
+        torch.zeros_like(logits, dtype=dtype) if wanted and not settings.divergences else None
+        for logits, wanted in zip((noisy, clean), sides_wanted, strict=True)
+    ]
+    if settings.divergences:
+        sides, rests, atoms = read_sides(noisy, clean, scales, settings, indices, valid, kept)
+        noisy_side = sides[0]
+        nan = _nan_rows(*sides)
+        for i in (0, 1):
+            if sides_wanted[i]:
+                weights = (upstream[:, :, None] * scales[i] + nan).unbind(0)
+                means = kept[4 + i :: 2] if kept and torch.compiler.is_compiling() else None
+                probability = (atoms.p, atoms.q)[i]
+                partials = _weighted_partials(i, atoms, settings, weights, probability, means)
+                outside = None if rests is None else rests[i]
+                gradients[i] = _logit_gradient(
+                    sides[i], outside, probability, *partials, settings, indices, noisy.shape[-1], means is None
+                )
+    if labels is not None and gradients[0] is not None:
+        at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, dtype, None if kept is None else kept[-2])
+        _add_label_gradient(gradients[0], at_temperature_1, labels, upstream[-1], settings.label_smoothing)
+    return gradients
+
+
+def _nan_rows(noisy: Side, clean: Side) -> Tensor:
+    """NaN where a side's sum is, else 0, (rows, 1). Inductor takes a product with 0 for 0, so it has to be chosen."""
+    return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
+
+
+def _partial(kind: str, side: int, atoms: Atoms, settings: Settings) -> tuple[Tensor | None, Tensor | None]:
+    return partial_derivative(kind, side, atoms, settings.beta, settings.skew, settings.support == "truncate")
+
+
+def _partial_sum(kind: str, side: int, atoms: Atoms, settings: Settings) -> Tensor:
+    """Σ of one kind's partial towards one side, (rows, 1)."""
+    factor, rest = _partial(kind, side, atoms, settings)
+    total = None if factor is None else _mean_factor(factor, (atoms.p, atoms.q)[side])
+    if rest is None:
+        assert total is not None
+        return total
+    return total_of_rows(rest) if total is None else total + total_of_rows(rest)
+
+
+def _mean_factor(factor: Tensor, probability: Tensor) -> Tensor:
+    """Σ probability · factor, (rows, 1)."""
+    return total_of_rows(nan_to_zero(probability * factor))
+
+
+def _weighted_partials(
+    side: int,
+    atoms: Atoms,
+    settings: Settings,
+    weights: Sequence[Tensor],
+    probability: Tensor,
+    means: Sequence[Tensor] | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:
+    """Σ over kinds of weight · partial towards one side: its factor, less the mean, the rest, and that mean.
+
+    Factors are finite. A kind whose mean is infinite has no part: there the divergence is infinite (q > 0 where p = 0,
+    or the reverse), and a step in that direction does not exist.
+    """
+    factors, rests, shift = None, None, torch.zeros_like(weights[0])
+    for i, kind in enumerate(settings.divergences):
+        factor, rest = _partial(kind, side, atoms, settings)
+        if factor is not None:
+            mean = _mean_factor(factor, probability) if means is None else means[i]
+            # Where the probability is 0 the factor may be infinite, and must not be.
+            factor = factor.clamp(-1e36, 1e36)
+            if may_be_infinite(kind, side, settings.skew):
+                mean, factor, rest = _without_infinite_rows(mean, factor, rest)
+            factor = factor.sub_(mean)
+            factors = factor.mul_(weights[i]) if factors is None else factors.addcmul_(factor, weights[i])
+            shift = shift + weights[i] * mean
+        if rest is not None:
+            rests = rest * weights[i] if rests is None else rests.addcmul_(rest, weights[i])
+    return factors, rests, shift
+
+
+def _without_infinite_rows(mean: Tensor, factor: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """0 in rows whose mean is infinite. A CPU looks first: such rows are rare, and selecting is slow there."""
+    infinite = mean.abs() == torch.inf
+    if mean.device.type == "cpu" and not torch.compiler.is_compiling() and not infinite.any():
+        return mean, factor, rest
+    rest = None if rest is None else rest.masked_fill(infinite, 0)
+    return mean.masked_fill(infinite, 0), factor.masked_fill(infinite, 0), rest
+
+
+def write_gradients(
+    noisy: Tensor,
+    clean: Tensor,
+    scales: Scales,
+    settings: Settings,
+    indices: Tensor,
+    valid: Tensor,
+    upstream: Tensor,
+    targets: Sequence[Tensor | None],
+    labels: Tensor | None = None,
+    row_scalars: Tensor | None = None,
+) -> None:
+    """`backward_rows`, written to one target a side (None if not wanted): compiled code then needs no other copy."""
+    sides_wanted = (targets[0] is not None, targets[1] is not None)
+    gradients = backward_rows(
+        noisy, clean, scales, settings, indices, valid, upstream, sides_wanted, labels, row_scalars
+    )
+    for target, gradient in zip(targets, gradients, strict=True):
+        if target is not None and gradient is not None:
+            target.copy_(gradient)
+
+
+def _logit_gradient(
+    side: Side,
+    outside: Rest | None,
+    probability: Tensor,
+    factor: Tensor | None,
+    rest: Tensor | None,
+    shift: Tensor,
+    settings: Settings,
+    indices: Tensor,
+    size: int,
+    summed: bool,
+) -> Tensor:
+    """The logits' gradient, from (factor + shift)·p + rest with respect to the atoms' log-probabilities.
+
+    Unless ``summed``, what rounding has left in the sums is not looked for: compiled code, which has the means from
+    forward, would need a second loop and memory between the two.
+    """
+    if not summed:
+        if factor is None or rest is None:
+            part = rest if factor is None else factor.mul_(probability)
+            assert part is not None
+            return part
+        return rest.addcmul_(factor, probability)
+    if settings.support != "truncate":
+        found, _ = _centred(probability, factor, rest)
+        if settings.support == "full":
+            return found
+        if settings.support == "renormalize":
+            return found.new_zeros(found.shape[0], size).scatter_add_(-1, indices, found)
+        assert outside is not None
+        # The rest's gradient is shared among its logits in proportion to their probabilities.
+        rate = torch.where(outside.sum == 0, 0, found[:, -1:] / outside.sum)
+        return outside.weights.mul_(rate).scatter_add_(-1, indices, found[:, :-1])
+    # What is left out is one more atom, whose partial is 0.
+    left_out = side.probabilities.scatter(-1, indices, 0)
+    probability = torch.cat([probability, total_of_rows(left_out)], -1)
+    factor = None if factor is None else torch.cat([factor, -shift], -1)
+    rest = None if rest is None else torch.cat([rest, torch.zeros_like(shift)], -1)
+    found, total = _centred(probability, factor, rest)
+    return left_out.mul_(-(shift + total)).scatter_add_(-1, indices, found[:, :-1])
+
+
+def _centred(probability: Tensor, factor: Tensor | None, rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """p·(factor − Σ p·factor) + rest − p·Σ rest, a new tensor, and the sum of both sums, (rows, 1)."""
+    if factor is None:
+        assert rest is not None
+        total = total_of_rows(rest)
+        return rest.addcmul_(probability, -total), total
+    total = total_of_rows(probability * factor)
+    if rest is None:
+        return factor.sub_(total).mul_(probability), total
+    total = total + total_of_rows(rest)
+    return rest.addcmul_(factor.sub_(total), probability), total
+
+
+def _at_temperature_1(
+    noisy: Tensor, side: Side | None, settings: Settings, dtype: torch.dtype, kept_sum: Tensor | None = None
+) -> Side:
+    """The noisy side whole and at temperature 1; ``side``, where it is that or has its maximum."""
+    if side is None or settings.support in ("renormalize", "tail"):
+        return one_side(noisy, 1.0, dtype)
+    if settings.unit_temperature:
+        return side
+    return one_side(side.logits, 1.0, dtype, None if kept_sum is None else (side.maximum, kept_sum))
+
+
+def _label_cross_entropy(noisy: Side, labels: Tensor, smoothing: float) -> Tensor:
+    """−log softmax(noisy)[label], (rows, 1): 0 for a negative label, NaN for one outside the vocabulary.
+
+    A part of it, ``smoothing``, is the mean over the vocabulary in place of the label's.
+    """
+    at_label = noisy.logits.gather(-1, labels.clamp(0, noisy.logits.shape[-1] - 1))
+    distance = noisy.maximum - at_label
+    if smoothing > 0:
+        mean_distance = (noisy.maximum - noisy.logits).mean(-1, keepdim=True)
+        distance = mean_distance if smoothing == 1 else (1 - smoothing) * distance + smoothing * mean_distance
+    values = noisy.sum.log() + distance
+    return torch.where(labels < 0, 0, values) + _nan_outside(labels, noisy)
+
+
+def _add_label_gradient(gradient: Tensor, noisy: Side, labels: Tensor, upstream: Tensor, smoothing: float) -> None:
+    """Add upstream · (softmax(noisy) − (1 − smoothing)·onehot(label) − smoothing / V)."""
+    weight = torch.where(labels < 0, 0, upstream[:, None] + _nan_outside(labels, noisy))
+    gradient.addcmul_(noisy.probabilities, weight)
+    if smoothing > 0:
+        gradient.sub_(weight * (smoothing / gradient.shape[-1]))
+    gradient.scatter_add_(-1, labels.clamp(0, gradient.shape[-1] - 1), weight * (smoothing - 1))
+
+
+def _nan_outside(labels: Tensor, noisy: Side) -> Tensor:
+    """NaN where a label lies outside the vocabulary, else 0, (rows, 1)."""
+    return torch.zeros_like(noisy.maximum).masked_fill(labels >= noisy.logits.shape[-1], torch.nan)

@@ -1,0 +1,5 @@
+"""The top-k support of two sets of logits: `top_k_support`."""
+
+from sgfast.ops.topk.operation import top_k_support
+
+__all__ = ["top_k_support"]
