@@ -11,12 +11,13 @@ variable ``SGFAST_IMPL``, then ``"auto"``:
 ``triton``   the Triton kernel; CPU tensors only under ``TRITON_INTERPRET=1``
 ============ ===========================================================================================
 
+The package ``sgfast_kernels`` needs triton, so it is imported inside the functions that run a kernel.
+
 An explicit choice that cannot run raises ``RuntimeError`` with the reason. The choice is made when the operation
 runs, so that a graph compiled once obeys a later ``use_impl``.
 """
 
 import functools
-import importlib
 import importlib.util
 import inspect
 import os
@@ -145,11 +146,6 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
-def kernels() -> Any:
-    """The package ``sgfast_kernels``, imported when a kernel is about to run: it needs triton."""
-    return importlib.import_module("sgfast_kernels")
-
-
 def triton_device_refusal(*tensors: Tensor | None) -> str | None:
     """Why no Triton kernel can run on these tensors' devices, or None."""
     if not _triton_is_installed():
@@ -168,10 +164,12 @@ def triton_rows_refusal(**tensors: Tensor) -> str | None:
 
     Ask only where ``triton_device_refusal`` has no objection.
     """
+    import sgfast_kernels
+
     for name, tensor in tensors.items():
         if tensor.dtype == torch.float64:
             return f"{name} is float64 (the kernels compute in float32)"
-        if kernels().row_layout(tensor) is None:
+        if sgfast_kernels.row_layout(tensor) is None:
             return (
                 f"{name} has strides {tensor.stride()} (the kernels read rows of contiguous elements, "
                 "at most two strides between the rows; .contiguous() makes them so)"

@@ -63,16 +63,17 @@ def refusal_of(problem: Problem) -> str | None:
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars."""
-    kernels = dispatch.kernels()
+    import sgfast_kernels
+
     noisy, kinds = problem.noisy, problem.kind_names
     read = (noisy, problem.clean, problem.mask, problem.temperature)
     weights = (problem.beta, problem.skew)
     if not problem.top_k:
         no_indices = noisy.new_empty((*noisy.shape[:-1], 0), dtype=torch.int32)
-        values, scalars = kernels.divergence_forward(*read, kinds, *weights, problem.labels)
+        values, scalars = sgfast_kernels.divergence_forward(*read, kinds, *weights, problem.labels)
         return values, no_indices, scalars
     if problem.labels is None:
-        found: tuple[Tensor, Tensor, Tensor] = kernels.divergence_topk_forward(
+        found: tuple[Tensor, Tensor, Tensor] = sgfast_kernels.divergence_topk_forward(
             *read, problem.top_k, problem.support, kinds, *weights, problem.top_k_of
         )
         return found
@@ -90,16 +91,17 @@ def backward(
     """
     if row_scalars is None:
         row_scalars = forward(problem)[2]
-    kernels = dispatch.kernels()
+    import sgfast_kernels
+
     kinds, weights = problem.kind_names, (problem.beta, problem.skew)
     wanted = (problem.noisy_wanted, problem.clean_wanted)
     read = (problem.noisy, problem.clean, problem.mask, problem.temperature, upstream)
     gradients: tuple[Tensor | None, Tensor | None]
     if not problem.top_k:
-        gradients = kernels.divergence_backward(*read, row_scalars, kinds, *weights, *wanted, problem.labels)
+        gradients = sgfast_kernels.divergence_backward(*read, row_scalars, kinds, *weights, *wanted, problem.labels)
         return gradients
     if problem.labels is None:
-        gradients = kernels.divergence_topk_backward(
+        gradients = sgfast_kernels.divergence_topk_backward(
             *read, kept_indices, row_scalars, problem.support, kinds, *weights, *wanted
         )
         return gradients

@@ -36,7 +36,9 @@ def refusal(queries: Tensor, table: Tensor, k: int) -> str | None:
         return refused
     if queries.dtype == torch.float64:
         return "queries is float64 (the kernels compute in float32)"
-    most = dispatch.kernels().MAX_CANDIDATES - _SPARE
+    import sgfast_kernels
+
+    most = sgfast_kernels.MAX_CANDIDATES - _SPARE
     if k > most:
         return f"k = {k} (the kernels find at most {most})"
     return dispatch.triton_rows_refusal(table=table)
@@ -44,6 +46,8 @@ def refusal(queries: Tensor, table: Tensor, k: int) -> str | None:
 
 def nearest(queries: Tensor, table: Tensor, k: int, metric: str, sign: int, max_bytes: int) -> tuple[Tensor, Tensor]:
     """As ``scan.nearest``."""
+    import sgfast_kernels
+
     total, count = math.prod(queries.shape[:-1]), _power_of_two(k + _SPARE)
     keys = table.new_empty((total, k), dtype=torch.float64)
     indices = table.new_empty((total, k), dtype=torch.int64)
@@ -51,7 +55,7 @@ def nearest(queries: Tensor, table: Tensor, k: int, metric: str, sign: int, max_
     for some in scan.slices(0, total, _held(table, count, max_bytes)):
         vectors = rows.read_rows(queries, some)
         side = scan.side_of(vectors, center, metric)
-        bounds, candidates = dispatch.kernels().nearest_candidates(
+        bounds, candidates = sgfast_kernels.nearest_candidates(
             side.points.contiguous(), *side[1:3], table, scale, center, sign, _bound(table, metric), count
         )
         proved = torch.full_like(side.norms, table.shape[0] <= count, dtype=torch.bool)
@@ -77,13 +81,15 @@ def ranks(
     queries: Tensor, table: Tensor, targets: Tensor, target_squares: Tensor, metric: str, max_bytes: int
 ) -> Tensor:
     """As ``scan.ranks``."""
+    import sgfast_kernels
+
     counts = torch.empty_like(targets)
     center, scale = scan.center_of(queries, table, metric, max_bytes // 4), _scale(table, metric, max_bytes)
     for some in scan.slices(0, targets.shape[0], _held(table, _UNDECIDED, max_bytes)):
         vectors, own_targets, own_squares = rows.read_rows(queries, some), targets[some], target_squares[some]
         side = scan.side_of(vectors, center, metric)
         limits = own_squares - side.squares.to(torch.float64)
-        before, undecided, candidates = dispatch.kernels().rank_candidates(
+        before, undecided, candidates = sgfast_kernels.rank_candidates(
             side.points.contiguous(),
             *side[1:3],
             table,

@@ -41,7 +41,9 @@ def forward(arguments: Draw) -> Tensor:
     seed, shape, offset, dtype, impl = arguments
     implementation = dispatch.select(impl, triton_refusal(shape, seed)).implementation
     if implementation == "triton":
-        return dispatch.kernels().standard_normal(seed, shape, offset, dtype)  # type: ignore[no-any-return]
+        import sgfast_kernels
+
+        return sgfast_kernels.standard_normal(seed, shape, offset, dtype)  # type: ignore[no-any-return]
     keys = philox.round_keys(seed)
     values = torch.empty(shape, dtype=dtype, device=seed.device)
     flat = values.view(-1)

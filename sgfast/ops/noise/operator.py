@@ -27,7 +27,9 @@ def triton_refusal(
     refusal = dispatch.triton_device_refusal(input, mean, std, noise_mask, keep_mask)
     if refusal is not None:
         return refusal
-    walk = dispatch.kernels().noise_walk(input, mean, std, over_leading(noise_mask, input), keep_mask)
+    import sgfast_kernels
+
+    walk = sgfast_kernels.noise_walk(input, mean, std, over_leading(noise_mask, input), keep_mask)
     return walk if isinstance(walk, str) else None
 
 
@@ -72,8 +74,10 @@ def forward(problem: Problem) -> Tensor:
     input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest, impl = problem
     choice = dispatch.select(impl, _refusal_of(problem))
     if choice.implementation == "triton":
+        import sgfast_kernels
+
         arguments = (input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
-        return dispatch.kernels().noise_forward(*arguments)  # type: ignore[no-any-return]
+        return sgfast_kernels.noise_forward(*arguments)  # type: ignore[no-any-return]
     keys = philox.round_keys(seed)
     rows.keep_freed_memory(16 * philox.chunk_elements())
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
@@ -108,8 +112,10 @@ def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor, Tensor]:
     input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest, impl = problem
     choice = dispatch.select(impl, _refusal_of(problem))
     if choice.implementation == "triton":
+        import sgfast_kernels
+
         operands = (upstream, input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
-        found = dispatch.kernels().noise_backward(*operands, *wanted)
+        found = sgfast_kernels.noise_backward(*operands, *wanted)
         to_input, to_mean, to_std = (input.new_empty(0) if one is None else one for one in found)
         return to_input, to_mean, to_std
     keys = philox.round_keys(seed)

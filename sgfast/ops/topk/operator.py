@@ -12,7 +12,9 @@ from sgfast.ops.topk.selection import support_width, temporary_bytes, union_find
 
 def triton_size_refusal(k: int, size: int) -> str | None:
     """Why the kernels cannot select k of a row of this size, or None. Ask only where devices are no objection."""
-    most, widest = dispatch.kernels().MAX_TOP_K, dispatch.kernels().MAX_TOP_K_WIDTH
+    import sgfast_kernels
+
+    most, widest = sgfast_kernels.MAX_TOP_K, sgfast_kernels.MAX_TOP_K_WIDTH
     if k > most:
         return f"top k = {k} (the kernels select at most {most} of a row)"
     if size > widest:
@@ -45,8 +47,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     noisy, clean, k, max_chunk_bytes, impl = problem
     choice = dispatch.select(impl, triton_refusal(noisy, clean, k))
     if choice.implementation == "triton":
+        import sgfast_kernels
+
         one = torch.ones((), device=noisy.device).expand(noisy.shape[:-1])
-        return unpack_union(dispatch.kernels().top_k_union(noisy, clean, None, one, k)[0])
+        return unpack_union(sgfast_kernels.top_k_union(noisy, clean, None, one, k)[0])
     body = union_finder(choice.implementation, noisy.device)
     indices, valid = _room(problem)
     row_bytes = temporary_bytes(noisy, k) + rows.copied_bytes(noisy) + rows.copied_bytes(clean)
