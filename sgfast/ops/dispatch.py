@@ -1,4 +1,4 @@
-"""Which implementation of an operation runs, and why.
+"""The choice of an operation's implementation, and the reason of the choice.
 
 Every operation takes ``impl``. Precedence: the argument, then ``with use_impl(...)``, then the environment
 variable ``SGFAST_IMPL``, then ``"auto"``:
@@ -37,7 +37,7 @@ IMPLEMENTATIONS = ("auto", "torch", "compile", "triton")
 
 _context: ContextVar[str | None] = ContextVar("sgfast_impl", default=None)
 
-# For each public operation: why its Triton kernel cannot run these arguments, or None if it can.
+# For each public operation, a function of its arguments: the reason why the Triton kernel cannot run, or None.
 _triton_refusals: dict[Callable[..., Any], Callable[..., str | None]] = {}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -48,7 +48,7 @@ class ImplementationError(RuntimeError):
 
 
 class Choice(NamedTuple):
-    """What runs, and why."""
+    """The implementation that runs, and the reason."""
 
     implementation: str
     reason: str
@@ -137,17 +137,20 @@ def _wanted(impl: str | None) -> tuple[str, str]:
 
 
 def pinned(impl: str | None) -> str | None:
-    """What a forward was asked for, for its backward: autograd may run that in a thread that no context reaches."""
+    """Return the choice that forward fixes for its backward.
+
+    Autograd may run backward in another thread, which the context of `use_impl` does not reach.
+    """
     return impl if torch.compiler.is_compiling() else _wanted(impl)[0]
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
+    """Return True where Triton's interpreter runs the kernels on CPU tensors (``TRITON_INTERPRET=1``)."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def triton_device_refusal(*tensors: Tensor | None) -> str | None:
-    """Why no Triton kernel can run on these tensors' devices, or None."""
+    """Say why no Triton kernel can run on the devices of these tensors, or return None."""
     if not _triton_is_installed():
         return "triton is not installed"
     if interpreting():
@@ -160,7 +163,9 @@ def triton_device_refusal(*tensors: Tensor | None) -> str | None:
 
 
 def triton_rows_refusal(**tensors: Tensor) -> str | None:
-    """Why no Triton kernel can read the rows of these (..., D) tensors, named as the user names them, or None.
+    """Say why no Triton kernel can read the rows of these (..., D) tensors, or return None.
+
+    The arguments' names are those that the user knows.
 
     Ask only where ``triton_device_refusal`` has no objection.
     """
@@ -187,9 +192,9 @@ def implementation_of(body: _Function, implementation: str, one_loop: bool = Fal
     return compiled(body, one_loop) if implementation == "compile" else body
 
 
-# Inductor writes to memory what reads more than a few tensors or takes more than 30 operations, and reads it again in
-# another loop: a waste where most of the tensors are scalars of a row and most of the operations on those. A product
-# and a sum in one instruction round once, and take a tenth less time.
+# Inductor writes an intermediate result to memory where the result reads more than a few tensors or takes more than 30
+# operations. A second loop then reads the result again. These limits are raised because most of our tensors are scalars
+# of a row. Contraction computes a product and a sum in one instruction, with one rounding, in a tenth less time.
 _ONE_LOOP: dict[str, Any] = {
     "realize_reads_threshold": 10_000,
     "realize_acc_reads_threshold": 10_000,
@@ -209,8 +214,8 @@ def compiled(body: _Function, one_loop: bool = False) -> _Function:
     @functools.wraps(body)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            # One compiled version per dtype and setting is intended; the default limit of 8 is for accidents. Numbers
-            # among the settings are constants: as symbols their sums round differently, and guards on them fail.
+            # One compiled version per dtype and setting is intended; the default limit of 8 catches accidents. Numbers
+            # among the settings are constants: sums of symbolic numbers round differently, and guards on them fail.
             with torch._dynamo.config.patch(recompile_limit=512, specialize_float=True):
                 return function(*args, **kwargs)
         except torch._dynamo.exc.TorchDynamoException as error:

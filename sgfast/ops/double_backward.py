@@ -1,7 +1,7 @@
 """Double backward for operations whose backward is an op of its own.
 
-The PyTorch implementations compute their gradients by formula, in chunks. The gradient of that gradient is rarely
-asked for (gradient penalties, meta-learning), so it is taken by autograd through the short reference instead.
+The PyTorch implementations compute their gradients by formula, in chunks. Second gradients are rarely asked for
+(gradient penalties, meta-learning), so autograd takes them through the plain definition instead.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,20 +17,20 @@ def double_backward(
     name: str,
     impl: str | None,
     triton_refusal: str | None,
-    reference: Callable[..., Tensor],
+    definition: Callable[..., Tensor],
     inputs: Sequence[Tensor],
     upstream: Tensor,
     upstream_of_gradients: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Return gradients, for ``inputs`` and for ``upstream``, of the sum of gradient · ``upstream_of_gradients``.
+    """Return the gradients of Σ gradient · ``upstream_of_gradients`` to ``inputs`` and to ``upstream``.
 
-    They are None where nothing reached the gradients.
+    The results are None if nothing reached the gradients.
 
     Args:
         name: the operation, for the error.
         impl: the choice the forward was called with.
         triton_refusal: why Triton would not have run.
-        reference: ``reference(*inputs)`` is the differentiable operation, of ``upstream``'s shape.
+        definition: ``definition(*inputs)`` is the differentiable operation, of ``upstream``'s shape.
         inputs: the operation's differentiable inputs.
         upstream: the gradient that reached the operation's output.
         upstream_of_gradients: for each input, the gradient that reached its gradient, or None.
@@ -48,7 +48,7 @@ def double_backward(
     with torch.enable_grad():
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
         upstream_leaf = upstream.detach().requires_grad_()
-        gradients = torch.autograd.grad(reference(*leaves), leaves, upstream_leaf, create_graph=True)
+        gradients = torch.autograd.grad(definition(*leaves), leaves, upstream_leaf, create_graph=True)
         pairs = [
             (gradient, outer)
             for gradient, outer in zip(gradients, upstream_of_gradients, strict=True)
@@ -65,6 +65,9 @@ def double_backward(
 
 
 def leave_out_unwanted(ctx: Any, gradients: Sequence[Tensor], wanted: Sequence[bool]) -> None:
-    """For a backward operator's outputs: the unwanted ones are constants; what does not reach the others is None."""
+    """Mark the unwanted gradients of a backward operator as constants.
+
+    Second gradients that do not reach the operator's outputs stay None instead of becoming zeros.
+    """
     ctx.mark_non_differentiable(*(one for one, is_wanted in zip(gradients, wanted, strict=True) if not is_wanted))
     ctx.set_materialize_grads(False)

@@ -1,9 +1,9 @@
 """Operators whose arguments are declared once, as a NamedTuple.
 
 A registered operator (`torch.library.custom_op`) needs a flat signature four times: for its schema, its implementation,
-its fake and its autograd formula. `define` makes the schema from a NamedTuple of the arguments and hands the tuple to
-each of the other three; gradients go back by the arguments' names. A field may be a NamedTuple itself: its fields take
-its place in the schema.
+its fake and its autograd formula. `define` makes the schema from a NamedTuple of the arguments and passes the tuple to
+the implementation, the fake and the autograd formula. Gradients are returned by the arguments' names. A field may be a
+NamedTuple itself: then its fields stand in the schema in its place.
 
 Every operator has one more argument, ``formula``: a digest of this package's sources. torch.compile keeps compiled
 graphs on the disk under a key that knows the forward call only, not the registered backward that the graph holds. With
@@ -32,7 +32,7 @@ def _digest_of_sources() -> str:
     return digest.hexdigest()[:12]
 
 
-# Changes with the source of any operation. A constant of the module: torch.compile traces its uses.
+# A digest that changes with the source of any operation. It is a constant of the module, so torch.compile can trace it.
 FORMULA = _digest_of_sources()
 
 
@@ -93,7 +93,7 @@ class Operator:
         self._operator.register_autograd(backward, setup_context=setup_context)
 
     def wanted(self, ctx: Any, *names: str) -> list[bool]:
-        """Whether somebody asks for the gradients of these arguments, in backward."""
+        """Say for each named argument whether its gradient is asked for, in backward."""
         needs = dict(zip(self._names, ctx.needs_input_grad, strict=False))
         return [bool(needs[name]) for name in names]
 
@@ -142,7 +142,7 @@ def keep(ctx: Any, *values: Any) -> None:
 
 
 def kept(ctx: Any) -> list[Any]:
-    """What `keep` was given."""
+    """Return the values that `keep` was given."""
     pairs = zip(ctx.saved_tensors, ctx.constants, strict=True)
     leaves = [constant if tensor is None else tensor for tensor, constant in pairs]
     values, place = [], 0
@@ -157,14 +157,14 @@ def _is_named_tuple(kind: Any) -> bool:
 
 
 class _Layout:
-    """Where the fields of a NamedTuple, and those of its NamedTuples, lie in a flat sequence."""
+    """Places of the fields of a NamedTuple, nested ones included, in a flat sequence."""
 
     def __init__(self, arguments: Any) -> None:
         hints = typing.get_type_hints(arguments)
         named = [(field, hints[field]) for field in arguments._fields]
         nested = [_layout(hint) if _is_named_tuple(hint) else None for _, hint in named]
         self._make = arguments._make
-        # A call goes through here several times: a tuple without any of its own is copied at once.
+        # Every call packs and flattens several times, so a tuple without nested tuples is copied at once.
         self._nested = nested if any(nested) else None
         #: Names and types.
         self.flat_fields: list[tuple[str, Any]] = []

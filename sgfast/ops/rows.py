@@ -45,9 +45,9 @@ def row_chunks(
 def keep_freed_memory(size: int) -> None:
     """Let a CPU reuse the memory of one chunk's temporaries for the next chunk's, up to 32 MiB of them.
 
-    The C library of Linux takes the largest block freed so far as the measure of what to keep. Below it every
-    temporary comes from the system anew, page by page, which takes several times as long as the arithmetic. A block
-    that nobody writes to costs nothing.
+    The C library of Linux keeps freed memory up to the size of the largest block freed so far. Without such a block
+    every temporary comes from the system anew, page by page, which takes several times as long as the arithmetic. The
+    block here is never written to, so it costs nothing.
     """
     torch.empty(min(size, 2**25 - 2**16), dtype=torch.uint8)
 
@@ -64,7 +64,7 @@ def read_rows(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
 
 
 def copied_bytes(tensor: Tensor) -> int:
-    """What `read_rows` allocates for one row of a slice: nothing where it is a view."""
+    """Return the bytes that `read_rows` allocates for one row of a slice: 0 where the slice is a view."""
     return 0 if _leading_dimensions_collapse(tensor) else tensor.shape[-1] * tensor.element_size()
 
 

@@ -1,7 +1,7 @@
-"""From rows of logits to the atoms that divergences are summed over.
+"""The atoms that divergences are summed over, computed from rows of logits.
 
-One chunk of rows at a time, eagerly or through torch.compile. Tensors made here are reused in place where they are
-needed no more; the rows that come in are never written to.
+The code runs on one chunk of rows at a time, eagerly or through torch.compile. Tensors that are made here may be reused
+in place; the incoming rows are never written to.
 """
 
 from collections.abc import Sequence
@@ -16,13 +16,13 @@ from sgfast.ops.divergence.terms import Atoms, nan_to_zero, total_of_rows
 
 
 class Settings(NamedTuple):
-    """What a chunk's arithmetic depends on besides tensors; hashable, so that torch.compile can guard on it."""
+    """Settings of a chunk's arithmetic; hashable, so that torch.compile can guard on them."""
 
     kinds: tuple[str, ...]
     support: str  # "full" or one of SUPPORTS
     beta: float
     skew: float
-    unit_temperature: bool = False  # the temperature is known to be 1: the labels' softmax is that of the kinds
+    unit_temperature: bool = False  # the temperature is known to be 1: labels and kinds share one softmax
     paired: bool = False  # each side has a temperature of its own
     label_smoothing: float = 0.0
 
@@ -55,9 +55,9 @@ class Side(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """What one side has outside the support: e^((logits − maximum) / T) (rows, V), 0 inside; its maximum and sum.
+    """One side's part outside the support: e^((logits − maximum) / T) (rows, V), 0 inside; its maximum and sum.
 
-    With a maximum of its own the sum has all its digits however little of the whole it is.
+    The part has a maximum of its own, so that its sum keeps all digits, however small a part of the whole it is.
     """
 
     weights: Tensor
@@ -65,7 +65,7 @@ class Rest(NamedTuple):
     sum: Tensor
 
 
-# The reciprocals of both sides' temperatures, (rows, 1): one tensor twice unless ``Settings.paired``.
+# The reciprocals of both sides' temperatures, (rows, 1). Unless ``Settings.paired`` both are the same tensor.
 Scales = tuple[Tensor, Tensor]
 
 
@@ -76,7 +76,7 @@ def one_side(
     kept: Sequence[Tensor] | None = None,
     divided: bool = True,
 ) -> Side:
-    """One side of the rows; its maximum and sum, unless they were kept, are taken from the logits."""
+    """Compute one side of the rows. ``kept`` are its maximum and sum, if forward has kept them."""
     logits = logits.to(dtype)
     maximum, total = kept or (logits.amax(-1, keepdim=True), None)
     weights = _weights(logits, maximum, scale)
@@ -86,13 +86,13 @@ def one_side(
 
 def _weights(logits: Tensor, maximum: Tensor, scale: Tensor | float) -> Tensor:
     """e^((logits − maximum) / T)."""
-    # exp2 is the cheapest exponential; where its argument is large, and its rounding felt, the weight is next to 0.
-    # log2 e is written out: torch.compile would take a constant of the module for an input.
+    # exp2 is the cheapest exponential. The rounding of a large argument does not matter: the weight is next to 0 there.
+    # The number log2 e is written out because torch.compile would treat a constant of the module as an input.
     return (logits - maximum).mul_(scale * 1.4426950408889634).exp2_()
 
 
 def _atom_side(logits: Tensor, scale: Tensor, dtype: torch.dtype, indices: Tensor, valid: Tensor) -> Side:
-    """One side under ``renormalize``: the support's logits are all there are."""
+    """Compute one side under ``renormalize``: the softmax is taken over the support's logits alone."""
     return one_side(logits.to(dtype).gather(-1, indices).masked_fill_(~valid, -torch.inf), scale, dtype)
 
 
@@ -106,7 +106,7 @@ def _gathered(side: Side, indices: Tensor, valid: Tensor, divided: bool) -> Side
 def _rest(side: Side, scale: Tensor, indices: Tensor) -> Rest:
     weights = side.probabilities.scatter(-1, indices, 0)
     total = total_of_rows(weights, precise=True)
-    # A CPU looks: a rest so far below the maximum that digits are lost is rare, and costs four more passes.
+    # A rest so far below the maximum that digits are lost is rare, and costs four more passes. A CPU can look first.
     if total.device.type == "cpu" and not torch.compiler.is_compiling() and (total > 1e-20).all():
         return Rest(weights, side.maximum, total)
     logits = side.logits.scatter(-1, indices, -torch.inf)
@@ -117,19 +117,20 @@ def _rest(side: Side, scale: Tensor, indices: Tensor) -> Rest:
 
 
 def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """log(a/b) = ±log1p(|a − b| / min(a, b)), with all its digits where a is near b and where it is far."""
+    """Compute log(a/b) = ±log1p(|a − b| / min(a, b)), which keeps its digits where a is near b and where a is far."""
     difference = numerator - denominator
     return torch.copysign((difference.abs() / torch.minimum(numerator, denominator)).log1p_(), difference)
 
 
 def _log_ratio(noisy: Side, clean: Side, scales: Scales, paired: bool) -> Tensor:
-    """log p − log q of two sides over the same logits, a new tensor; 0 where both are 0."""
+    """Compute log p − log q of two sides over the same logits; 0 where both are 0. A new tensor."""
     quotient = _log_quotient(noisy.sum, clean.sum)
     if paired:
         x, y = ((side.logits - side.maximum).mul_(scale) for side, scale in zip((noisy, clean), scales, strict=True))
         return nan_to_zero(x.sub_(y).sub_(quotient))
-    # Differences before sums: x − y is exact where the sides are close, and so is what is subtracted from it. Where
-    # the sides lie apart, x − y would be rounded at the size of that shift: then each loses its own maximum first.
+    # Differences are taken before sums: x − y is exact where the sides are close, and so is the term that is subtracted.
+    # Where the sides lie apart, x − y would be rounded at the size of the shift. Then each side is taken relative to
+    # its own maximum first.
     x, y, apart = noisy.logits, clean.logits, noisy.maximum - clean.maximum
     shifted = (apart * scales[0]).abs_() > 4
     if torch.compiler.is_compiling() or shifted.device.type != "cpu" or shifted.any():
@@ -139,9 +140,9 @@ def _log_ratio(noisy: Side, clean: Side, scales: Scales, paired: bool) -> Tensor
 
 
 def _ordered_probabilities(noisy: Side, clean: Side, log_ratio: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
-    """The larger of p and q is one exponential, the smaller that times e^−|d|: what compiled code computes anew.
+    """Compute the larger of p and q as one exponential, and the smaller as the larger times e^−|d|, in compiled code.
 
-    With `exp`: Inductor takes that for costly and computes it once, where all sums over a row, then one loop, find it.
+    Inductor holds `exp` for costly and computes each once, so that one loop finds all sums over a row.
     """
     noisy_is_larger = log_ratio > 0
     x, y = ((side.logits - side.maximum) * scale for side, scale in zip((noisy, clean), scales, strict=True))
@@ -159,7 +160,7 @@ def _atoms(
     indices: Tensor,
     valid: Tensor,
 ) -> Atoms:
-    """The support's atoms: its logits, and under ``tail`` one for the rest of each side."""
+    """Make the support's atoms: its logits and, under ``tail``, one more atom for the rest of the mass."""
     whole = (noisy, clean)
     if settings.support in ("truncate", "tail"):
         noisy, clean = (_gathered(side, indices, valid, settings.support == "truncate") for side in whole)

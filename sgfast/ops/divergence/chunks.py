@@ -1,4 +1,4 @@
-"""How `divergences` walks the rows of its logits in PyTorch: how many at a time, and what is read of each chunk."""
+"""Chunks of rows in the PyTorch implementation: their size, and the reads of logits, supports, labels and scales."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -14,14 +14,14 @@ from sgfast.ops.divergence.problem import Problem
 from sgfast.ops.divergence.rows import forward_rows
 from sgfast.ops.topk import selection
 
-# What keeps a thread's share of the temporaries in a 2 MiB cache and makes up for starting the thread.
+# With this many logits a thread's temporaries stay in a 2 MiB cache, and the work outweighs the start of the thread.
 _LOGITS_PER_THREAD = 64 * 1024
-# Of selecting some, which has fewer temporaries and makes many small calls for every chunk.
+# The same with a top-k support, where a chunk has fewer temporaries and needs many small calls.
 _LOGITS_PER_THREAD_TO_SELECT_FROM = 256 * 1024
 
 
 def settings_of(problem: Problem) -> Settings:
-    """The settings of a chunk's arithmetic that no tensor's value decides: a graph may be traced through this."""
+    """Return the settings that do not depend on the values of tensors, so that a graph can be traced."""
     return Settings(
         problem.kind_names,
         problem.support if problem.has_support else "full",
@@ -33,18 +33,18 @@ def settings_of(problem: Problem) -> Settings:
 
 
 def chunk_settings(problem: Problem) -> Settings:
-    """The settings of a chunk's arithmetic, within an operator: its tensors' values are there to be looked at."""
+    """Return the settings of a chunk's arithmetic inside an operator, where the values of tensors can be read."""
     temperature = problem.temperature
-    # Only a CPU can look at the temperature without waiting for a queue.
+    # Only on a CPU the temperature can be read without waiting for a queue.
     labelled = problem.labels is not None and temperature.device.type == "cpu"
     return settings_of(problem)._replace(unit_temperature=labelled and bool((temperature == 1).all()))
 
 
 def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) -> Iterator[Tensor | slice]:
-    """Chunks whose temporaries stay within the caller's bound, and are fewer where that is faster.
+    """Yield chunks whose temporaries stay within the caller's bound; smaller chunks where these are faster.
 
-    Uncompiled on a CPU, every operation is a pass over the chunk: it should stay in the cache, and give each thread
-    enough to do.
+    On a CPU every uncompiled operation is a pass over the chunk. The chunk should stay in the cache and give each
+    thread enough work.
     """
     logits, mask, top_k, max_chunk_bytes = problem.noisy, problem.mask, problem.top_k, problem.max_chunk_bytes
     size, dtype = logits.shape[-1], rows.compute_dtype(logits, problem.clean)
@@ -69,9 +69,9 @@ def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) ->
 
 
 def temporaries(settings: Settings, selected: float, converted: bool) -> float:
-    """How many temporaries of a chunk's size are alive at once, in forward or in backward towards both sides.
+    """Return how many temporaries of a chunk's size are alive at once, in forward or in backward towards both sides.
 
-    ``selected`` is the part of the logits that the support has. tests/ops/divergence/test_divergence_memory.py
+    ``selected`` is the share of the logits that the support selects. tests/ops/divergence/test_divergence_memory.py
     counts the temporaries.
     """
     kinds = min(len(settings.kinds), 5)
@@ -82,22 +82,24 @@ def temporaries(settings: Settings, selected: float, converted: bool) -> float:
 
 
 def masked_temporaries(settings: Settings) -> float:
-    """The same for a support given as a mask, compiled or not: its indices are 64 bits wide."""
+    """Return the number for a support given as a mask, compiled or not; a mask's indices are 64 bits wide."""
     return temporaries(settings, 1, converted=True) + 5
 
 
 def compiled_temporaries(settings: Settings, dtype: torch.dtype) -> float:
-    """How many temporaries compiled code writes to memory: none where one loop has all sums of a row."""
+    """Return how many temporaries compiled code writes to memory: none where one loop finds all sums of a row."""
     one_loop = settings.support == "full" and dtype == torch.float32 and settings.beta == 0.5
     one_loop = one_loop and len(settings.kinds) <= 4 and LABEL_KIND not in settings.kinds and not settings.reads_log_p
-    # Where there should be none, one that another version of PyTorch needs would be eight times what is allowed.
+    # An eighth stands for none: if another version of PyTorch writes one temporary after all, the memory exceeds the
+    # caller's bound eight times at most.
     return 1 / 8 if one_loop else max(8, 4 + len(settings.kinds))
 
 
 def forward_of(implementation: str) -> Callable[..., Tensor]:
-    """`forward_rows`; compiled, it is two programs, in each of which a row is read from the cache after the first time.
+    """Return `forward_rows`, as two programs where it is compiled.
 
-    In one program the arithmetic between the passes, vectorized over rows, would part the passes: each over all rows.
+    In each program the second pass over a row finds the row in the cache. In a single program the arithmetic on row
+    scalars would separate the passes, and each pass would run over all rows before the next.
     """
     if implementation != "compile":
         return forward_rows
@@ -113,7 +115,7 @@ def forward_of(implementation: str) -> Callable[..., Tensor]:
 
 
 def read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:
-    """A chunk's rows (rows, V), in place where the strides allow."""
+    """Read a chunk's rows (rows, V), in place where the strides allow."""
     found = rows.read_rows(logits, chunk)
     if choice.implementation == "compile":
         torch._dynamo.mark_static(found, 1)  # loops of a known length are twice as fast
@@ -121,13 +123,13 @@ def read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) 
 
 
 def reciprocal_temperatures(problem: Problem) -> Scales:
-    """1/T of both sides, of the row shape."""
+    """Compute 1/T of both sides, of the row shape."""
     noisy = 1 / problem.temperature
     return noisy, noisy if problem.clean_temperature is None else 1 / problem.clean_temperature
 
 
 def read_scales(reciprocals: Scales, chunk: Tensor | slice) -> Scales:
-    """A chunk's 1/T of both sides, (rows, 1)."""
+    """Read a chunk's 1/T of both sides, (rows, 1)."""
     noisy = rows.read_scalars(reciprocals[0], chunk)
     return noisy, noisy if reciprocals[1] is reciprocals[0] else rows.read_scalars(reciprocals[1], chunk)
 
@@ -140,7 +142,7 @@ def read_support(
     choice: dispatch.Choice,
     kept_indices: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A chunk's support as padded indices and their validity; backward reads the top k that forward kept."""
+    """Return a chunk's support as padded indices and their validity; backward reads the indices that forward kept."""
     if problem.support_mask is not None:
         return indices_of_mask(rows.read_rows(problem.support_mask, chunk))
     if not problem.top_k:
@@ -152,17 +154,20 @@ def read_support(
 
 
 def indices_of_mask(support_mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Padded indices (rows, V) of a mask's True entries and which are valid; padding repeats the last valid one."""
+    """Return padded indices (rows, V) of a mask's True entries, and their validity.
+
+    Padding repeats the last valid index.
+    """
     positions = torch.arange(support_mask.shape[-1], device=support_mask.device).expand(support_mask.shape)
     last_valid = positions.masked_fill(~support_mask, 0).amax(-1, keepdim=True)
     return torch.where(support_mask, positions, last_valid), support_mask
 
 
 def no_support(like: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and their validity where the support is the whole vocabulary."""
+    """Return empty indices and validity: the support is the whole vocabulary."""
     return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
 
 
 def read_labels(labels: Tensor | None, chunk: Tensor | slice) -> Tensor | None:
-    """A chunk's labels, (rows, 1)."""
+    """Read a chunk's labels, (rows, 1)."""
     return None if labels is None else rows.read_scalars(labels, chunk)

@@ -1,4 +1,4 @@
-"""The divergences' definitions in plain PyTorch, for autograd: what double backward differentiates."""
+"""The divergences' formulas in plain PyTorch. Double backward differentiates them with autograd."""
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ def definition_values(problem: Problem, kept_indices: Tensor | None = None) -> T
         assert kept_indices is not None
         indices, valid = unpack_union(kept_indices)
     if mask is not None:
-        # Rows that do not count are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
+        # Masked rows are replaced before the arithmetic, so that a NaN in a masked row cannot reach a gradient.
         noisy, clean = (torch.where(mask[..., None], side, 0) for side in (noisy, clean))
         indices, valid = indices.clamp(min=0), valid | ~mask[..., None]
     clean_temperature = problem.temperature if problem.clean_temperature is None else problem.clean_temperature
@@ -63,7 +63,7 @@ def _values(
 
 
 def _log_probabilities(logits: Tensor, support: str, indices: Tensor, valid: Tensor) -> Tensor:
-    """Log-probabilities of the support's atoms; finite, so that 0 · log 0 = 0 also in gradients."""
+    """Compute the log-probabilities of the support's atoms; finite, so that 0 · log 0 = 0 also in gradients."""
     if support == "full":
         return logits.log_softmax(-1).clamp(min=-1e30)
     if support == "renormalize":
@@ -79,7 +79,7 @@ def _log_probabilities(logits: Tensor, support: str, indices: Tensor, valid: Ten
 
 
 def _definition(kind: str, a: Tensor, b: Tensor, settings: Settings) -> Tensor:
-    """Terms from a = log p and b = log q."""
+    """Compute the terms of one kind from a = log p and b = log q."""
     p, q, beta, skew = a.exp(), b.exp(), settings.beta, settings.skew
 
     def log_mixture(weight: float) -> Tensor:  # log(weight·q + (1−weight)·p)

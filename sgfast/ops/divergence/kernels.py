@@ -1,7 +1,7 @@
-"""How `divergences` uses the Triton kernels: when they can run, which of them do, what they keep for backward.
+"""The Triton kernels of `divergences`: the arguments they can run, and the calls of forward and backward.
 
-Kept per row are four float32 scalars (eight with a top-k support) and two per kind. Hard labels' cross-entropy comes
-from the whole-vocabulary kernels; beside a top-k support those run for it alone.
+The cross-entropy of hard labels comes from the kernels over the whole vocabulary. Beside a top-k support these kernels
+run for the labels alone.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from sgfast.ops.topk.operator import triton_size_refusal
 
 
 def _only_labels(problem: Problem) -> Problem:
-    """The kind of hard labels, over the whole vocabulary."""
+    """The problem with the kind of hard labels alone, over the whole vocabulary."""
     return problem._replace(kinds=LABEL_KIND, top_k=0)
 
 
@@ -35,7 +35,7 @@ def refusal(
     label_smoothing: float = 0.0,
     **_: Any,
 ) -> str | None:
-    """Why the kernels cannot run on these arguments of `divergences`, or None."""
+    """Say why the kernels cannot run these arguments of `divergences`, or return None."""
     if isinstance(temperature, tuple):
         return "a temperature for each side (the kernels take one for both)"
     reason = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
@@ -47,7 +47,7 @@ def refusal(
 
 
 def refusal_of(problem: Problem) -> str | None:
-    """Why the kernels cannot run on this problem, or None."""
+    """Say why the kernels cannot run this problem, or return None."""
     if problem.support_mask is not None:
         return "a support_mask runs in PyTorch"
     if problem.clean_temperature is not None:
@@ -62,7 +62,7 @@ def refusal_of(problem: Problem) -> str | None:
 
 
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars."""
+    """Compute values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars."""
     import sgfast_kernels
 
     noisy, kinds = problem.noisy, problem.kind_names
@@ -85,9 +85,9 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 def backward(
     problem: Problem, upstream: Tensor, kept_indices: Tensor, row_scalars: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients to the sides wanted.
+    """Compute the gradients of the wanted sides.
 
-    ``row_scalars`` is None where PyTorch was to run when the graph was traced: they are computed again.
+    ``row_scalars`` is None if the graph was traced for the PyTorch implementation; then they are computed again.
     """
     if row_scalars is None:
         row_scalars = forward(problem)[2]

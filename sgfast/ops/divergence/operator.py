@@ -31,10 +31,11 @@ def _choice(problem: Problem) -> dispatch.Choice:
 
 @define("divergences", Problem)
 def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Values (kinds, ...), the top-k support's int32 indices (..., min(2k, V) or k), −1 where invalid, and row scalars.
+    """Compute values (kinds, ...), indices of the top-k support, and row scalars.
 
-    The row scalars (4 + 2·kinds, ...), 8 + 2·kinds with top_k, are for the backward of the implementation that ran,
-    towards the sides wanted. PyTorch has none with a support: zeros.
+    The indices are int32, (..., min(2k, V)) or (..., k), −1 where invalid. The row scalars, (4 + 2·kinds, ...) or with
+    top_k (8 + 2·kinds, ...), serve the backward of the same implementation, towards the wanted sides. The PyTorch
+    implementation keeps no row scalars with a support: they are zeros.
     """
     noisy, clean, labels, mask, top_k = problem.noisy, problem.clean, problem.labels, problem.mask, problem.top_k
     choice = _choice(problem)
@@ -72,7 +73,7 @@ def _(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class BackwardProblem(NamedTuple):
-    """What the gradients are computed from: the problem, upstream (kinds, ...), and what forward kept."""
+    """Arguments of the backward operator: the problem, upstream (kinds, ...), and the tensors that forward kept."""
 
     problem: Problem
     upstream: Tensor
@@ -82,7 +83,7 @@ class BackwardProblem(NamedTuple):
 
 @define("divergences_backward", BackwardProblem)
 def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor]:
-    """Gradients to the sides wanted; an unwanted one comes back empty."""
+    """Compute the gradients of the wanted sides; an unwanted gradient has shape (0,)."""
     problem, upstream, kept_indices, row_scalars = arguments
     noisy, clean, mask = problem.noisy, problem.clean, problem.mask
     choice = _choice(problem)
@@ -107,7 +108,7 @@ def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor]:
     for chunk in row_chunks(problem, choice, settings):
         noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
         indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice, kept_indices)
-        # Without a mask a chunk is a slice of the gradient, which is written where it lies.
+        # Without a mask a chunk is a slice of the gradient, so the result is written in place.
         targets = [
             (gradient[chunk] if mask is None else gradient.new_empty(noisy_rows.shape)) if side_wanted else None
             for gradient, side_wanted in zip(flat_gradients, wanted, strict=True)
@@ -139,8 +140,9 @@ def _(arguments: BackwardProblem) -> tuple[Tensor, Tensor]:
 def _setup(ctx: Any, problem: Problem, output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, kept_indices, row_scalars = output
     ctx.mark_non_differentiable(kept_indices, row_scalars)
-    ctx.set_materialize_grads(False)  # zeros for the two would be as large as they are
-    # PyTorch's row scalars are of use to the same implementation only: not where backward's may be another one.
+    ctx.set_materialize_grads(False)  # no zeros are made for the outputs without a gradient
+    # Only the implementation that made PyTorch's row scalars can use them. Backward may run another implementation
+    # unless the choice is pinned.
     pinned = dispatch.pinned(problem.impl)
     useful = _choice(problem).implementation == "triton" or (pinned is not None and not problem.has_support)
     keep(ctx, problem._replace(impl=pinned), kept_indices, row_scalars if useful else None)

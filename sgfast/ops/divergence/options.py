@@ -1,4 +1,4 @@
-"""What may be asked of a divergence, checked at the door: kinds, supports, mixtures, temperatures."""
+"""Checks of the options of a divergence: kinds, supports, mixtures, labels, temperatures."""
 
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -11,17 +11,17 @@ from sgfast.ops.divergence.kinds import KINDS, LABEL_KIND, users_of
 
 Support = Literal["truncate", "renormalize", "tail"]
 SUPPORTS = ("truncate", "renormalize", "tail")
-# One for both sides, or a pair (noisy, clean); a number or a tensor of the row shape.
+# One temperature for both sides, or a pair (noisy, clean). Each is a number or a tensor of the row shape.
 Temperature = float | Tensor | tuple[float | Tensor, float | Tensor]
 TopKOf = Literal["both", "noisy", "clean"]
 TOP_K_OF = ("both", "noisy", "clean")
-# What a mixture's weight is where none is given, and the kinds that have one.
+# The default weights of the mixtures, and the kinds that have each weight.
 DEFAULT_BETA, DEFAULT_SKEW = 0.5, 0.1
 BETA_KINDS, SKEW_KINDS = users_of("beta"), users_of("skew")
 
 
 class Options(NamedTuple):
-    """What `check_options` found: the kinds, each once, hard labels' last; the mixtures' weights."""
+    """Checked options: the kinds, each once, the kind of hard labels last; the weights of the mixtures."""
 
     kinds: tuple[str, ...]
     beta: float
@@ -37,7 +37,7 @@ def check_options(
     *,
     with_labels: bool = False,
 ) -> Options:
-    """Check what is asked and fill in the weights that are None.
+    """Check the options and fill in the weights that are None.
 
     Raises:
         TypeError: kinds that are not names, or a mixture's weight that is not a number.
@@ -64,7 +64,7 @@ def check_options(
 
 
 def check_kinds(argument: str, kinds: Iterable[object]) -> None:
-    """Check the names of kinds; the message suggests what a wrong one may have meant."""
+    """Check the names of kinds; the message suggests a kind for a misspelt one."""
     for kind in kinds:
         if kind not in KINDS:
             suggestion = validation.did_you_mean(kind, KINDS)
@@ -72,7 +72,7 @@ def check_kinds(argument: str, kinds: Iterable[object]) -> None:
 
 
 def mixture_weight(name: str, value: float | None, default: float, users: Sequence[str], kinds: Sequence[str]) -> float:
-    """A mixture's weight, the default for None; one that no kind would use is refused."""
+    """Return a mixture's weight, the default for None; a weight that no kind would use is refused."""
     if value is None:
         return default
     validation.check_number(name, value)
@@ -83,7 +83,7 @@ def mixture_weight(name: str, value: float | None, default: float, users: Sequen
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
-    """Check the part of hard labels' cross-entropy that is spread over the vocabulary."""
+    """Check the share of the label's weight that is spread over the vocabulary."""
     validation.check_number("label_smoothing", label_smoothing)
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must be between 0 and 1; got {label_smoothing}")
@@ -110,13 +110,13 @@ def check_temperature(temperature: float, name: str = "temperature") -> None:
 
 
 def check_pair_length(temperature: tuple[object, ...]) -> None:
-    """Check that temperatures for each side are two."""
+    """Check that a tuple of temperatures has two elements."""
     if len(temperature) != 2:
         raise ValueError(f"temperature must be one for both sides or a pair (noisy, clean); got {len(temperature)}")
 
 
 def row_temperatures(temperature: Temperature, noisy: Tensor, clean: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Temperatures as tensors of the row shape: the noisy side's, and the clean side's where it has its own."""
+    """Return temperatures as tensors of the row shape: the noisy side's, and the clean side's if it has its own."""
     if not isinstance(temperature, tuple):
         return _row_temperature("temperature", temperature, noisy, clean), None
     check_pair_length(temperature)
@@ -127,7 +127,7 @@ def row_temperatures(temperature: Temperature, noisy: Tensor, clean: Tensor) -> 
 
 
 def _row_temperature(name: str, temperature: float | Tensor, logits: Tensor, other_logits: Tensor) -> Tensor:
-    """One temperature; a number is expanded without memory."""
+    """Return one temperature as a tensor; a number is expanded without memory."""
     dtype = rows.compute_dtype(logits, other_logits)
     if isinstance(temperature, Tensor):
         validation.check_tensor(name, temperature)
@@ -144,7 +144,10 @@ def _row_temperature(name: str, temperature: float | Tensor, logits: Tensor, oth
 
 
 def check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
-    """Refuse a label outside the vocabulary; on a GPU, where looking would stop the queue, its row becomes NaN."""
+    """Refuse a label outside the vocabulary on a CPU.
+
+    On a GPU reading the labels would stop the queue. There the row of such a label becomes NaN.
+    """
     if labels.device.type != "cpu":
         return
     outside = labels >= size if mask is None else (labels >= size) & mask

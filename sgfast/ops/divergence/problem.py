@@ -1,4 +1,4 @@
-"""What one call of `divergences` is asked, checked at the door: the arguments of its operators."""
+"""The arguments of one call of `divergences`, checked: what the registered operator takes."""
 
 from typing import NamedTuple
 

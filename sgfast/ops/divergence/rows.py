@@ -1,7 +1,7 @@
-"""Row sums of the atoms' terms, and from partials back to logit gradients.
+"""Row sums of the atoms' terms, and gradients of the logits from the atoms' partial derivatives.
 
-One chunk of rows at a time: what `divergence` runs, eagerly or through torch.compile. Tensors made here are reused in
-place where they are needed no more; the rows that come in are never written to.
+The code runs on one chunk of rows at a time, eagerly or through torch.compile. Tensors that are made here may be reused
+in place; the incoming rows are never written to.
 """
 
 from collections.abc import Sequence
@@ -33,10 +33,10 @@ def forward_rows(
     sides_wanted: tuple[bool, bool] = (False, False),
     kept: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """(rows, V) twice → what `finish_values` takes: for each row and kind a sum, then row scalars, (rows, 3·kinds + 4).
+    """Compute (rows, 3·kinds + 4) for `finish_values` from two (rows, V): a sum for each kind, then row scalars.
 
-    The scalars are both sides' maximum and sum and, over the whole vocabulary, two for each kind that backward needs;
-    0 stands for what is not computed. ``kept`` are the `softmax_scalars`, where they are at hand.
+    The scalars are both sides' maximum and sum and, over the whole vocabulary, two sums of partial derivatives for each
+    kind. A scalar that is not computed is 0. ``kept`` are the `softmax_scalars`, if they are known.
     """
     sums, row_scalars, noisy_side = [], [], None
     if settings.divergences:
@@ -46,7 +46,7 @@ def forward_rows(
         for kind in settings.divergences:
             sums.append(row_sum(kind, atoms, settings.beta, settings.skew, settings.support == "truncate"))
             for side, wanted in enumerate(sides_wanted):
-                # Uncompiled, a partial only to be summed would cost more than its sum does in backward.
+                # Uncompiled code finds these sums in backward, where the partial derivatives are computed anyway.
                 kept_sum = wanted and settings.support == "full" and torch.compiler.is_compiling()
                 row_scalars.append(_partial_sum(kind, side, atoms, settings) if kept_sum else none)
     if labels is not None:
@@ -59,10 +59,10 @@ def forward_rows(
 
 
 def finish_values(found: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Values (kinds, rows) and row scalars (4 + 2·kinds, rows) from all that `forward_rows` found, (rows, …)."""
+    """Turn the results of `forward_rows`, (rows, …), into values (kinds, rows) and row scalars (4 + 2·kinds, rows)."""
     parts = found.tensor_split([len(settings.kinds)], -1)
     sums, row_scalars = (part.T.clone(memory_format=torch.contiguous_format) for part in parts)
-    # A row with a NaN (or with two infinities of one sign) has a NaN sum; its terms may have lost it.
+    # A row with a NaN (or with two infinities of one sign) has a NaN sum. The terms may have lost the NaN.
     nan = torch.where((row_scalars[1] >= 0) & (row_scalars[3] >= 0), 0.0, torch.nan).to(sums.dtype)
     for kind, kind_sums in zip(settings.divergences, sums, strict=False):
         finish(kind, kind_sums, settings.beta, settings.skew, settings.support == "truncate").add_(nan)
@@ -81,9 +81,9 @@ def backward_rows(
     labels: Tensor | None = None,
     row_scalars: Tensor | None = None,
 ) -> list[Tensor | None]:
-    """Gradients (rows, V) to the sides wanted, in the arithmetic's dtype; ``upstream`` is (kinds, rows).
+    """Compute gradients (rows, V) to the wanted sides, in the arithmetic's dtype; ``upstream`` is (kinds, rows).
 
-    ``row_scalars`` are those of the same implementation's `forward_rows`; what is not given is computed again.
+    ``row_scalars`` come from the same implementation's `forward_rows`. Without them they are computed again.
     """
     dtype = rows.compute_dtype(noisy, clean)
     kept = None if row_scalars is None else row_scalars[:, :, None].unbind(0)
@@ -113,7 +113,10 @@ def backward_rows(
 
 
 def _nan_rows(noisy: Side, clean: Side) -> Tensor:
-    """NaN where a side's sum is, else 0, (rows, 1). Inductor takes a product with 0 for 0, so it has to be chosen."""
+    """Return NaN for rows with a NaN sum, else 0, (rows, 1).
+
+    A selection is needed because Inductor replaces a product with 0 by 0.
+    """
     return torch.where((noisy.sum >= 0) & (clean.sum >= 0), 0.0, torch.nan).to(noisy.sum.dtype)
 
 
@@ -122,7 +125,7 @@ def _partial(kind: str, side: int, atoms: Atoms, settings: Settings) -> tuple[Te
 
 
 def _partial_sum(kind: str, side: int, atoms: Atoms, settings: Settings) -> Tensor:
-    """Σ of one kind's partial towards one side, (rows, 1)."""
+    """Sum one kind's partial derivatives towards one side, (rows, 1)."""
     factor, rest = _partial(kind, side, atoms, settings)
     total = None if factor is None else _mean_factor(factor, (atoms.p, atoms.q)[side])
     if rest is None:
@@ -132,7 +135,7 @@ def _partial_sum(kind: str, side: int, atoms: Atoms, settings: Settings) -> Tens
 
 
 def _mean_factor(factor: Tensor, probability: Tensor) -> Tensor:
-    """Σ probability · factor, (rows, 1)."""
+    """Compute Σ probability · factor, (rows, 1)."""
     return total_of_rows(nan_to_zero(probability * factor))
 
 
@@ -154,7 +157,7 @@ def _weighted_partials(
         factor, rest = _partial(kind, side, atoms, settings)
         if factor is not None:
             mean = _mean_factor(factor, probability) if means is None else means[i]
-            # Where the probability is 0 the factor may be infinite, and must not be.
+            # An atom of probability 0 may have an infinite factor, which would turn the product into NaN.
             factor = factor.clamp(-1e36, 1e36)
             if may_be_infinite(kind, side, settings.skew):
                 mean, factor, rest = _without_infinite_rows(mean, factor, rest)
@@ -167,7 +170,10 @@ def _weighted_partials(
 
 
 def _without_infinite_rows(mean: Tensor, factor: Tensor, rest: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """0 in rows whose mean is infinite. A CPU looks first: such rows are rare, and selecting is slow there."""
+    """Set rows whose mean is infinite to 0.
+
+    Such rows are rare and selections are slow on a CPU, so the CPU looks first.
+    """
     infinite = mean.abs() == torch.inf
     if mean.device.type == "cpu" and not torch.compiler.is_compiling() and not infinite.any():
         return mean, factor, rest
@@ -187,7 +193,7 @@ def write_gradients(
     labels: Tensor | None = None,
     row_scalars: Tensor | None = None,
 ) -> None:
-    """`backward_rows`, written to one target a side (None if not wanted): compiled code then needs no other copy."""
+    """Write `backward_rows` to one target for each side (None if not wanted), so that compiled code makes no copy."""
     sides_wanted = (targets[0] is not None, targets[1] is not None)
     gradients = backward_rows(
         noisy, clean, scales, settings, indices, valid, upstream, sides_wanted, labels, row_scalars
@@ -209,10 +215,10 @@ def _logit_gradient(
     size: int,
     summed: bool,
 ) -> Tensor:
-    """The logits' gradient, from (factor + shift)·p + rest with respect to the atoms' log-probabilities.
+    """Compute the gradient of the logits from (factor + shift)·p + rest, that of the atoms' log-probabilities.
 
-    Unless ``summed``, what rounding has left in the sums is not looked for: compiled code, which has the means from
-    forward, would need a second loop and memory between the two.
+    With ``summed`` the rounding errors left in the row sums are removed. Compiled code has the means from forward and
+    leaves the errors: to remove them it would need a second loop, and memory between the two loops.
     """
     if not summed:
         if factor is None or rest is None:
@@ -230,7 +236,7 @@ def _logit_gradient(
         # The rest's gradient is shared among its logits in proportion to their probabilities.
         rate = torch.where(outside.sum == 0, 0, found[:, -1:] / outside.sum)
         return outside.weights.mul_(rate).scatter_add_(-1, indices, found[:, :-1])
-    # What is left out is one more atom, whose partial is 0.
+    # The logits left out form one more atom, whose partial derivative is 0.
     left_out = side.probabilities.scatter(-1, indices, 0)
     probability = torch.cat([probability, total_of_rows(left_out)], -1)
     factor = None if factor is None else torch.cat([factor, -shift], -1)
@@ -240,7 +246,7 @@ def _logit_gradient(
 
 
 def _centred(probability: Tensor, factor: Tensor | None, rest: Tensor | None) -> tuple[Tensor, Tensor]:
-    """p·(factor − Σ p·factor) + rest − p·Σ rest, a new tensor, and the sum of both sums, (rows, 1)."""
+    """Compute p·(factor − Σ p·factor) + rest − p·Σ rest, a new tensor, and the total of both sums, (rows, 1)."""
     if factor is None:
         assert rest is not None
         total = total_of_rows(rest)
@@ -255,7 +261,7 @@ def _centred(probability: Tensor, factor: Tensor | None, rest: Tensor | None) ->
 def _at_temperature_1(
     noisy: Tensor, side: Side | None, settings: Settings, dtype: torch.dtype, kept_sum: Tensor | None = None
 ) -> Side:
-    """The noisy side whole and at temperature 1; ``side``, where it is that or has its maximum."""
+    """Return the noisy side over the whole vocabulary at temperature 1, reusing ``side`` where possible."""
     if side is None or settings.support in ("renormalize", "tail"):
         return one_side(noisy, 1.0, dtype)
     if settings.unit_temperature:
@@ -264,9 +270,9 @@ def _at_temperature_1(
 
 
 def _label_cross_entropy(noisy: Side, labels: Tensor, smoothing: float) -> Tensor:
-    """−log softmax(noisy)[label], (rows, 1): 0 for a negative label, NaN for one outside the vocabulary.
+    """Compute −log softmax(noisy)[label], (rows, 1): 0 for a negative label, NaN for a label outside the vocabulary.
 
-    A part of it, ``smoothing``, is the mean over the vocabulary in place of the label's.
+    The share ``smoothing`` of the value is the mean over the vocabulary.
     """
     at_label = noisy.logits.gather(-1, labels.clamp(0, noisy.logits.shape[-1] - 1))
     distance = noisy.maximum - at_label
@@ -287,5 +293,5 @@ def _add_label_gradient(gradient: Tensor, noisy: Side, labels: Tensor, upstream:
 
 
 def _nan_outside(labels: Tensor, noisy: Side) -> Tensor:
-    """NaN where a label lies outside the vocabulary, else 0, (rows, 1)."""
+    """Return NaN for labels outside the vocabulary, else 0, (rows, 1)."""
     return torch.zeros_like(noisy.maximum).masked_fill(labels >= noisy.logits.shape[-1], torch.nan)

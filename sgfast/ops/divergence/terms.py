@@ -8,13 +8,14 @@ the rounded probabilities. With P = max(p, q), w = 1 − e^−|d| and h = 1 − 
     log(m/q) = log1p(−κw) + max(d, 0)       and log(m/p) = log1p(−κw) + max(−d, 0)
     KL(q‖m) = Σ (1−λ)(p − q) − q·log(m/q)   each term ≥ 0;  λ = 0 is KL(q‖p)
 
-The linear part (1−λ)(p − q) sums to 0 over a whole distribution; a truncated sum goes without. Jensen–Shannon is
-beta·KL(q‖m) + (1−beta)·KL(p‖m), whose linear parts cancel.
+The linear part (1−λ)(p − q) sums to 0 over a whole distribution; a truncated sum leaves the linear part out.
+Jensen–Shannon is beta·KL(q‖m) + (1−beta)·KL(p‖m), and the two linear parts cancel.
 
-Partials with respect to log p (not the logits) are given as factor·p + rest, those with respect to log q likewise: the
-gradient of the logits is p·(factor − Σ factor·p) + rest − p·Σ rest, and factors are subtracted before p multiplies
-them, so that no digits are lost where one atom has nearly all mass. For whole distributions a multiple of p may be
-added to a partial without changing the gradient, because Σ p = 1; it is chosen so that nothing cancels near p = q.
+Partial derivatives with respect to log p (not the logits) are given as factor·p + rest; those with respect to log q
+likewise. The gradient of the logits is p·(factor − Σ factor·p) + rest − p·Σ rest. The factors are subtracted before p
+multiplies them, so that no digits are lost where one atom has nearly all mass. Over a whole distribution Σ p = 1, so a
+multiple of p added to a partial derivative does not change the gradient. The multiple is chosen so that nothing cancels
+near p = q.
 
 The arithmetic is written for the CPU, where every operation is a pass over memory: a selection (torch.where) costs as
 much as ten products there, so signs enter through copysign, and 0 · inf = 0 through nan_to_num.
@@ -47,7 +48,7 @@ class Atoms:
         """
         self.p, self.q, self.log_p = p, q, log_p
         self.log_ratio, self._ordered = log_ratio, ordered
-        # Compiled code has e^(−|d|/2) from `probabilities` already.
+        # Compiled code has computed e^(−|d|/2) for the probabilities already.
         self._halves = torch.compiler.is_compiling() or reads_half_gaps
         self._computed: dict[str, Tensor] = {}
 
@@ -123,7 +124,8 @@ class Atoms:
         """m/P = 1 − κw; a new tensor."""
         if _is_moderate(weight):
             return self._negative_mixture_loss(weight).add_(1)
-        # Where κw is next to 1 its rounding would be felt: m/P = (1−κ) + κ·e^−|d| then.
+        # With an extreme weight κw may be next to 1, and its rounding would show in 1 − κw. It does not show in
+        # m/P = (1−κ) + κ·e^−|d|.
         share_of_larger = self._by_sign(1 - weight, weight)
         return (-self.gap).exp_().mul_(self._by_sign(weight, 1 - weight)).add_(share_of_larger)
 
@@ -145,29 +147,32 @@ class Atoms:
 
 
 def _is_moderate(weight: float) -> bool:
-    """Whether a mixture's weights are both large enough for a difference from ½ to carry their digits."""
+    """Return True if both weights of a mixture are so large that weight − ½ keeps their digits."""
     return 1 / 64 <= weight <= 63 / 64
 
 
 def nan_to_zero(tensor: Tensor) -> Tensor:
-    """0 where a new tensor is NaN, as in 0 · inf; a distribution that is NaN itself shows in the row's sums."""
+    """Replace NaN, the result of 0 · inf, by 0 in a new tensor.
+
+    Rows whose logits are NaN are found by their sums.
+    """
     if torch.compiler.is_compiling():  # where Inductor tests for NaN it leaves the vector unit
         return torch.where(tensor == tensor, tensor, 0)
     return tensor.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
 def indicator(tensor: Tensor) -> Tensor:
-    """1 where a tensor is positive, else 0, in its dtype: a fraction of the time of a selection on a CPU."""
+    """Return 1 where a tensor is positive, else 0, in its dtype: on a CPU much faster than a selection."""
     if torch.compiler.is_compiling():
         return (tensor > 0).to(tensor.dtype)
     return torch.gt(tensor, 0, out=torch.empty_like(tensor))
 
 
 def total_of_rows(terms: Tensor, *, precise: bool = False) -> Tensor:
-    """Σ over each row, (rows, 1).
+    """Sum over each row, (rows, 1).
 
-    Where one term is far above the others, each addition to it rounds at its size. Compiled code adds thousands of
-    terms to one lane, so it adds in float64; eager PyTorch adds fifty, which ``precise`` sums cannot bear either.
+    An addition to a large term rounds at the size of that term. Compiled code adds thousands of terms in sequence, so
+    it adds in float64. Eager PyTorch adds about fifty in sequence; ``precise`` sums are taken in float64 there too.
     """
     if precise or torch.compiler.is_compiling():
         return terms.sum(-1, keepdim=True, dtype=torch.float64).to(terms.dtype)
@@ -175,11 +180,11 @@ def total_of_rows(terms: Tensor, *, precise: bool = False) -> Tensor:
 
 
 def expm1(exponent: Tensor) -> Tensor:
-    """e^x − 1 of a new tensor x ≤ 0, with all its digits."""
+    """Compute e^x − 1 of a new tensor x ≤ 0, with all its digits."""
     if not torch.compiler.is_compiling():
         return exponent.expm1_()
-    # Inductor's vector code for expm1 is exp(x) − 1. Near 0 a polynomial takes over: (e^x − 1)/x to half of float32's
-    # last digit on [−¼, 0], or the series 1 + x(1/2! + x(1/3! + …)).
+    # Inductor's vector code for expm1 is exp(x) − 1, which loses digits near 0. On [−¼, 0] a polynomial for (e^x − 1)/x
+    # is used: for float32 one that is right to half of the last digit, for float64 the series 1 + x(1/2! + x(1/3! + …)).
     if exponent.dtype == torch.float32:
         series = _polynomial(exponent, (1.0, 0.499999515, 0.166651083, 0.0414906549, 0.00751360807))
     else:
@@ -202,7 +207,7 @@ def _polynomial(x: Tensor, coefficients: Sequence[float]) -> Tensor:
 
 
 def row_sum(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> Tensor:
-    """Sum of one kind's terms over each row, (rows, 1); `finish` makes values of the sums of all rows at once."""
+    """Sum one kind's terms over each row, (rows, 1). `finish` turns the sums of all rows into values at once."""
     known = _simplest(kind, skew)
     return total_of_rows(_terms(known.name, atoms, beta, skew, not (truncated and known.signed)))
 

@@ -10,9 +10,9 @@ With x = m_i − c, y = m_j − c, ρ = 1/σ_j² (each 0 where masked) and any c
 
 are inner products, so that no (A, B, T, D) tensor is ever made. They are taken in float64. Their rounding is at most
 (features + 8) 2⁻⁵² times the first two summands: nothing beside a KL of that size, but too much for two Gaussians that
-nearly agree 10⁵ σ from c. Pairs that this bound does not prove right to 10⁻⁶ relative or 10⁻⁷ nats a feature, and those
-that came out NaN, are summed again term by term: on a CPU all of them, on a GPU, where counting them would stop the
-queue, the A + B least certain ones. Negative results (rounding) become 0.
+nearly agree 10⁵ σ from c. A pair is uncertain if this bound does not prove it right to 10⁻⁶ relative or 10⁻⁷ nats a
+feature, or if its sum is NaN. Uncertain pairs are summed again term by term: on a CPU all of them; on a GPU the A + B
+least certain pairs, because counting them would stop the queue. Negative results (rounding) become 0.
 
 Gradients are matrix products too (`products`), off by about 10⁻¹⁶ (|m − c| / σ)² of 1/σ. Backward
 keeps the inputs and nothing else. There is no Triton kernel: the time goes into float64 matrix products, which PyTorch
@@ -88,7 +88,7 @@ def pairwise_gaussian_kl(
     if not combine_masks:
         masks = masks[0], None
     if max_chunk_bytes is None:
-        # Every chunk passes over the (A, B) results: it should be worth it.
+        # Every chunk passes over the (A, B) results, so a chunk has at least their size.
         max_bytes = max(DEFAULT_CHUNK_BYTES, 8 * mean_a.shape[0] * mean_b.shape[0])
     else:
         max_bytes = validation.chunk_bytes(max_chunk_bytes)

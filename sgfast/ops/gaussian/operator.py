@@ -15,7 +15,7 @@ from sgfast.ops.operator import define, keep, kept
 # Bytes for a feature of a Gaussian on its way through the products, and for one of a pair that is summed term by term.
 _PRODUCT_BYTES = 96
 _DIRECT_BYTES = 96
-# What a pair's rounding may amount to before it is summed again.
+# Largest rounding error that a pair may have without being summed again.
 _RELATIVE, _PER_FEATURE = 1e-6, 1e-7
 
 _DIFFERENTIABLE = ("mean_a", "std_a", "mean_b", "std_b")
@@ -41,7 +41,7 @@ class Problem(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What has a gradient."""
+        """The tensors that have a gradient."""
         return self.mean_a, self.std_a, self.mean_b, self.std_b
 
     @property
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 
     @property
     def by_feature(self) -> bool:
-        """Whether a mask selects single features."""
+        """True if a mask selects single features."""
         return any(mask is not None and mask.dim() == 3 for mask in (self.mask_a, self.mask_b))
 
     def block(self, chunk: tuple[slice, slice]) -> Block:
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
 
 @define("pairwise_gaussian_kl", Problem)
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The divergences and how many features entered them, (A, B) each."""
+    """Compute the divergences and the number of features that entered each, (A, B) both."""
     mean_a, mean_b = problem.mean_a, problem.mean_b
     choice = dispatch.select(problem.impl, triton_refusal())
     body = dispatch.implementation_of(products, choice.implementation)
@@ -84,7 +84,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 def _uncertain_pairs(twice: Tensor, magnitude: Tensor, count: Tensor, features: int) -> Iterator[Tensor]:
-    """Indices into the flattened (A, B) of the pairs to sum term by term, in groups of at most A + B."""
+    """Yield indices into the flattened (A, B) of the pairs to sum term by term, in groups of at most A + B."""
     rounding = (features + 8) * 2.0**-52 * magnitude
     uncertainty = rounding / (_RELATIVE * twice.clamp(min=0) + _PER_FEATURE * count)
     uncertainty = torch.where(count > 0, uncertainty.nan_to_num(torch.inf), 0).flatten()
@@ -118,7 +118,7 @@ def _(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 class BackwardProblem(NamedTuple):
-    """What the gradients are computed from: the problem and upstream (A, B)."""
+    """Arguments of the backward operator: the problem and upstream (A, B)."""
 
     problem: Problem
     upstream: Tensor
@@ -127,7 +127,7 @@ class BackwardProblem(NamedTuple):
 
 @define("pairwise_gaussian_kl_backward", BackwardProblem)
 def backward(arguments: BackwardProblem) -> list[Tensor]:
-    """Gradients to the four tensors; an unwanted one comes back empty."""
+    """Compute the gradients of the four tensors; an unwanted gradient has shape (0,)."""
     problem, upstream, wanted = arguments
     choice = dispatch.select(problem.impl, triton_refusal())
     body = dispatch.implementation_of(gradients_of_products, choice.implementation)

@@ -13,7 +13,7 @@ are inner products. Gradients, for upstream G, with R = G·ρ and Gᵀ·1, Gᵀ�
 import torch
 from torch import Tensor
 
-# Means and stds (n, p, d), and what is used of them, (n, p) bool; a block is two of these.
+# Means and stds (n, p, d), and the bool mask (n, p) of the positions that are used. A block is two triples.
 Triple = tuple[Tensor, Tensor, Tensor]
 Block = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -46,7 +46,7 @@ def _weighted(block: Block) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def products(block: Block) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every pair, (A, B) in float64: 2 KL, what its rounding is measured against, and the positions in common."""
+    """Return three (A, B) float64 matrices: 2 KL, the magnitude of its rounding errors, and the common positions."""
     block = _centred(block)
     x, std_a, weight_a, y, std_b, weight_b = block
     spread, precision, product = _weighted(block)

@@ -7,7 +7,7 @@ from sgfast.ops import rows
 
 
 def definition_values(noisy: Tensor, clean: Tensor, eps: float) -> Tensor:
-    """The four fields stacked in front, differentiable by autograd: (4, ...)."""
+    """Compute the four fields (4, ...) so that autograd can differentiate them."""
     a, b = (side.to(rows.compute_dtype(noisy, clean)) for side in (noisy, clean))
     difference = a - b
     squared_l2 = difference.square().sum(-1)
@@ -25,7 +25,7 @@ def definition_values(noisy: Tensor, clean: Tensor, eps: float) -> Tensor:
 
 
 def far_apart(l2: Tensor, a_norm: Tensor, b_norm: Tensor) -> Tensor:
-    """Where the rows are farther from each other than one of them from 0."""
+    """Mark the rows that are farther from each other than one of the two is from 0."""
     return l2 > torch.minimum(a_norm, b_norm)
 
 
@@ -36,6 +36,6 @@ def _safe_sqrt(squares: Tensor) -> Tensor:
 
 
 def both_nonzero(a_norm: Tensor, b_norm: Tensor) -> Tensor:
-    """Where both squared norms are normal numbers, so that they have digits and 1/(‖a‖‖b‖) is finite."""
+    """Mark the rows whose squared norms are both normal numbers, so that 1/(‖a‖‖b‖) is finite and exact."""
     tiny = torch.finfo(a_norm.dtype).tiny
     return (a_norm.square() >= tiny) & (b_norm.square() >= tiny)

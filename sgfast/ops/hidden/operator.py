@@ -43,7 +43,7 @@ def _row_chunks(problem: Problem, dtype: torch.dtype) -> Iterator[Tensor | slice
 
 @define("hidden_distances", Problem)
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """The values and the row scalars, (4, ...) each."""
+    """Compute the values and the row scalars, (4, ...) each."""
     noisy, clean, mask, eps, impl = problem
     choice = dispatch.select(impl, _refusal_of(problem))
     if choice.implementation == "triton":
@@ -68,7 +68,7 @@ def _(problem: Problem) -> tuple[Tensor, Tensor]:
 
 
 class BackwardProblem(NamedTuple):
-    """What the gradients are computed from: the problem, upstream and forward's row scalars, (4, ...) each."""
+    """Arguments of the backward operator: the problem, and upstream and forward's row scalars, (4, ...) each."""
 
     problem: Problem
     upstream: Tensor
@@ -78,7 +78,7 @@ class BackwardProblem(NamedTuple):
 
 @define("hidden_distances_backward", BackwardProblem)
 def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor]:
-    """Gradients to the sides wanted; an unwanted one comes back empty."""
+    """Compute the gradients of the wanted sides; an unwanted gradient has shape (0,)."""
     problem, upstream, row_scalars, wanted = arguments
     noisy, clean, mask, eps, impl = problem
     choice = dispatch.select(impl, _refusal_of(problem))
@@ -138,7 +138,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> dict[s
     def masked_reference(noisy: Tensor, clean: Tensor) -> Tensor:
         if mask is None:
             return definition_values(noisy, clean, problem.eps)
-        # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
+        # Masked rows are replaced before the arithmetic, so that a NaN in a masked row cannot reach a gradient.
         noisy, clean = (torch.where(mask[..., None], side, 1) for side in (noisy, clean))
         return torch.where(mask, definition_values(noisy, clean, problem.eps), 0)
 

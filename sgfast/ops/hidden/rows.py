@@ -8,7 +8,7 @@ from sgfast.ops.hidden.definitions import both_nonzero, far_apart
 
 
 def forward_rows(noisy: Tensor, clean: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rows, D) twice → values (4, rows) and the row scalars (4, rows) that backward needs."""
+    """Compute values (4, rows) and the row scalars (4, rows) for backward from two tensors (rows, D)."""
     a, b = (side.to(rows.compute_dtype(noisy, clean)) for side in (noisy, clean))
     difference = a - b
     # sum() adds in pairs; vector_norm and vecdot add in sequence, which costs a digit by D = 16384.
@@ -29,7 +29,7 @@ def forward_rows(noisy: Tensor, clean: Tensor, eps: float) -> tuple[Tensor, Tens
 
 
 def _row_coefficients(upstream: Tensor, row_scalars: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(t, r, s) of the gradients t·(a − b) + r·a to a and t·(b − a) + s·b to b."""
+    """Return (t, r, s): the gradients are t·(a − b) + r·a to a and t·(b − a) + s·b to b."""
     g_cosine, g_l2, g_normalized, g_similarity = upstream
     l2, a_norm, b_norm, norm_difference = row_scalars
     both, apart = both_nonzero(a_norm, b_norm), l2 > 0
@@ -54,7 +54,7 @@ def backward_rows(
     needs_noisy: bool,
     needs_clean: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients (rows, D) to the sides that need one, in the arithmetic's dtype."""
+    """Compute gradients (rows, D) to the sides that need one, in the arithmetic's dtype."""
     a, b = (side.to(rows.compute_dtype(noisy, clean)) for side in (noisy, clean))
     towards, along_a, along_b = (one[:, None] for one in _row_coefficients(upstream, row_scalars, eps))
     step = towards * (a - b)

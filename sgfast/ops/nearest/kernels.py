@@ -19,18 +19,18 @@ from torch import Tensor
 from sgfast.ops import dispatch, rows
 from sgfast.ops.nearest import scan
 
-# Candidates beyond those that are asked for: near ties of the last.
+# Candidates beyond the k that are asked for: they hold rows nearly as near as the k-th.
 _SPARE = 8
-# Undecided rows of a query that are compared directly; the target is one.
+# Largest number of undecided rows of a query that are compared directly. The target is one of them.
 _UNDECIDED = 16
-# Bytes for a candidate: packed in every share of the table, sorted, and compared.
+# Bytes for a candidate while it is packed, sorted and compared.
 _CANDIDATE_BYTES = 512
-# A scale is used where it and the squares of what it scales are normal numbers.
+# A row is scaled where the scale and the squares of the scaled numbers are normal numbers.
 _SMALLEST_NORM, _LARGEST_NORM = 2.0**-60, 2.0**60
 
 
 def refusal(queries: Tensor, table: Tensor, k: int) -> str | None:
-    """Why Triton cannot search, or None."""
+    """Say why Triton cannot search, or return None."""
     refused = dispatch.triton_device_refusal(queries, table)
     if refused is not None:
         return refused
@@ -120,7 +120,7 @@ def _power_of_two(least: int) -> int:
 
 
 def _held(table: Tensor, count: int, max_bytes: int) -> int:
-    """How many queries are points, with their candidates, at once: in half of the bytes."""
+    """Return the number of queries that are processed at once: their points and candidates fill half of the bytes."""
     return max(1, max_bytes // 2 // (8 * table.shape[1] + _CANDIDATE_BYTES * count))
 
 

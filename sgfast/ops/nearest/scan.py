@@ -24,20 +24,20 @@ from torch import Tensor
 from sgfast.ops import dispatch, rows
 from sgfast.ops.precision import full_precision_products
 
-# Bytes for a (query, row) pair: the product, the comparison and, should every pair be compared directly, their indices,
-# distances and the sorting of both.
+# Bytes for a (query, row) pair: the product and the comparison. Every pair may have to be compared directly; then the
+# bytes also hold the pairs' indices and distances and the sorting of both.
 _PAIR_BYTES = 112
 # Bytes for an element of a row on its way to float32, and for an element of a pair that is compared directly.
 _SCAN_BYTES = 32
 _DIRECT_BYTES = 48
-# A CPU takes larger temporaries from the system each time, page by page, which costs more than the arithmetic on them.
+# A CPU takes larger temporaries from the system each time, page by page, which costs more time than the arithmetic.
 _CPU_TEMPORARY_BYTES = 2**19
 # Beyond this norm a square may overflow float32.
 _LARGEST_NORM = 2.0**60
 
 
 class Side(NamedTuple):
-    """What the scan needs of some queries or table rows."""
+    """Queries or table rows in the form that the scan reads."""
 
     points: Tensor  # (n, D) float32, centred
     squares: Tensor  # (n,) float32, their squared norms; NaN where squares may overflow
@@ -95,7 +95,7 @@ def direct(
 
 
 def _rows_of_a_temporary(vectors: Tensor) -> int:
-    """How many rows to have in float64 at once."""
+    """Return the number of rows that are held in float64 at once."""
     if vectors.device.type != "cpu":
         return 2**31
     return max(1, _CPU_TEMPORARY_BYTES // (8 * vectors.shape[1]))
@@ -121,7 +121,7 @@ def side_of(vectors: Tensor, center: Tensor, metric: str) -> Side:
 def _centred_unit_vectors(vectors: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     """Unit vectors less the center, (n, D) float32, and which vectors are zero."""
     points = _squarable(vectors.to(torch.float64, copy=True), vectors.dtype)
-    # Summed in another order than for `squared_distances`, which the rounding to float32 hides.
+    # `squared_distances` sums in another order. The rounding to float32 hides the difference.
     norms = torch.linalg.vector_norm(points, dim=-1)
     points.div_(torch.where(norms > 0, norms, 1)[:, None]).sub_(center)
     return points.to(torch.float32), norms == 0
@@ -161,7 +161,7 @@ def _offsets(queries: Side, vectors: Side, sign: int) -> tuple[Tensor, Tensor]:
 
 
 class _Sizes(NamedTuple):
-    """How many queries are held as points, how many and how many table rows are compared at once, and bytes left."""
+    """Numbers of queries held as points, of queries and table rows compared at once, and the bytes left."""
 
     held: int
     queries: int
@@ -228,7 +228,7 @@ def nearest(
     indices = table.new_empty((total, k), dtype=torch.int64)
     with full_precision_products(table.device):
         for block in _scan(queries, table, metric, sign, sizes, implementation):
-            # Rows come in the order of their indices, so that before this block min(k, rows so far) are found.
+            # Rows come in the order of their indices, so min(k, rows so far) are found before this block.
             found, now_found = min(k, block.table_slice.start), min(k, block.table_slice.stop)
             block_keys, block_indices = found_keys[block.query_slice], indices[block.query_slice]
             query_rows, table_rows = _candidates(block, k, block_keys[:, -1] if found == k else None)
@@ -300,7 +300,7 @@ def ranks(
     max_bytes: int,
     implementation: str,
 ) -> Tensor:
-    """How many rows come before the target rows, (queries,), which are at ``target_squares``."""
+    """Count the rows before each target row, (queries,); ``target_squares`` are the targets' d²."""
     sizes = sizes_of(table.shape[1], 1, max_bytes)
     counts = torch.zeros_like(targets)
     with full_precision_products(table.device):
@@ -318,7 +318,7 @@ def ranks(
 
 
 def comes_before(squares: Tensor, table_rows: Tensor, target_squares: Tensor, targets: Tensor) -> Tensor:
-    """Whether rows come before their targets: nearer, or as near and of lower index."""
+    """Mark the rows that come before their targets: nearer rows, and equally near rows of lower index."""
     return (squares < target_squares) | ((squares == target_squares) & (table_rows < targets))
 
 

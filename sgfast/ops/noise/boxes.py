@@ -40,10 +40,10 @@ def boxes_of(shape: Sequence[int]) -> Iterator[tuple[Index, int, int]]:
 
 
 def new_sum(like: Tensor, shape: Sequence[int], needed: bool) -> Tensor:
-    """Where to collect the gradient of a tensor that was broadcast to ``shape``; (0,) if nobody needs it.
+    """Make the tensor that collects the gradient of ``like``, which was broadcast to ``shape``; (0,) if not needed.
 
-    A tensor of the full shape is written once, in its own dtype. A smaller one gets a contribution from each of
-    possibly many thousand boxes: its sum is kept in float64.
+    The gradient of a tensor of the full shape is written once, in its own dtype. A smaller gradient gets a contribution
+    from each box, many thousand perhaps: the sum is kept in float64.
     """
     if not needed:
         return like.new_empty(0)
@@ -58,7 +58,7 @@ def add_box(total: Tensor, index: Index, gradient: Tensor, full: Sequence[int]) 
     if total.shape == torch.Size(full):
         total[index] = gradient
         return
-    # Where the total has size 1, every position of the box falls on the one element.
+    # In a dimension of size 1 every position of the box belongs to the one element.
     within = (
         position if size > 1 else 0 if isinstance(position, int) else slice(None)
         for position, size in zip(index, total.shape, strict=False)
@@ -78,9 +78,9 @@ def box_gradients(
     lowest: float | None,
     highest: float | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients to input, mean and std, before any sum, in the arithmetic's dtype.
+    """Compute the gradients to input, mean and std, before any sum, in the arithmetic's dtype.
 
-    Without ``eps``, for which nothing may be clamped, there is none to std.
+    Without ``eps`` the gradient to std is None; nothing may be clamped then.
     """
     of_mean = upstream = upstream.to(rows.compute_dtype(input))
     if noise_mask is not None:

@@ -19,7 +19,7 @@ def triton_refusal(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
 ) -> str | None:
-    """Why Triton cannot draw, or None."""
+    """Say why Triton cannot draw, or return None."""
     if not isinstance(seed, Tensor):
         seed = torch.empty(0, device=device)
     return dispatch.triton_device_refusal(seed)

@@ -23,7 +23,7 @@ def triton_refusal(
     keep_mask: Tensor | None = None,
     **_: Any,
 ) -> str | None:
-    """Why Triton cannot run these arguments, in the public function's or the operator's form, or None."""
+    """Say why Triton cannot run these arguments, the public function's or the operator's, or return None."""
     refusal = dispatch.triton_device_refusal(input, mean, std, noise_mask, keep_mask)
     if refusal is not None:
         return refusal
@@ -87,7 +87,7 @@ def forward(problem: Problem) -> Tensor:
         output[index] = definition_values(
             box.input, box.mean, box.std, eps, box.noise_mask, box.keep_mask, lowest, highest
         )
-        # Not to be held while the next are drawn.
+        # The draws of one box are freed before the next are made.
         del eps
     return output
 
@@ -98,7 +98,7 @@ def _(problem: Problem) -> Tensor:
 
 
 class BackwardProblem(NamedTuple):
-    """What the gradients are computed from: the problem and upstream."""
+    """Arguments of the backward operator: the problem and upstream."""
 
     problem: Problem
     upstream: Tensor
@@ -107,7 +107,7 @@ class BackwardProblem(NamedTuple):
 
 @define("apply_noise_backward", BackwardProblem)
 def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to input, mean and std; an unwanted one comes back empty."""
+    """Compute the gradients of input, mean and std; an unwanted gradient has shape (0,)."""
     problem, upstream, wanted = arguments
     input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest, impl = problem
     choice = dispatch.select(impl, _refusal_of(problem))
@@ -133,7 +133,7 @@ def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor, Tensor]:
         for total, gradient, needed in zip(totals, gradients, wanted, strict=True):
             if needed and gradient is not None:
                 add_box(total, index, gradient, input.shape)
-        # Not to be held while the next are drawn.
+        # The draws of one box are freed before the next are made.
         del eps, gradients, gradient
     to_input, to_mean, to_std = (
         total.to(operand.dtype).view(operand.shape) if needed else total

@@ -22,16 +22,16 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, validation
 
-# Largest |draw − exact value|: radius · 9e-8 (cosine_and_sine) + 5e-7 · |cos| (radius) + the product's rounding make
-# 1.2e-6 where division and root are correctly rounded; a GPU's (within 2 units in the last place, and 1) make the rest.
-# It is reached beyond 6 standard deviations only; below a radius of 3.6 the sum is at most 1.2e-6.
+# Largest |draw − exact value|. With correctly rounded division and root the error is at most 1.2e-6: radius · 9e-8 from
+# `cosine_and_sine`, 5e-7 · |cos| from `radius`, and the rounding of the product. A GPU's division and root are off by 2
+# and 1 units in the last place, which makes the rest. The error exceeds 1.2e-6 only where the radius is above 3.6.
 NORMAL_ERROR = 2.1e-6
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
-# Rounds before most words depend on the first; the others are an even number.
+# After these rounds most words depend on the first counter word. The number of the other rounds is even.
 _SPREAD = 2
 
 
@@ -52,7 +52,7 @@ def philox(counter: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
     # A product of two 32-bit words needs all 64 bits. As int64 it wraps to the same bits, so shift and mask recover
     # both halves. Only the words that are multiplied next need the mask.
     for k0, k1 in (key.unbind() for key in keys[:_SPREAD].unbind()):
-        # Words that all counters share stay one number each until the others have reached them.
+        # A word that all counters share stays one number until it is mixed with other words.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = (product1 >> 32 ^ c1 ^ k0) & _WORD, (product0 >> 32 ^ c3 ^ k1) & _WORD
         c1, c3 = product1, product0
@@ -166,19 +166,19 @@ def cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
     The nearest quarter turn is taken off in integers, exactly; the rest is t eighths of a turn, t in [−1, 1].
     """
     low = word.to(torch.int32)
-    # Without its two upper bits, and with the next as sign, the word is the distance to the nearest quarter turn.
+    # The word without its two upper bits, read with the next bit as sign, is the distance to the nearest quarter turn.
     t = (low << 2).to(torch.float32).mul_(2.0**-31)
     z = t * t
-    # sin(πt/4)/t − 1 and (cos(πt/4) − 1)/t², minimax for the absolute error of the functions: 1.2e-9 and 6e-11. As
-    # corrections to t and 1 their own rounding is small.
+    # Polynomials for sin(πt/4)/t − 1 and (cos(πt/4) − 1)/t², minimax for the absolute error of sine and cosine: 1.2e-9
+    # and 6e-11. The polynomials only correct t and 1, so their own rounding is small.
     sine = (z * -3.58772584e-05).add_(0.00248987197).mul_(z).sub_(0.0807453673).mul_(z).sub_(0.2146018475)
     sine = sine.mul_(t).add_(t)
     cosine = (z * 3.53133465e-06).sub_(0.000325942008).mul_(z).add_(0.0158543278).mul_(z).sub_(0.308425136)
     cosine = cosine.mul_(z).add_(1)
-    # The upper bits of this are the number of that quarter turn, modulo 4.
+    # The upper bits of this sum are the number of the nearest quarter turn, modulo 4.
     quarter = low.add_(2**29)
     cosine_bits, sine_bits = cosine.view(torch.int32), sine.view(torch.int32)
-    # In odd quarters the two change places.
+    # In odd quarters sine and cosine change places.
     exchange = (cosine_bits ^ sine_bits).bitwise_and_((quarter << 1).bitwise_right_shift_(31))
     # Quarters 1 and 2 have a negative cosine, 2 and 3 a negative sine.
     cosine_bits = cosine_bits.bitwise_xor_(exchange).bitwise_xor_((quarter + 2**30).bitwise_and_(-(2**31)))

@@ -11,7 +11,10 @@ from sgfast.ops.topk.selection import support_width, temporary_bytes, union_find
 
 
 def triton_size_refusal(k: int, size: int) -> str | None:
-    """Why the kernels cannot select k of a row of this size, or None. Ask only where devices are no objection."""
+    """Say why the kernels cannot select k of a row of this size, or return None.
+
+    The caller has checked the devices before.
+    """
     import sgfast_kernels
 
     most, widest = sgfast_kernels.MAX_TOP_K, sgfast_kernels.MAX_TOP_K_WIDTH
@@ -43,7 +46,7 @@ class Problem(NamedTuple):
 
 @define("top_k_support", Problem)
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Indices, and which of them are valid: (..., min(2k, V)) each."""
+    """Find the indices and their validity, (..., min(2k, V)) each."""
     noisy, clean, k, max_chunk_bytes, impl = problem
     choice = dispatch.select(impl, triton_refusal(noisy, clean, k))
     if choice.implementation == "triton":

@@ -36,7 +36,10 @@ def top_k_indices(logits: Tensor, k: int) -> Tensor:
 
 
 def _top_k_set(logits: Tensor, k: int) -> Tensor:
-    """`top_k_indices` in some order. A CPU selects some more than k, mostly with all that tie with the k-th."""
+    """Return `top_k_indices` in any order.
+
+    On a CPU more than k logits are selected, so that the selection mostly holds every logit equal to the k-th.
+    """
     size = logits.shape[-1]
     if logits.device.type != "cpu" or torch.compiler.is_compiling():
         return top_k_indices(logits, k)
@@ -45,10 +48,11 @@ def _top_k_set(logits: Tensor, k: int) -> Tensor:
     with_nan = values[:, 0].isnan()  # NaN comes first
     if not (with_nan | (values[:, k:] == smallest).any(-1)).any():
         return selected[:, :k]
-    # All above the smallest, then its equals from the lower index on.
+    # The order is: all logits above the k-th, then the logits equal to the k-th by index.
     place = torch.where(values > smallest, -1, torch.where(values == smallest, selected, size))
     indices = selected.gather(-1, place.argsort(-1)[:, :k])
-    # Where even the last one ties, others may that were not selected. Keys take much memory: one row at a time.
+    # A row whose last selected logit equals the k-th may have more equal logits outside the selection. Such a row is
+    # ordered by its keys. Keys take much memory, so they are made for one row at a time.
     crowded = with_nan | ((values[:, -1:] == smallest)[:, 0] & (values.shape[-1] < size))
     for row in crowded.nonzero()[:, 0].tolist():
         indices[row] = top_k_indices(logits[row : row + 1], k)
@@ -56,7 +60,7 @@ def _top_k_set(logits: Tensor, k: int) -> Tensor:
 
 
 def support_width(k: int, top_k_of: str, size: int) -> int:
-    """How many indices the top k of one side, or the union of both sides', have at most."""
+    """Return the largest number of indices in a support: the top k of one side, or the union of both sides'."""
     return min(2 * k, size) if top_k_of == "both" else k
 
 
@@ -81,19 +85,25 @@ def union_of_top_k(noisy: Tensor, clean: Tensor, k: int, top_k_of: str = "both")
 
 
 def union_finder(implementation: str, device: torch.device) -> Callable[..., tuple[Tensor, Tensor]]:
-    """`union_of_top_k`, compiled if asked for, but on a CPU: compiled, it makes a key of every logit there."""
+    """Return `union_of_top_k`, compiled if ``implementation`` asks for compilation and the device is no CPU.
+
+    Compiled code makes a key of every logit, which is slower on a CPU than selecting.
+    """
     return dispatch.implementation_of(union_of_top_k, "torch" if device.type == "cpu" else implementation)
 
 
 def temporary_bytes(logits: Tensor, k: int) -> int:
-    """What `union_finder`'s allocates for one row at most; a CPU's crowded row has keys of its own after that."""
+    """Return an upper bound of the bytes that `union_finder`'s function allocates for one row.
+
+    A crowded row on a CPU allocates its 64-bit keys after the other temporaries are free.
+    """
     if logits.device.type == "cpu":
         return 100 * k + 2048  # what was selected, and the sorts of both sides' indices
     return 32 * logits.shape[-1]  # the float copy, its bits, 64-bit keys and their parts, one side after the other
 
 
 def unpack_union(kept_indices: Tensor) -> tuple[Tensor, Tensor]:
-    """From ascending int32 indices, −1 after the last, to those of `union_of_top_k`."""
+    """Turn ascending int32 indices, −1 after the last, into the indices and flags of `union_of_top_k`."""
     valid = kept_indices >= 0
     last_valid = kept_indices.amax(-1, keepdim=True)
     return torch.where(valid, kept_indices, last_valid).long(), valid
