@@ -128,7 +128,7 @@ def _log_ratio(noisy: Side, clean: Side, scales: Scales, paired: bool) -> Tensor
     if paired:
         x, y = ((side.logits - side.maximum).mul_(scale) for side, scale in zip((noisy, clean), scales, strict=True))
         return nan_to_zero(x.sub_(y).sub_(quotient))
-    # Differences are taken before sums: x − y is exact where the sides are close, and so is the term that is subtracted.
+    # Differences are taken before sums: x − y is exact where the sides are close, and so is the subtracted term.
     # Where the sides lie apart, x − y would be rounded at the size of the shift. Then each side is taken relative to
     # its own maximum first.
     x, y, apart = noisy.logits, clean.logits, noisy.maximum - clean.maximum

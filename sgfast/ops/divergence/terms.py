@@ -184,7 +184,7 @@ def expm1(exponent: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return exponent.expm1_()
     # Inductor's vector code for expm1 is exp(x) − 1, which loses digits near 0. On [−¼, 0] a polynomial for (e^x − 1)/x
-    # is used: for float32 one that is right to half of the last digit, for float64 the series 1 + x(1/2! + x(1/3! + …)).
+    # is used: right to half of the last digit for float32, and the series 1 + x(1/2! + x(1/3! + …)) for float64.
     if exponent.dtype == torch.float32:
         series = _polynomial(exponent, (1.0, 0.499999515, 0.166651083, 0.0414906549, 0.00751360807))
     else:
