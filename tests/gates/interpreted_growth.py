@@ -6,8 +6,8 @@ Run by test_gates.py in a process of its own: ``TRITON_INTERPRET=1 python -m pyt
 import pytest
 import torch
 from sgfast_kernels import lse_pair
-from sgfast_kernels.divergence import divergence_forward
-from sgfast_kernels.divergence_backward import divergence_backward
+from sgfast_kernels.divergence.backward import divergence_backward
+from sgfast_kernels.divergence.forward import divergence_forward
 
 from sgfast.benchmarking.growth import largest_cliff
 from tests.gates import strict

@@ -3,7 +3,7 @@
 import torch
 import triton
 import triton.language as tl
-from sgfast_kernels import _philox
+from sgfast_kernels.noise import philox
 from torch import Tensor
 
 
@@ -15,7 +15,7 @@ def _words_kernel(counter_ptr, seed_ptr, words_ptr, count, BD: tl.constexpr):
     c1 = tl.load(counter_ptr + 4 * o_x + 1, mask=m_x, other=0).to(tl.uint32)
     c2 = tl.load(counter_ptr + 4 * o_x + 2, mask=m_x, other=0).to(tl.uint32)
     c3 = tl.load(counter_ptr + 4 * o_x + 3, mask=m_x, other=0).to(tl.uint32)
-    w0, w1, w2, w3 = _philox.philox(c0, c1, c2, c3, tl.load(seed_ptr))
+    w0, w1, w2, w3 = philox.philox(c0, c1, c2, c3, tl.load(seed_ptr))
     tl.store(words_ptr + 4 * o_x, w0.to(tl.int64), mask=m_x)
     tl.store(words_ptr + 4 * o_x + 1, w1.to(tl.int64), mask=m_x)
     tl.store(words_ptr + 4 * o_x + 2, w2.to(tl.int64), mask=m_x)
@@ -34,8 +34,8 @@ def _parts_kernel(word_ptr, radius_ptr, cosine_ptr, sine_ptr, count, BD: tl.cons
     o_x = tl.program_id(0) * BD + tl.arange(0, BD)
     m_x = o_x < count
     word = tl.load(word_ptr + o_x, mask=m_x, other=0).to(tl.uint32)
-    cosine, sine = _philox.cosine_and_sine(word)
-    tl.store(radius_ptr + o_x, _philox.radius(word), mask=m_x)
+    cosine, sine = philox.cosine_and_sine(word)
+    tl.store(radius_ptr + o_x, philox.radius(word), mask=m_x)
     tl.store(cosine_ptr + o_x, cosine, mask=m_x)
     tl.store(sine_ptr + o_x, sine, mask=m_x)
 

@@ -5,18 +5,18 @@ tensors of any rank, treats all dimensions but the last as rows, and returns per
 autograd belong to the caller.
 """
 
-from ._noise_layout import noise_walk
 from ._rows import row_layout
-from .divergence import divergence_forward
-from .divergence_backward import divergence_backward
-from .divergence_topk import divergence_topk_forward
-from .divergence_topk_backward import divergence_topk_backward
+from .divergence.backward import divergence_backward
+from .divergence.forward import divergence_forward
+from .divergence.lse import lse_pair
+from .divergence.topk_backward import divergence_topk_backward
+from .divergence.topk_forward import divergence_topk_forward
+from .divergence.topk_select import MAX_TOP_K, MAX_TOP_K_WIDTH, top_k_union
 from .hidden import hidden_backward, hidden_forward
-from .lse import lse_pair
 from .nearest import MAX_CANDIDATES, nearest_candidates, rank_candidates
-from .noise import noise_forward, standard_normal
-from .noise_backward import noise_backward
-from .topk import MAX_TOP_K, MAX_TOP_K_WIDTH, top_k_union
+from .noise.backward import noise_backward
+from .noise.forward import noise_forward, standard_normal
+from .noise.layout import noise_walk
 
 __all__ = [
     "MAX_CANDIDATES",

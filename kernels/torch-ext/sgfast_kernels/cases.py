@@ -10,18 +10,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ._divergence_atoms import SUPPORTS
-from ._divergence_launch import DIVERGENCES
-from .divergence import divergence_forward
-from .divergence_backward import divergence_backward
-from .divergence_topk import divergence_topk_forward
-from .divergence_topk_backward import divergence_topk_backward
+from .divergence.atoms import SUPPORTS
+from .divergence.backward import divergence_backward
+from .divergence.forward import divergence_forward
+from .divergence.kinds import DIVERGENCES
+from .divergence.lse import lse_pair
+from .divergence.topk_backward import divergence_topk_backward
+from .divergence.topk_forward import divergence_topk_forward
+from .divergence.topk_select import top_k_union
 from .hidden import hidden_backward, hidden_forward
-from .lse import lse_pair
 from .nearest import nearest_candidates, rank_candidates
-from .noise import noise_forward, standard_normal
-from .noise_backward import noise_backward
-from .topk import top_k_union
+from .noise.backward import noise_backward
+from .noise.forward import noise_forward, standard_normal
 
 
 class Case(NamedTuple):

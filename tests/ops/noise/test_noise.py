@@ -17,7 +17,7 @@ from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
 from tests.gates.live_bytes import LiveBytes
 
 if RUNS_TRITON:
-    import sgfast_kernels.noise
+    import sgfast_kernels.noise.forward
 
 # The kernels compute in float32.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, *(() if RUNS_TRITON else (torch.float64,)))
@@ -48,8 +48,8 @@ def cut(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
     """Let chunks, or the kernels' tiles, have this many elements, and kernels add up as many tiles as they ever do."""
     monkeypatch.setattr(philox, "CHUNK_ELEMENTS", elements)
     if RUNS_TRITON:
-        monkeypatch.setattr(sgfast_kernels.noise, "TILE_ELEMENTS", max(32, 1 << elements.bit_length()))
-        monkeypatch.setattr(sys.modules["sgfast_kernels.noise_backward"], "_ENOUGH_PROGRAMS", 1)
+        monkeypatch.setattr(sgfast_kernels.noise.forward, "TILE_ELEMENTS", max(32, 1 << elements.bit_length()))
+        monkeypatch.setattr(sys.modules["sgfast_kernels.noise.backward"], "_ENOUGH_PROGRAMS", 1)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

@@ -16,7 +16,7 @@ from sgfast.ops.noise.normal_draws import Draw, forward
 from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
 
 if RUNS_TRITON:
-    import sgfast_kernels.noise
+    import sgfast_kernels.noise.forward
 
     from tests.gates import philox_kernels
 
@@ -208,7 +208,7 @@ def test_stream_does_not_depend_on_chunks(monkeypatch, elements):
 @pytest.mark.parametrize("columns", [16, 64, 4096])
 def test_stream_does_not_depend_on_blocks(monkeypatch, columns):
     expected = standard_normal((1003,), 11, offset=2**34, device=DEVICE, impl="triton")
-    monkeypatch.setattr(sgfast_kernels.noise, "NORMAL_COLUMNS", columns)
+    monkeypatch.setattr(sgfast_kernels.noise.forward, "NORMAL_COLUMNS", columns)
     assert torch.equal(standard_normal((1003,), 11, offset=2**34, device=DEVICE, impl="triton"), expected)
 
 

@@ -14,9 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._noise_layout import Walk, columns_of, noise_walk
-from ._rows import LAUNCH_OPTIONS, on_device_of
-from .noise import bytes_of, each_column, tile_normals, tile_of
+from .._rows import LAUNCH_OPTIONS, on_device_of
+from .forward import bytes_of, each_column, tile_normals, tile_of
+from .layout import Walk, columns_of, noise_walk
 
 # Longer sums leave fewer partial ones to write, and fewer programs: not below what fills a large GPU.
 _MOST_TRIPS, _ENOUGH_PROGRAMS = 64, 2048

@@ -1,6 +1,6 @@
 """Divergences over the few atoms of a top-k support: the logits at its indices, and one atom for the rest.
 
-Here nothing is per logit of the vocabulary: the terms are those of ``_divergence_terms`` in their plainest form, with
+Here nothing is per logit of the vocabulary: the terms are those of ``terms`` in their plainest form, with
 normalised probabilities. Tiles are [rows, atoms], scalars of rows [rows, 1]; lanes without an atom have probability 0
 on both sides.
 """
@@ -8,7 +8,7 @@ on both sides.
 import triton
 import triton.language as tl
 
-from ._divergence_launch import (
+from .kinds import (
     CROSS_ENTROPY,
     FORWARD_KL,
     HELLINGER,
@@ -19,7 +19,7 @@ from ._divergence_launch import (
     SKEW_REVERSE,
     TOTAL_VARIATION,
 )
-from ._divergence_terms import (
+from .terms import (
     LN2,
     TINY,
     clamped,
@@ -32,7 +32,7 @@ from ._divergence_terms import (
     skew_partials,
     times_ratio,
 )
-from .topk import reference
+from .topk_select import reference
 
 # What a support restricts sums to, in a kernel's ``SUPPORT``.
 SUPPORTS = ("truncate", "renormalize", "tail")

@@ -3,21 +3,21 @@
 import triton
 import triton.language as tl
 
-from ._divergence_launch import (
+from .._rows import row_start
+from .kinds import (
     CROSS_ENTROPY,
     FORWARD_KL,
     HELLINGER,
     JEFFREYS,
     JENSEN_SHANNON,
     LABEL_CROSS_ENTROPY,
-    LOG2_E,
     REVERSE_KL,
     SKEW_FORWARD,
     SKEW_REVERSE,
     TOTAL_VARIATION,
 )
-from ._divergence_terms import LN2, bits_per_unit
-from ._rows import row_start
+from .terms import LN2, bits_per_unit
+from .tiles import LOG2_E
 
 
 @triton.jit

@@ -13,30 +13,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import fast_log2
-from ._divergence_launch import (
+from .._device import fast_log2
+from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start, to_float32
+from .kinds import (
     CROSS_ENTROPY,
     FORWARD_KL,
     HELLINGER,
     JEFFREYS,
     JENSEN_SHANNON,
     LABEL_CROSS_ENTROPY,
-    LOG2_E,
     REVERSE_KL,
     SKEW_FORWARD,
     SKEW_REVERSE,
     TOTAL_VARIATION,
     kind_bits,
-    labels_of,
     positions,
-    row_count,
-    rows_of,
-    split_rows,
-    temperature_rows,
-    tile,
-    weights_of,
 )
-from ._divergence_terms import (
+from .terms import (
     LN2,
     TINY,
     bits_per_unit,
@@ -51,7 +44,7 @@ from ._divergence_terms import (
     skew_partials,
     squares,
 )
-from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start, to_float32
+from .tiles import LOG2_E, labels_of, row_count, rows_of, split_rows, temperature_rows, tile, weights_of
 
 # What a program finds out about its row costs as much as twenty columns of each thread, of which a tile has 16.
 _TILES_EACH = 4

@@ -14,31 +14,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._device import fast_log2
-from ._divergence_finish import finish_kernel
-from ._divergence_launch import (
+from .._device import fast_log2
+from .._rows import LAUNCH_OPTIONS, columns, on_device_of, row_layout, row_start, to_float32
+from .finish import finish_kernel
+from .kinds import (
     CROSS_ENTROPY,
     FORWARD_KL,
     HELLINGER,
     JEFFREYS,
     JENSEN_SHANNON,
-    LOG2_E,
     REVERSE_KL,
     SKEW_FORWARD,
     SKEW_REVERSE,
     TOTAL_VARIATION,
     kind_bits,
-    labels_of,
-    neighbours,
     positions,
-    row_count,
-    rows_of,
-    split_rows,
-    temperature_rows,
-    tile,
-    weights_of,
 )
-from ._divergence_terms import (
+from .lse import lse_pair
+from .terms import (
     BIG,
     TINY,
     bits_per_unit,
@@ -53,8 +46,7 @@ from ._divergence_terms import (
     skew_partials,
     squares,
 )
-from ._rows import LAUNCH_OPTIONS, columns, on_device_of, row_layout, row_start, to_float32
-from .lse import lse_pair
+from .tiles import LOG2_E, labels_of, neighbours, row_count, rows_of, split_rows, temperature_rows, tile, weights_of
 
 # What `_add_column` sums.
 _SUMS = 13

@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._divergence_launch import LEAST_EXPONENT, LOG2_E, row_count, rows_of, split_rows, temperature_rows
-from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from .tiles import LEAST_EXPONENT, LOG2_E, row_count, rows_of, split_rows, temperature_rows
 
 #: What the kernels select from and how many: their tiles hold the first groups of a row, and the maxima of all groups.
 MAX_TOP_K = 128

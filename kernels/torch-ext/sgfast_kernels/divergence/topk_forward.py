@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._divergence_atoms import (
+from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from .atoms import (
     RENORMALIZE,
     ROW_SCALARS,
     SUPPORTS,
@@ -29,18 +30,9 @@ from ._divergence_atoms import (
     rows_and_atoms,
     term_and_partials,
 )
-from ._divergence_launch import (
-    DIVERGENCES,
-    LOG2_E,
-    kind_bits,
-    positions,
-    row_count,
-    rows_of,
-    temperature_rows,
-    weights_of,
-)
-from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
-from .topk import MASSES, reference, top_k_union
+from .kinds import DIVERGENCES, kind_bits, positions
+from .tiles import LOG2_E, row_count, rows_of, temperature_rows, weights_of
+from .topk_select import MASSES, reference, top_k_union
 
 # The kinds whose terms may be negative under truncate.
 _SIGNED = tl.constexpr(1 | 2 | 128 | 256)

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._noise_layout import Walk, columns_of, noise_walk
-from ._philox import grouped_normals, single_normals
-from ._rows import LAUNCH_OPTIONS, on_device_of
+from .._rows import LAUNCH_OPTIONS, on_device_of
+from .layout import Walk, columns_of, noise_walk
+from .philox import grouped_normals, single_normals
 
 # Eight draws a thread, and sixteen 16-bit elements: two 16-byte loads of each tensor.
 NORMAL_COLUMNS, TILE_ELEMENTS = 1024, 2048

@@ -14,17 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._divergence_launch import (
-    LEAST_EXPONENT,
-    LOG2_E,
-    neighbours,
-    row_count,
-    rows_of,
-    split_rows,
-    temperature_rows,
-    tile,
-)
-from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from .tiles import LEAST_EXPONENT, LOG2_E, neighbours, row_count, rows_of, split_rows, temperature_rows, tile
 
 
 def lse_pair(

@@ -1,47 +1,16 @@
-"""What launches over two sets of logits share on the host: kinds as bits, tiles, row splits, masks, temperatures."""
-
-from collections.abc import Sequence
+"""What launches over two sets of logits share on the host: tiles, row splits, masks, temperatures."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import vector_columns
-
-# In the order of their bits in a kernel's ``KINDS``.
-KINDS = (
-    "forward_kl",
-    "reverse_kl",
-    "jeffreys",
-    "jensen_shannon",
-    "total_variation",
-    "squared_hellinger",
-    "cross_entropy",
-    "skew_forward_kl",
-    "skew_reverse_kl",
-    "label_cross_entropy",
-)
-# What compares two sides: all but the last.
-DIVERGENCES = KINDS[:-1]
-FORWARD_KL, REVERSE_KL, JEFFREYS = tl.constexpr(1), tl.constexpr(2), tl.constexpr(4)
-JENSEN_SHANNON, TOTAL_VARIATION, HELLINGER = tl.constexpr(8), tl.constexpr(16), tl.constexpr(32)
-CROSS_ENTROPY, SKEW_FORWARD, SKEW_REVERSE = tl.constexpr(64), tl.constexpr(128), tl.constexpr(256)
-LABEL_CROSS_ENTROPY = tl.constexpr(512)
+from .._rows import vector_columns
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # What weights are taken against is at least this, in bits. What a product k·m was rounded by stays in the weights as a
 # power of two: of 1e9 it is at most 2^32; of masked logits, −1e20 say, it would overflow.
 LEAST_EXPONENT = tl.constexpr(-1e9)
-
-
-def kind_bits(kinds: Sequence[str]) -> int:
-    return sum(1 << KINDS.index(kind) for kind in kinds)
-
-
-def positions(kinds: Sequence[str], among: Sequence[str] = KINDS) -> list[int]:
-    """Where each of ``among`` stands in ``kinds``; 0 for those not asked for."""
-    return [kinds.index(kind) if kind in kinds else 0 for kind in among]
 
 
 def weights_of(weight: float) -> tuple[float, float]:
@@ -50,14 +19,17 @@ def weights_of(weight: float) -> tuple[float, float]:
 
 
 def row_count(tensor: Tensor) -> int:
+    """Return how many rows a (..., V) tensor has."""
     return tensor.shape[:-1].numel()
 
 
 def rows_of(mask: Tensor | None) -> Tensor | None:
+    """Return the mask as one byte per row, as Triton reads it."""
     return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
 def labels_of(labels: Tensor | None) -> Tensor | None:
+    """Return the labels as one contiguous row."""
     return None if labels is None else labels.reshape(-1).contiguous()
 
 

@@ -1,0 +1,1 @@
+"""Divergences between two sets of logits, over the whole vocabulary or over a top-k support."""

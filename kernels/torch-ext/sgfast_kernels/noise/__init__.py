@@ -1,0 +1,1 @@
+"""Seeded noise: standard normals, and their application to embeddings."""
