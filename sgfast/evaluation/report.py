@@ -14,7 +14,7 @@ from sgfast.evaluation.measuring import Measurement, number, selected_rates
 from sgfast.evaluation.plot import DIVERGENCES_PLOT, RANKS_PLOT, plot_divergences, plot_ranks
 from sgfast.evaluation.progress import Progress, write_json
 from sgfast.evaluation.settings import RANK_ATTACKS, EvaluationError, Settings
-from sgfast.training.record import versions
+from sgfast.training.run_record import versions
 from sgfast.utils.files import replacing
 from sgfast.utils.inputs import open_regular
 from sgfast.utils.records import data_digest, read_records
