@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sgfast.benchmarking import families, sweeps, training
+from sgfast.benchmarking import families, sweeps, training_tasks
 from sgfast.benchmarking.environment import environment, statement
 from sgfast.benchmarking.growth import EAGER, growth
 from sgfast.benchmarking.measuring import copy_gb_per_s
@@ -45,7 +45,7 @@ _TASKS: dict[str, Callable[..., Any]] = {
     "divergences": families.divergence_tasks,
     "hidden": families.hidden_tasks,
     "noise": families.noise_tasks,
-    "train": training.training_tasks,
+    "train": training_tasks.training_tasks,
 }
 _OPTIONAL_COLUMNS = (("kept_bytes_per_element", ".2f"), ("value_error", ".0e"), ("gradient_error", ".0e"))
 _LEGEND = """ms: median. GB/s: the bytes that must move over the time; a plain copy reaches {:.1f} here. MiB: the most

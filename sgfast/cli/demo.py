@@ -16,7 +16,7 @@ from rich.text import Text
 
 from sgfast._version import __version__
 from sgfast.cli.training_progress import OnStep, show_training
-from sgfast.client import StainedGlassTransformForText
+from sgfast.client.text_transform import StainedGlassTransformForText
 from sgfast.demo.held_out import TOP_K, measure, nearest_neighbor_reading
 from sgfast.demo.summary_plot import plot_summary
 from sgfast.demo.text import read_text, split_passages
@@ -114,8 +114,7 @@ def _run(
     run = {"model": name, "steps": steps, "sgfast": __version__, "torch": torch.__version__}
     _write_json(out / RECORD_FILE, {**run, "hyperparameters": hyperparameters, "components": _components(history)})
     _write_json(out / METRICS_FILE, {"before": before, "after": after})
-    with replacing(out / PLOT_FILE) as temporary:
-        plot_summary(temporary, history, before, after)
+    plot_summary(out / PLOT_FILE, history, before, after)
     console.print(_table(before, after))
     with console.status("using the saved transform in a new process"):
         embeddings, attention_mask = _transform_elsewhere(transform_path, prompt, seed)

@@ -26,7 +26,7 @@ from sgfast.training.data import TokenizedRecords, check_trainable
 from sgfast.training.history_plot import plot_history
 from sgfast.training.run_record import CHECKPOINTS, RECORD_FILE, check_continues, components_in, ends, write_record
 from sgfast.training.trainer_run import History, train
-from sgfast.utils.files import check_output_file, check_output_folder, replacing
+from sgfast.utils.files import check_output_file, check_output_folder
 from sgfast.utils.one_writer import one_writer
 from sgfast.utils.records import IndexedRecords, data_digest
 
@@ -73,8 +73,7 @@ def _run(configuration: Configuration, processes: PartialState, resume: bool) ->
         return
     _save(configuration, models, trained)
     write_record(configuration, data, scale, history, finished=finished)
-    with replacing(configuration.out / PLOT_FILE) as temporary:
-        plot_history(temporary, history)
+    plot_history(configuration.out / PLOT_FILE, history)
     if not finished:
         console.print(
             f"interrupted after {len(history)} of {configuration.steps} steps; the transform so far is in "

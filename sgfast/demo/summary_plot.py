@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from sgfast.training.history_plot import draw_curve
+from sgfast.utils.figures import load_pyplot, save_png
 
 _CURVES = {
     "distillation_layer_cosine_distance": ("layer cosine distance (utility)", "tab:blue"),
@@ -22,11 +23,7 @@ def plot_summary(
     path: Path, history: Sequence[Mapping[str, float]], before: Mapping[str, float], after: Mapping[str, float]
 ) -> None:
     """Write a PNG: the loss components over the steps, and the held-out metrics before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.1))
     for name, (label, color) in _CURVES.items():
         if history and name in history[0]:
@@ -46,5 +43,4 @@ def plot_summary(
     for axes in (curves, bars):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
+    save_png(figure, path, dpi=120)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sgfast.huggingface.content_spans import Rendering, locate_contents, overlapping_tokens, skip_white_space
-from sgfast.huggingface.examples import RESPONSE_ROLE, TRANSFORMED_ROLES, Message
+from sgfast.huggingface.conversations import RESPONSE_ROLE, TRANSFORMED_ROLES, Message
 from sgfast.huggingface.tokenizer_state import TokenizerError, backend_copy, tokenizer_faults
 
 if TYPE_CHECKING:

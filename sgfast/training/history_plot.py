@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from sgfast.training.run_record import components_in
+from sgfast.utils.figures import load_pyplot, save_png
 
 _COLUMNS = 3
 # These components keep the model's behaviour. The others make the transform strong.
@@ -14,11 +15,7 @@ _TITLES = {"loss": "loss, weighted sum", "mean_sigma": "mean sigma"}
 
 def plot_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
     """Write a PNG with a panel for the loss, for each component, unweighted, and for the mean sigma."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     names = components_in(history)
     rows = -(-len(names) // _COLUMNS)
     figure, grid = pyplot.subplots(rows, _COLUMNS, figsize=(4 * _COLUMNS, 2.7 * rows), squeeze=False, sharex=True)
@@ -35,8 +32,7 @@ def plot_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
         axes.tick_params(labelbottom=True)
     figure.suptitle("blue: the model's behaviour; orange: the transform's strength", fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, format="png", dpi=110)
-    pyplot.close(figure)
+    save_png(figure, path)
 
 
 def draw_curve(

@@ -53,7 +53,7 @@ def get_noise_metrics_factory(noise_layer: "BaseNoiseLayer", dim: int = -1) -> C
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> from sgfast.metrics.noise import get_noise_metrics_factory
+        >>> from sgfast.metrics.noise_metrics import get_noise_metrics_factory
         >>> last_forward = SimpleNamespace(
         ...     input=torch.tensor([[3.0, 4.0], [0.0, 1.0]]),
         ...     mean=torch.tensor([6.0, 8.0]),
