@@ -18,7 +18,7 @@ from sgfast.benchmarking.growth import EAGER, growth
 from sgfast.benchmarking.measuring import copy_gb_per_s
 from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
 from sgfast.benchmarking.results import write_result
-from sgfast.cli.arguments import MOST
+from sgfast.cli.option_checks import MOST
 from sgfast.ops.dispatch import IMPLEMENTATIONS
 from sgfast.utils.files import check_output_file, check_output_folder
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sgfast.model import NoisyModel
 from sgfast.model.noise_loss import check_interpolation
 from sgfast.noise_layer import BaseNoiseLayer, CloakNoiseLayerOneShot, PatchCloakNoiseLayer, parameter_groups
-from sgfast.noise_layer.arguments import check_count
+from sgfast.ops.validation import check_count
 from sgfast.utils.figures import load_pyplot, save_png
 from sgfast.utils.files import check_output_file
 

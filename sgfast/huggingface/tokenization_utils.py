@@ -17,7 +17,7 @@ from sgfast.huggingface.collator import IGNORED_LABEL, NoiseMaskCollator
 from sgfast.huggingface.conversations import chat_conversations, described, instruction_conversations
 from sgfast.huggingface.noise_tokenizer import NoiseEncoding, NoiseTokenizer
 from sgfast.huggingface.tokenizer_state import check_fields, tokenizer_faults, tokenizer_from_state, tokenizer_state
-from sgfast.noise_layer.arguments import check_bool
+from sgfast.ops.validation import check_bool
 from sgfast.utils import strict_json
 
 if TYPE_CHECKING:

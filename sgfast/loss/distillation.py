@@ -40,7 +40,7 @@ from sgfast.loss.factory import (
 from sgfast.model.capture import Capture
 from sgfast.model.median_norm import median_target_norm
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
-from sgfast.noise_layer.arguments import check_bool
+from sgfast.ops.validation import check_bool
 
 __all__ = [
     "cross_entropy_distillation_factory",

@@ -25,8 +25,8 @@ from sgfast.loss.factory import (
 from sgfast.model.capture import Capture, Outputs
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.peft_noisy_transformer_masking_model import PeftNoiseMaskedNoisyTransformerModel
-from sgfast.noise_layer.arguments import check_bool
 from sgfast.ops.hidden import hidden_distances
+from sgfast.ops.validation import check_bool
 
 
 def jigsaw_loss_factory(

@@ -134,12 +134,8 @@ class LearnedInversionAttack:
             ("epochs", epochs, 0),
             ("batch_size", batch_size, 1),
         ):
-            if (value, name) == (None, "hidden_size"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
+            if (value, name) != (None, "hidden_size"):
+                validation.check_count(name, value, least)
         validation.check_number("learning_rate", learning_rate)
         validation.check_number("held_out_fraction", held_out_fraction)
         if not learning_rate > 0:
