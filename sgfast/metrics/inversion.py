@@ -126,9 +126,7 @@ class LearnedInversionAttack:
         seed: int = 0,
         max_chunk_bytes: int | None = None,
     ) -> None:
-        validation.check_floating("table", table)
-        if table.dim() != 2 or 0 in table.shape:
-            raise ValueError(f"table must have shape (V, D), both at least 1; got {tuple(table.shape)}")
+        validation.check_table("table", table)
         for name, value, least in (
             ("hidden_size", hidden_size, 1),
             ("epochs", epochs, 0),

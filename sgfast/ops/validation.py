@@ -228,3 +228,10 @@ def check_seed(seed: Any) -> int | None:
     if seed is not None and not 0 <= seed < 2**64:
         raise ValueError(f"seed must be None or lie in [0, 2**64); got {seed}")
     return seed
+
+
+def check_table(name: str, table: Tensor) -> None:
+    """Check for a floating tensor (V, D), both at least 1."""
+    check_floating(name, table)
+    if table.dim() != 2 or 0 in table.shape:
+        raise ValueError(f"{name} must have shape (V, D), both at least 1; got {tuple(table.shape)}")
