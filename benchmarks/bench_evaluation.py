@@ -16,7 +16,7 @@ from sgfast.benchmarking import plain
 from sgfast.benchmarking.families import COMPILED, METRICS
 from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Outputs, Task
-from sgfast.benchmarking.training import causal_lm, under_noise
+from sgfast.benchmarking.training_tasks import causal_lm, under_noise
 from sgfast.metrics import get_utility_metrics_factory, nearest_neighbor_failure_rate
 from sgfast.model.decoder import embedding_table_of
 

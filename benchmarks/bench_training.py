@@ -12,7 +12,7 @@ import pytest
 from sgfast.benchmarking.families import COMPILED
 from sgfast.benchmarking.growth import EAGER
 from sgfast.benchmarking.measuring import Task
-from sgfast.benchmarking.training import training_tasks
+from sgfast.benchmarking.training_tasks import training_tasks
 
 
 @pytest.mark.parametrize("implementation", [EAGER, COMPILED, "sgfast", "sgfast compile"])

@@ -26,9 +26,9 @@ from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.metrics.utility import mean_over_sequences, token_divergences
 from sgfast.training.building import Models, build_loss, models_over
 from sgfast.training.configuration import LoraOptions
+from sgfast.training.history_plot import smoothed
 from sgfast.training.objectives import DEFAULT_OPTIONS
-from sgfast.training.plot import smoothed
-from sgfast.training.record import versions
+from sgfast.training.run_record import versions
 from sgfast.utils.files import check_output_file, replacing
 
 DIVERGENCE = "next_token_utility/jensen_shannon"

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sgfast.utils.files import replacing
+from sgfast.utils.figures import load_pyplot, save_png
 
 _AXES = {
     "vocab": "vocabulary V",
@@ -24,7 +24,7 @@ def plot_growth(path: Path, records: Sequence[dict[str, Any]], title: str) -> bo
     axes_found = [axis for axis in _AXES if len({record[axis] for record in records if record["sweep"] == axis}) > 1]
     if not axes_found:
         return False
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, grid = pyplot.subplots(
         len(_COSTS), len(axes_found), figsize=(1.2 + 3.6 * len(axes_found), 6.4), squeeze=False, sharex="col"
     )
@@ -51,7 +51,7 @@ def plot_accuracy(path: Path, records: Sequence[dict[str, Any]], title: str) -> 
     swept = [record for record in records if record["sweep"] == "noise" and "value_error" in record]
     if not swept:
         return False
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     dtypes = sorted({record["dtype"] for record in swept}, reverse=True)
     figure, grid = pyplot.subplots(len(_ERRORS), len(dtypes), figsize=(1.2 + 4.4 * len(dtypes), 6.4), squeeze=False)
     for row, (error, label) in enumerate(_ERRORS.items()):
@@ -104,15 +104,6 @@ def _held(records: Sequence[dict[str, Any]], axis: str) -> str:
     return ", ".join(f"{name} {first[name]}" for name in _AXES if name != axis and first.get(name))
 
 
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def _finish(figure: Any, labelled: Any, title: str, path: Path) -> None:
     """Legend above the panels, the environment below them."""
     handles, labels = labelled.get_legend_handles_labels()
@@ -120,6 +111,4 @@ def _finish(figure: Any, labelled: Any, title: str, path: Path) -> None:
     figure.legend(handles, labels, loc="upper center", ncols=columns, fontsize=8, frameon=False)
     figure.tight_layout(rect=(0, 0.05, 1, 0.98 - 0.028 * -(-len(labels) // columns)))
     figure.text(0.01, 0.01, title, fontsize=7, color="0.4", wrap=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    _pyplot().close(figure)
+    save_png(figure, path)

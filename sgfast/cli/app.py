@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from sgfast.cli.arguments import MOST, finite, text
 from sgfast.cli.bench_options import bench
+from sgfast.cli.option_checks import MOST, finite, text
 from sgfast.evaluation.settings import Precision
 from sgfast.utils.records import TextAs, TextUnit
 

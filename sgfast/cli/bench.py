@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sgfast.benchmarking import families, sweeps, training
+from sgfast.benchmarking import families, sweeps, training_tasks
 from sgfast.benchmarking.environment import environment, statement
 from sgfast.benchmarking.growth import EAGER, growth
 from sgfast.benchmarking.measuring import copy_gb_per_s
 from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
 from sgfast.benchmarking.results import write_result
-from sgfast.cli.arguments import MOST
+from sgfast.cli.option_checks import MOST
 from sgfast.ops.dispatch import IMPLEMENTATIONS
 from sgfast.utils.files import check_output_file, check_output_folder
 
@@ -45,7 +45,7 @@ _TASKS: dict[str, Callable[..., Any]] = {
     "divergences": families.divergence_tasks,
     "hidden": families.hidden_tasks,
     "noise": families.noise_tasks,
-    "train": training.training_tasks,
+    "train": training_tasks.training_tasks,
 }
 _OPTIONAL_COLUMNS = (("kept_bytes_per_element", ".2f"), ("value_error", ".0e"), ("gradient_error", ".0e"))
 _LEGEND = """ms: median. GB/s: the bytes that must move over the time; a plain copy reaches {:.1f} here. MiB: the most

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sgfast.cli.arguments import finite
+from sgfast.cli.option_checks import finite
 
 bench = typer.Typer(
     name="bench",

@@ -1,40 +1,43 @@
-"""``sgfast demo``: the main job, told step by step."""
+"""``sgfast demo``: train, measure, save and use a transform, with a report of every step."""
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.padding import Padding
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from sgfast._version import __version__
-from sgfast.client import StainedGlassTransformForText
-from sgfast.demo.measuring import TOP_K, measure, nearest_neighbor_reading
-from sgfast.demo.plot import plot_training
+from sgfast.cli.training_progress import OnStep, show_training
+from sgfast.client.text_transform import StainedGlassTransformForText
+from sgfast.demo.held_out import TOP_K, measure, nearest_neighbor_reading
+from sgfast.demo.summary_plot import plot_summary
 from sgfast.demo.text import read_text, split_passages
-from sgfast.demo.training import Step, train
 from sgfast.huggingface.assets import PACKAGED_MODEL, load_causal_lm
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.loss.distillation import distillation_loss_factory
+from sgfast.loss.factory import LossFunctions
 from sgfast.metrics.utility import UTILITY_DIVERGENCES
-from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
-from sgfast.noise_layer.transformer_cloak import TransformerCloak
+from sgfast.training.building import Models, models_over
+from sgfast.training.configuration import Configuration
+from sgfast.training.data import TokenizedRecords
+from sgfast.training.run_record import components_in
+from sgfast.training.trainer_run import History, train
 from sgfast.utils.files import check_output_file, replacing
 from sgfast.utils.one_writer import one_writer
+from sgfast.utils.records import IndexedRecords
 
 DEFAULT_PROMPT = "I am Ada Lovelace. Explain in one sentence what a Python function is."
 WORDS_PER_PASSAGE, HELD_OUT, MAX_LENGTH, BATCH_SIZE = 60, 32, 128, 8
 LEARNING_RATE = 2e-3
-SCALE = (1e-3, 1.0)
-RHOS_INIT = -2.0
+NOISE_LAYER = {"scale": (1e-3, 1.0), "rhos_init": -2.0}
 LOSS_WEIGHTS = {
     "std_log_ratio_loss_weight": 0.2,
     "input_embedding_similarity_loss_weight": 0.5,
@@ -88,26 +91,16 @@ def _run(
     console.print(f"loading {name}")
     base_model, tokenizer = load_causal_lm(model)
     torch.manual_seed(seed)
-    noisy_model = _under_noise(base_model)
+    models = models_over(base_model, TokenizerWrapper(tokenizer, type(base_model)), NOISE_LAYER)
+    noisy_model, tokenizer_wrapper, client = models.noisy_model, models.tokenizer_wrapper, models.client
     loss_functions = distillation_loss_factory(noisy_model, layer, alpha, **LOSS_WEIGHTS)
-    tokenizer_wrapper = TokenizerWrapper(tokenizer, type(base_model))
-    client = StainedGlassTransformForText(noisy_model, tokenizer_wrapper, [f"{noisy_model.target_layer}.weight"])
     positions = getattr(base_model.config, "max_position_embeddings", None) or MAX_LENGTH
     measuring = {"batch_size": BATCH_SIZE, "max_length": min(MAX_LENGTH, positions), "seed": seed}
     with console.status("measuring the untrained transform on held-out text"):
         before = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
     reading_before = _attacker_reads(client, prompt, client([{"role": "user", "content": prompt}], seed=seed))
 
-    training = train(
-        noisy_model,
-        loss_functions,
-        tokenizer_wrapper,
-        passages.train,
-        steps=steps,
-        learning_rate=LEARNING_RATE,
-        **measuring,
-    )
-    history, finished = _follow(console, training, steps)
+    history, finished = _train(console, models, loss_functions, passages.train, steps, measuring["max_length"], seed)
     noisy_model.eval()
     transform_path = out / TRANSFORM_FILE
     client.save_pretrained(transform_path)
@@ -119,11 +112,9 @@ def _run(
         after = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
     hyperparameters = loss_functions[2]()
     run = {"model": name, "steps": steps, "sgfast": __version__, "torch": torch.__version__}
-    components = [step.components for step in history]
-    _write_json(out / RECORD_FILE, {**run, "hyperparameters": hyperparameters, "components": components})
+    _write_json(out / RECORD_FILE, {**run, "hyperparameters": hyperparameters, "components": _components(history)})
     _write_json(out / METRICS_FILE, {"before": before, "after": after})
-    with replacing(out / PLOT_FILE) as temporary:
-        plot_training(temporary, history, before, after)
+    plot_summary(out / PLOT_FILE, history, before, after)
     console.print(_table(before, after))
     with console.status("using the saved transform in a new process"):
         embeddings, attention_mask = _transform_elsewhere(transform_path, prompt, seed)
@@ -134,49 +125,54 @@ def _run(
     console.print(f"in {out}: {', '.join(_WRITTEN)}")
 
 
-def _under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:
-    embedding = base_model.get_input_embeddings()
-    target_layer = next(str(name) for name, module in base_model.named_modules() if module is embedding)
-    return NoiseMaskedNoisyTransformerModel(
-        TransformerCloak,
-        base_model,
-        target_layer=target_layer,
-        config_path=base_model.config,
-        transformer_type=type(base_model.base_model),
-        scale=SCALE,
-        rhos_init=RHOS_INIT,
-    )
+def _train(
+    console: Console,
+    models: Models,
+    loss_functions: LossFunctions,
+    passages: Sequence[str],
+    steps: int,
+    max_length: int,
+    seed: int,
+) -> tuple[History, bool]:
+    """Train as ``sgfast train`` does, without checkpoints; return the history, and True if all steps were taken."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "passages.txt"
+        data.write_text("\n".join(passages), encoding="utf-8")
+        configuration = Configuration(
+            data=data,
+            out=Path(folder),
+            steps=steps,
+            batch_size=BATCH_SIZE,
+            max_length=max_length,
+            learning_rate=LEARNING_RATE,
+            seed=seed % 2**32,  # the trainer takes no larger one
+        )
+        examples = TokenizedRecords(IndexedRecords(data), models.tokenizer_wrapper, max_length=max_length)
+
+        def training(on_step: OnStep) -> tuple[History, bool]:
+            return train(
+                configuration, models, loss_functions, examples, resume=False, keep_checkpoints=False, on_step=on_step
+            )
+
+        history, finished = show_training(console, steps, _progress_text, training, bar_width=10)
+    models.noisy_model.to("cpu")  # a trainer moves the model to a GPU; the demo measures on the CPU
+    return history, finished
 
 
-def _follow(console: Console, training: Iterator[Step], steps: int) -> tuple[list[Step], bool]:
-    """Show the training; return the steps taken, and whether they are all of them."""
-    history: list[Step] = []
-    columns = (
-        BarColumn(bar_width=10),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=steps)
-        try:
-            for step in training:
-                history.append(step)
-                progress.update(task, advance=1, description=_progress_text(step))
-        except KeyboardInterrupt:
-            return history, False
-    return history, True
+def _components(history: History) -> list[dict[str, float]]:
+    """The loss's components of every step, and their weighted sum as ``total``."""
+    names = {name: "total" if name == "loss" else name for name in components_in(history) if name != "mean_sigma"}
+    return [{key: step[name] for name, key in names.items()} for step in history]
 
 
-def _progress_text(step: Step) -> str:
+def _progress_text(values: dict[str, float]) -> str:
     short = {
-        "total": "loss",
+        "loss": "loss",
         "distillation_layer_cosine_distance": "cos",
         "std_log_ratio": "std",
         "input_embedding_similarity": "sim",
     }
-    parts = [f"{label} {step.components[name]:.3f}" for name, label in short.items() if name in step.components]
-    return " ".join([*parts, f"{step.tokens_per_second:.0f} tok/s"])
+    return " ".join(f"{label} {values[name]:.3f}" for name, label in short.items() if name in values)
 
 
 def _table(before: dict[str, float], after: dict[str, float]) -> Table:
@@ -205,7 +201,7 @@ def _attacker_reads(client: StainedGlassTransformForText, prompt: str, embedding
 
 
 def _transform_elsewhere(transform_path: Path, prompt: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a client process, which has the file and nothing else, would send."""
+    """The embeddings and mask that another process makes of the prompt. That process has only the saved file."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sgfast.evaluation.plot import COMPARISON_PLOT, plot_comparison
 from sgfast.evaluation.processes import Processes, joined
 from sgfast.evaluation.report import (
     PARQUET_FILE,
@@ -21,6 +20,7 @@ from sgfast.evaluation.report import (
     read_metrics,
     write_parquet,
 )
+from sgfast.evaluation.report_plots import COMPARISON_PLOT, plot_comparison
 from sgfast.evaluation.run import InterruptedEvaluationError, evaluate
 from sgfast.evaluation.settings import Settings
 from sgfast.evaluation.subject import load_model, load_subject

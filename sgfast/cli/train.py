@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sgfast.cli.training_progress import OnStep, show_training
 from sgfast.huggingface.assets import PACKAGED_MODEL
 from sgfast.huggingface.trainer_checkpoint import Trained, save_adapters, trained_state
 from sgfast.loss.factory import LossFunctions
@@ -23,10 +23,10 @@ from sgfast.training.configuration import (
     with_overrides,
 )
 from sgfast.training.data import TokenizedRecords, check_trainable
-from sgfast.training.plot import plot_history
-from sgfast.training.record import CHECKPOINTS, RECORD_FILE, check_continues, components_in, ends, write_record
-from sgfast.training.run import History, train
-from sgfast.utils.files import check_output_file, check_output_folder, replacing
+from sgfast.training.history_plot import plot_history
+from sgfast.training.run_record import CHECKPOINTS, RECORD_FILE, check_continues, components_in, ends, write_record
+from sgfast.training.trainer_run import History, train
+from sgfast.utils.files import check_output_file, check_output_folder
 from sgfast.utils.one_writer import one_writer
 from sgfast.utils.records import IndexedRecords, data_digest
 
@@ -73,8 +73,7 @@ def _run(configuration: Configuration, processes: PartialState, resume: bool) ->
         return
     _save(configuration, models, trained)
     write_record(configuration, data, scale, history, finished=finished)
-    with replacing(configuration.out / PLOT_FILE) as temporary:
-        plot_history(temporary, history)
+    plot_history(configuration.out / PLOT_FILE, history)
     if not finished:
         console.print(
             f"interrupted after {len(history)} of {configuration.steps} steps; the transform so far is in "
@@ -109,25 +108,14 @@ def _follow(
     resume: bool,
 ) -> tuple[History, bool]:
     """Train under a progress bar."""
-    columns = (
-        BarColumn(bar_width=20),
-        MofNCompleteColumn(),
-        TextColumn("{task.description}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("", total=configuration.steps)
 
-        def on_step(step: int, values: dict[str, float]) -> None:
-            bar = progress.tasks[task]
-            if not bar.completed:  # the rate is that of this process, from its second step
-                progress.reset(task, completed=step)
-            rate = f" {bar.speed:.2f} steps/s" if bar.speed else ""
-            progress.update(
-                task, completed=step, description=f"loss {values['loss']:.4g} sigma {values['mean_sigma']:.4g}{rate}"
-            )
+    def description(values: dict[str, float]) -> str:
+        return f"loss {values['loss']:.4g} sigma {values['mean_sigma']:.4g}"
 
+    def training(on_step: OnStep) -> tuple[History, bool]:
         return train(configuration, models, loss, examples, resume=resume, on_step=on_step)
+
+    return show_training(console, configuration.steps, description, training)
 
 
 def _save(configuration: Configuration, models: Models, trained: Trained | None) -> None:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from sgfast.client import StainedGlassTransformForText
+from sgfast.client.text_transform import StainedGlassTransformForText
 from sgfast.training.data import as_chat
 from sgfast.utils.files import check_output_file, replacing
 from sgfast.utils.records import IndexedRecords, Record, RecordError, TextUnit

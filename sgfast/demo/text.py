@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from sgfast.utils.inputs import open_regular
+from sgfast.utils.input_files import open_regular
 
 _MINIMUM_PASSAGES = 16
 # All of it is in memory, several times over.

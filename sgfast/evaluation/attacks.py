@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sgfast.evaluation.budget import Budget
-from sgfast.evaluation.examples import Example, Survey, read_examples
 from sgfast.evaluation.settings import Settings
 from sgfast.evaluation.subject import Subject, record_noise_seed
+from sgfast.evaluation.survey import Example, Survey, read_examples
 from sgfast.metrics.information import fano_error_bound, information_bounds, pac_privacy_success_bound
 from sgfast.metrics.inversion import LearnedInversionAttack
 from sgfast.metrics.privacy import repeated_query_attack

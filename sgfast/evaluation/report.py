@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import sgfast
-from sgfast.client_file import check_client_file
-from sgfast.evaluation.measuring import Measurement, number, selected_rates
-from sgfast.evaluation.plot import DIVERGENCES_PLOT, RANKS_PLOT, plot_divergences, plot_ranks
+from sgfast.client.file_format import check_client_file
 from sgfast.evaluation.progress import Progress, write_json
+from sgfast.evaluation.record_measurement import Measurement, number, selected_rates
+from sgfast.evaluation.report_plots import DIVERGENCES_PLOT, RANKS_PLOT, plot_divergences, plot_ranks
 from sgfast.evaluation.settings import RANK_ATTACKS, EvaluationError, Settings
-from sgfast.training.record import versions
+from sgfast.training.run_record import versions
 from sgfast.utils.files import replacing
-from sgfast.utils.inputs import open_regular
+from sgfast.utils.input_files import open_regular
 from sgfast.utils.records import data_digest, read_records
 
 METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE = "metrics.json", "sequences.jsonl", "sequences.parquet"

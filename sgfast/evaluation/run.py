@@ -7,8 +7,9 @@ from typing import Any, Protocol
 
 from sgfast.evaluation.attacks import SampleAttacks
 from sgfast.evaluation.budget import readable_bytes
-from sgfast.evaluation.examples import Survey, check_survey, read_examples
-from sgfast.evaluation.measuring import (
+from sgfast.evaluation.processes import Processes
+from sgfast.evaluation.progress import PartWriter, Progress
+from sgfast.evaluation.record_measurement import (
     Measurement,
     add_measured,
     budget_of,
@@ -16,11 +17,10 @@ from sgfast.evaluation.measuring import (
     measure_example,
     numbers,
 )
-from sgfast.evaluation.processes import Processes
-from sgfast.evaluation.progress import PartWriter, Progress
 from sgfast.evaluation.report import write_results
 from sgfast.evaluation.settings import SAMPLE_ATTACKS, EvaluationError, Settings
 from sgfast.evaluation.subject import Subject
+from sgfast.evaluation.survey import Survey, check_survey, read_examples
 from sgfast.utils.interruption import noting_interruption
 from sgfast.utils.records import RecordError
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgfast.client import StainedGlassTransformForText
+from sgfast.client.text_transform import StainedGlassTransformForText
 from sgfast.evaluation.settings import EvaluationError, Settings
 from sgfast.huggingface.assets import load_causal_lm
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgfast.huggingface.distillation import distillation_compute_loss
+from sgfast.huggingface.compute_loss import distillation_compute_loss
 from sgfast.loss import DivergenceLoss
 
 IGNORED = -100

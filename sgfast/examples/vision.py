@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from sgfast.model import NoisyModel
 from sgfast.model.noise_loss import check_interpolation
 from sgfast.noise_layer import BaseNoiseLayer, CloakNoiseLayerOneShot, PatchCloakNoiseLayer, parameter_groups
-from sgfast.noise_layer.arguments import check_count
-from sgfast.utils.files import check_output_file, replacing
+from sgfast.ops.validation import check_count
+from sgfast.utils.figures import load_pyplot, save_png
+from sgfast.utils.files import check_output_file
 
 BATCH_SIZE, HELD_OUT = 64, 360
 BASE_EPOCHS, BASE_LEARNING_RATE = 20, 2e-3
@@ -137,11 +138,7 @@ def measure(name: str, noisy_model: NoisyModel, images: Images) -> Result:
 
 def draw(path: Path, images: Images, results: Sequence[Result], columns: int = 10) -> None:
     """Write a PNG: a row of held-out images, and a row of each transform's outputs for them."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     rows = [("original", images.held_out), *((result.name, result.transformed) for result in results)]
     # Rounded: some versions of matplotlib cut a fraction of a pixel off, and 1.15 · 3 lies a rounding below 3.45.
     figure, axes = pyplot.subplots(len(rows), columns, figsize=(columns, round(1.15 * len(rows), 2)), squeeze=False)
@@ -151,9 +148,7 @@ def draw(path: Path, images: Images, results: Sequence[Result], columns: int = 1
             axis.set(xticks=[], yticks=[])
         row[0].set_title(name, loc="left", fontsize=9)
     figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    pyplot.close(figure)
+    save_png(figure, path, dpi=120)
 
 
 def run(

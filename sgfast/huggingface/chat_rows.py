@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from sgfast.huggingface.content_spans import Rendering, locate_contents, overlapping_tokens, skip_white_space
-from sgfast.huggingface.examples import RESPONSE_ROLE, TRANSFORMED_ROLES, Message
+from sgfast.huggingface.conversations import RESPONSE_ROLE, TRANSFORMED_ROLES, Message
 from sgfast.huggingface.tokenizer_state import TokenizerError, backend_copy, tokenizer_faults
+from sgfast.ops.validation import check_count
 
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
@@ -182,11 +183,7 @@ def _row(conversation: Sequence[Message], rendering: Rendering, encoding: "Encod
 def checked_max_length(tokenizer: "PreTrainedTokenizerFast", max_length: int | None) -> int:
     """The tokens to keep or to pad to: ``max_length``, or the tokenizer's ``model_max_length``."""
     kept = tokenizer.model_max_length if max_length is None else max_length
-    if not isinstance(kept, int) or isinstance(kept, bool):
-        raise TypeError(f"max_length must be an int; got {type(kept).__name__}")
-    if kept < 1:
-        raise ValueError(f"max_length must be at least 1; got {kept}")
-    if kept > _UNKNOWN_MODEL_MAX_LENGTH:
+    if check_count("max_length", kept) > _UNKNOWN_MODEL_MAX_LENGTH:
         raise ValueError("max_length must be given: the tokenizer does not know the model's own maximum")
     return kept
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sgfast.huggingface.chat_rows import ChatTemplate, Row, chat_rows, checked_max_length, offset_tokenizer, truncated
 from sgfast.huggingface.collator import PaddingSide, padded, round_up
-from sgfast.huggingface.examples import chat_conversations
+from sgfast.huggingface.conversations import chat_conversations
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

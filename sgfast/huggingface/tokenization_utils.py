@@ -14,10 +14,10 @@ from torch import Tensor
 
 from sgfast.huggingface.chat_rows import ChatTemplate, Row, chat_rows, checked_max_length, offset_tokenizer, truncated
 from sgfast.huggingface.collator import IGNORED_LABEL, NoiseMaskCollator
-from sgfast.huggingface.examples import chat_conversations, described, instruction_conversations
+from sgfast.huggingface.conversations import chat_conversations, described, instruction_conversations
 from sgfast.huggingface.noise_tokenizer import NoiseEncoding, NoiseTokenizer
 from sgfast.huggingface.tokenizer_state import check_fields, tokenizer_faults, tokenizer_from_state, tokenizer_state
-from sgfast.noise_layer.arguments import check_bool
+from sgfast.ops.validation import check_bool
 from sgfast.utils import strict_json
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from sgfast.model.noise_loss import (
 )
 from sgfast.model.noisy_model import Applied, NoisyModel
 from sgfast.model.output import NoisyModelOutput
-from sgfast.noise_layer.arguments import check_bool, check_log_scale
+from sgfast.noise_layer.arguments import check_log_scale
+from sgfast.ops.validation import check_bool
 
 LossArguments = ParamSpec("LossArguments")
 

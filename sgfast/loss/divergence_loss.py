@@ -174,8 +174,7 @@ class DivergenceLoss(nn.Module):
             raise ValueError(
                 f"label_smoothing={label_smoothing} has no use without hard labels; hard_label_weight must be above 0"
             )
-        if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-            raise TypeError(f"ignore_index must be an int; got {type(ignore_index).__name__}")
+        validation.check_integer("ignore_index", ignore_index)
         validation.check_choice("reduction", reduction, REDUCTIONS)
         validation.chunk_bytes(max_chunk_bytes)
         self.top_k = top_k

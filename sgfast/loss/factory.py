@@ -12,8 +12,9 @@ from sgfast.model.capture import Capture, Consumer
 from sgfast.model.decoder import resolve_layer_index
 from sgfast.model.noise_loss import check_interpolation
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
-from sgfast.noise_layer.arguments import check_log_scale, check_real
+from sgfast.noise_layer.arguments import check_log_scale
 from sgfast.ops import validation
+from sgfast.ops.validation import check_real
 
 Normalizers = Mapping[str, Tensor | float]
 

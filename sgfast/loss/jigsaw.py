@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sgfast.loss import components, terms
+from sgfast.loss import components
+from sgfast.loss.components import captured
 from sgfast.loss.factory import (
     HyperparametersDict,
     LossFunctions,
@@ -24,8 +25,8 @@ from sgfast.loss.factory import (
 from sgfast.model.capture import Capture, Outputs
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.peft_noisy_transformer_masking_model import PeftNoiseMaskedNoisyTransformerModel
-from sgfast.noise_layer.arguments import check_bool
 from sgfast.ops.hidden import hidden_distances
+from sgfast.ops.validation import check_bool
 
 
 def jigsaw_loss_factory(
@@ -143,7 +144,7 @@ def jigsaw_loss_factory(
         teacher, student = captures
         _check_same_batch(teacher, student)
         loss_tokens, noise_tokens = normalizers.get("loss_tokens"), normalizers.get("noise_tokens")
-        losses = terms.layer_losses(student.noisy, teacher.clean, layer, counted, wanted, loss_tokens)
+        losses = captured.layer_components(student.noisy, teacher.clean, layer, counted, wanted, loss_tokens)
         if protects and apply_distillation_protection_loss_mask:
             closeness = _normalized_l2(teacher.noisy, teacher.clean, layer, counted)
             losses["distillation_protection_l2"] = components.distillation_protection_l2(
@@ -158,8 +159,8 @@ def jigsaw_loss_factory(
             losses["clean_embedding_performance"] = components.clean_embedding_performance(
                 closeness, counted, loss_tokens
             )
-        losses |= terms.std_loss(student, wanted, noise_layer.scale[1], noise_tokens)
-        losses |= terms.angle_and_distance_losses(
+        losses |= captured.std_component(student, wanted, noise_layer.scale[1], noise_tokens)
+        losses |= captured.embedding_components(
             student,
             wanted,
             noise_tokens,

@@ -9,7 +9,7 @@ from sgfast.metrics.information import (
     pac_privacy_success_bound,
 )
 from sgfast.metrics.inversion import LearnedInversionAttack
-from sgfast.metrics.noise import get_noise_metrics_factory
+from sgfast.metrics.noise_metrics import get_noise_metrics_factory
 from sgfast.metrics.privacy import (
     max_rank_failure_rate,
     mean_reconstruction_rank,

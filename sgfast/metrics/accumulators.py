@@ -222,9 +222,7 @@ class PrivacyMetrics(_Accumulator):
         k: Sequence[int] | None = None,
         max_chunk_bytes: int | None = None,
     ) -> None:
-        validation.check_floating("table", table)
-        if table.dim() != 2 or 0 in table.shape:
-            raise ValueError(f"table must have shape (V, D), both at least 1; got {tuple(table.shape)}")
+        validation.check_table("table", table)
         validation.check_choice("metric", metric, METRICS)
         size = table.shape[0]
         ranks = tuple(rank for rank in _TRANSFORMATION_RANKS if rank <= size) if k is None else tuple(k)

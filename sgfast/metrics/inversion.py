@@ -126,20 +126,14 @@ class LearnedInversionAttack:
         seed: int = 0,
         max_chunk_bytes: int | None = None,
     ) -> None:
-        validation.check_floating("table", table)
-        if table.dim() != 2 or 0 in table.shape:
-            raise ValueError(f"table must have shape (V, D), both at least 1; got {tuple(table.shape)}")
+        validation.check_table("table", table)
         for name, value, least in (
             ("hidden_size", hidden_size, 1),
             ("epochs", epochs, 0),
             ("batch_size", batch_size, 1),
         ):
-            if (value, name) == (None, "hidden_size"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}; got {value}")
+            if (value, name) != (None, "hidden_size"):
+                validation.check_count(name, value, least)
         validation.check_number("learning_rate", learning_rate)
         validation.check_number("held_out_fraction", held_out_fraction)
         if not learning_rate > 0:

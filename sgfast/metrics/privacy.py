@@ -106,8 +106,7 @@ def token_ranks(
 
 def check_rank(name: str, rank: int, size: int | None) -> None:
     """Check a rank against the table's size (None for any)."""
-    if isinstance(rank, bool) or not isinstance(rank, int):
-        raise TypeError(f"{name} must be an int; got {type(rank).__name__}")
+    validation.check_integer(name, rank)
     if rank < 1 or (size is not None and rank > size):
         allowed = "be at least 1" if size is None or rank < 1 else f"be at most {size}, the rows of table"
         raise ValueError(f"{name} must {allowed}; got {rank}")

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from sgfast.metrics.exact_sum import exact_sums, to_float64
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
-from sgfast.noise_layer.arguments import check_count
 from sgfast.ops import rows, validation
 from sgfast.ops.divergence import divergences
 from sgfast.ops.topk import top_k_support
 from sgfast.ops.topk.selection import check_k
+from sgfast.ops.validation import check_count
 from sgfast.utils.torch import split_2d
 
 # Key in the result → kind of `sgfast.ops.divergences`. "jefferys" is the documented spelling.

@@ -5,6 +5,8 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
+from sgfast.ops.validation import check_integer
+
 # What families call the norm after the last layer.
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
@@ -46,8 +48,7 @@ def resolve_layer_index(base_model: nn.Module, index: int) -> int:
         ValueError: out of range.
     """
     depth = len(decoder_layers(base_model))
-    if isinstance(index, bool) or not isinstance(index, int):
-        raise TypeError(f"the decoder layer index must be an int; got {type(index).__name__}")
+    check_integer("the decoder layer index", index)
     if not -depth <= index < depth:
         raise ValueError(f"the decoder layer index must lie in [{-depth}, {depth - 1}] for this model; got {index}")
     return index % depth

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgfast.noise_layer.arguments import check_real
 from sgfast.ops import rows, validation
+from sgfast.ops.validation import check_real
 
 _MEASURED_BATCHES = 10
 _RATE = 0.05

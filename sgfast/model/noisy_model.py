@@ -18,8 +18,9 @@ from sgfast.model.noise_loss import (
     scalar_loss,
 )
 from sgfast.model.output import NoisyModelOutput
-from sgfast.noise_layer.arguments import check_input_shape, check_log_scale, check_real
+from sgfast.noise_layer.arguments import check_input_shape, check_log_scale
 from sgfast.noise_layer.base import BaseNoiseLayer
+from sgfast.ops.validation import check_real
 
 # The noisy models whose forwards or noise_disabled blocks are running, the innermost last.
 _running: list["NoisyModel"] = []

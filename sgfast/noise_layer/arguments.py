@@ -1,49 +1,13 @@
-"""Checks of the arguments that noise layers have in common."""
+"""Checks of the arguments that only noise layers have: scale, value range and input shape."""
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 from typing import Any
+
+from sgfast.ops.validation import check_real
 
 Scale = tuple[float, float]
 ValueRange = tuple[float | None, float | None]
-
-
-def check_real(name: str, value: Any) -> float:
-    """Check for a number that is not NaN and return it as a float."""
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
-    try:
-        number = float(value)
-    except OverflowError as error:
-        raise ValueError(f"{name} must be a number that a float can hold") from error
-    if math.isnan(number):
-        raise ValueError(f"{name} must be a number; got nan")
-    return number
-
-
-def check_finite(name: str, value: Any) -> float:
-    """Check for a finite number and return it as a float."""
-    number = check_real(name, value)
-    if math.isinf(number):
-        raise ValueError(f"{name} must be finite; got {value}")
-    return number
-
-
-def check_bool(name: str, value: Any) -> bool:
-    """Check for True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool; got {type(value).__name__}")
-    return value
-
-
-def check_count(name: str, value: Any) -> int:
-    """Check for an int of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1; got {value}")
-    return value
 
 
 def check_scale(scale: Any) -> Scale:
@@ -81,15 +45,6 @@ def check_value_range(value_range: Any) -> ValueRange | None:
     if low is not None and high is not None and not low <= high:
         raise ValueError(f"value_range must have low <= high; got {value_range}")
     return low, high
-
-
-def check_seed(seed: Any) -> int | None:
-    """Check for None or an int of 64 bits."""
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"seed must be an int or None; got {type(seed).__name__}")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be None or lie in [0, 2**64); got {seed}")
-    return seed
 
 
 def check_input_shape(input_shape: Any) -> tuple[int, ...] | None:

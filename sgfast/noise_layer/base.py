@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgfast.noise_layer.arguments import Scale, ValueRange, check_scale, check_seed, check_value_range
+from sgfast.noise_layer.arguments import Scale, ValueRange, check_scale, check_value_range
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.seeds import counted_seed, drawn_seed
 from sgfast.ops import validation
 from sgfast.ops.noise import apply_noise, standard_normal
+from sgfast.ops.validation import check_seed
 
 
 class BaseNoiseLayer(nn.Module, ABC):

@@ -8,12 +8,13 @@ They follow Cloak (Mireshghallah et al., "Not all features are equal", WWW 2021)
 import torch
 from torch import Tensor, nn
 
-from sgfast.noise_layer.arguments import Scale, ValueRange, check_bool, check_finite, check_input_shape
+from sgfast.noise_layer.arguments import Scale, ValueRange, check_input_shape
 from sgfast.noise_layer.base import BaseNoiseLayer
 from sgfast.noise_layer.lazy import LazyNoiseLayer
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.parameterizations import CloakStandardDeviationParameterization
 from sgfast.ops import validation
+from sgfast.ops.validation import check_bool, check_finite
 
 
 class CloakNoiseLayer(LazyNoiseLayer):

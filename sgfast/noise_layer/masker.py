@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from sgfast.noise_layer.arguments import check_count, check_real
 from sgfast.ops.topk.selection import top_k_indices
+from sgfast.ops.validation import check_count, check_real
 
 
 class PercentMasker:

@@ -9,7 +9,8 @@ import math
 import torch
 from torch import Tensor
 
-from sgfast.noise_layer.arguments import Scale, check_real, check_scale
+from sgfast.noise_layer.arguments import Scale, check_scale
+from sgfast.ops.validation import check_real
 
 
 def _wide(rho: Tensor) -> Tensor:

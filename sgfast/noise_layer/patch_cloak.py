@@ -3,10 +3,11 @@
 from torch import Tensor
 from torch.nn import functional as F
 
-from sgfast.noise_layer.arguments import Scale, ValueRange, check_count, check_finite
+from sgfast.noise_layer.arguments import Scale, ValueRange
 from sgfast.noise_layer.lazy import LazyNoiseLayer
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.parameterizations import CloakStandardDeviationParameterization
+from sgfast.ops.validation import check_count, check_finite
 
 
 class PatchCloakNoiseLayer(LazyNoiseLayer):

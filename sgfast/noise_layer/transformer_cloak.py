@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgfast.noise_layer.arguments import Scale, ValueRange, check_bool, check_count, check_finite, check_real
+from sgfast.noise_layer.arguments import Scale, ValueRange
 from sgfast.noise_layer.base import BaseNoiseLayer
 from sgfast.noise_layer.masker import PercentMasker
 from sgfast.noise_layer.parameterizations import (
@@ -17,6 +17,7 @@ from sgfast.noise_layer.parameterizations import (
     DirectStandardDeviationParameterization,
 )
 from sgfast.ops import validation
+from sgfast.ops.validation import check_bool, check_count, check_finite, check_real
 from sgfast.utils.positions import position_ids_of
 
 # Bodies that a saved layer may name; a file never imports anything else.

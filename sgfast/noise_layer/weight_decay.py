@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sgfast.noise_layer.arguments import check_real
 from sgfast.noise_layer.base import BaseNoiseLayer
+from sgfast.ops.validation import check_real
 
 
 def exempt_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,7 +1,9 @@
 """Checks at the door, shared by the operations: shapes, dtypes and devices only, never values on a GPU."""
 
 import difflib
+import math
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 import torch
@@ -174,3 +176,62 @@ def chunk_bytes(max_chunk_bytes: int | None) -> int:
     if max_chunk_bytes < 1:
         raise ValueError(f"max_chunk_bytes must be positive; got {max_chunk_bytes}")
     return max_chunk_bytes
+
+
+def check_real(name: str, value: Any) -> float:
+    """Check for a number that is not NaN and return it as a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number; got {type(value).__name__}")
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name} must be a number that a float can hold") from error
+    if math.isnan(number):
+        raise ValueError(f"{name} must be a number; got nan")
+    return number
+
+
+def check_finite(name: str, value: Any) -> float:
+    """Check for a finite number and return it as a float."""
+    number = check_real(name, value)
+    if math.isinf(number):
+        raise ValueError(f"{name} must be finite; got {value}")
+    return number
+
+
+def check_bool(name: str, value: Any) -> bool:
+    """Check for True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool; got {type(value).__name__}")
+    return value
+
+
+def check_integer(name: str, value: Any) -> int:
+    """Check for an int."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int; got {type(value).__name__}")
+    return value
+
+
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """Check for an int of at least ``least``."""
+    count = check_integer(name, value)
+    if count < least:
+        raise ValueError(f"{name} must be at least {least}; got {count}")
+    return count
+
+
+def check_seed(seed: Any) -> int | None:
+    """Check for None or an int of 64 bits."""
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"seed must be an int or None; got {type(seed).__name__}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be None or lie in [0, 2**64); got {seed}")
+    return seed
+
+
+def check_table(name: str, table: Tensor) -> None:
+    """Check for a floating tensor (V, D), both at least 1."""
+    check_floating(name, table)
+    if table.dim() != 2 or 0 in table.shape:
+        raise ValueError(f"{name} must have shape (V, D), both at least 1; got {tuple(table.shape)}")

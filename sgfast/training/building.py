@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from sgfast.client import StainedGlassTransformForText
+from sgfast.client.text_transform import StainedGlassTransformForText
 from sgfast.huggingface.assets import load_causal_lm
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.loss.factory import LossFunctions

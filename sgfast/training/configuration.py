@@ -20,7 +20,7 @@ from sgfast.noise_layer.transformer_cloak import MOST_LAYERS, TransformerCloak
 from sgfast.training.objectives import DEFAULT_OPTIONS, FACTORIES, MODEL_ARGUMENTS
 from sgfast.training.yaml_settings import parse_yaml, read_yaml_file
 from sgfast.utils.bounded_pattern import check_pattern
-from sgfast.utils.inputs import check_path
+from sgfast.utils.input_files import check_path
 from sgfast.utils.records import TextAs, TextUnit
 
 Precision = Literal["float32", "bfloat16"]

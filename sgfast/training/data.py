@@ -1,4 +1,6 @@
-"""Records as training examples: token ids with the masks of what is hidden and of what counts."""
+"""Records as training examples: token ids, the mask of transformed tokens and the mask of tokens that count."""
+
+from typing import Any
 
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -8,19 +10,16 @@ from sgfast.utils.records import IndexedRecords, Record, RecordError, TextAs
 
 
 class TokenizedRecords(Dataset[dict[str, Tensor]]):
-    """The records of a file, each tokenized when it is asked for.
-
-    A chat goes through the tokenizer's chat template. So does a text, as the message of a user, which is where a
-    client's private text stands; with ``text_as="plain"`` it is tokenized as it is, all of it to be hidden.
+    """The records of a file. A record is tokenized when it is read.
 
     Args:
-        records: of one file.
-        tokenizer_wrapper: says which tokens are hidden and which count.
-        max_length: tokens kept of a record.
-        text_as: ``"message"`` or ``"plain"``.
+        records: the records of one file.
+        tokenizer_wrapper: says which tokens are transformed and which count in the loss.
+        max_length: number of tokens kept of a record.
+        text_as: how `encode_record` reads a text, ``"message"`` or ``"plain"``.
 
     Raises:
-        RecordError: for an example, if the wrapper or the chat template refuses it; names file and line.
+        RecordError: while reading: the wrapper or the chat template refuses a record; the message names file and line.
     """
 
     def __init__(
@@ -43,17 +42,16 @@ class TokenizedRecords(Dataset[dict[str, Tensor]]):
         """``input_ids, attention_mask, noise_mask, loss_mask``, each (T,)."""
         record = self.records[index]
         try:
-            if record.text is not None and self.text_as == "plain":
-                rows = self.tokenizer_wrapper.encode_text(record.text, truncation=True, max_length=self.max_length)
-            else:
-                rows = self.tokenizer_wrapper(as_chat(record), truncation=True, max_length=self.max_length)
+            rows = encode_record(
+                self.tokenizer_wrapper, record, self.text_as, truncation=True, max_length=self.max_length
+            )
         except (ValueError, TypeError) as error:
             raise RecordError(f"{self.records.path}, line {record.line}: {error}") from error
         return {name: tensor[0] for name, tensor in rows.items()}
 
 
 def check_trainable(examples: TokenizedRecords) -> None:
-    """Check that there is something to learn; usually the first record tells.
+    """Check that the records have tokens to learn from. Usually the first record is enough.
 
     Raises:
         RecordError: no record has a token to transform, or none has one that counts; or an example is refused.
@@ -71,6 +69,20 @@ def check_trainable(examples: TokenizedRecords) -> None:
     raise RecordError(f"{path}: no record has a token {what} among its first {kept} tokens (max_length)")
 
 
+def encode_record(
+    tokenizer_wrapper: TokenizerWrapper, record: Record, text_as: TextAs, **options: Any
+) -> dict[str, Tensor]:
+    """Tokenize a record: ids and masks, (1, T) each.
+
+    A chat goes through the tokenizer's chat template. A text goes through the template as the message of a user,
+    because a client's private text stands there. With ``text_as="plain"`` a text is tokenized without the template, and
+    all its tokens are transformed.
+    """
+    if record.text is not None and text_as == "plain":
+        return tokenizer_wrapper.encode_text(record.text, **options)
+    return tokenizer_wrapper(as_chat(record), **options)
+
+
 def as_chat(record: Record) -> list[dict[str, str]]:
-    """A record's messages, or its text as the message of a user."""
+    """Return a record's messages, or its text as the message of a user."""
     return record.messages or [{"role": "user", "content": record.text or ""}]

@@ -18,17 +18,18 @@ FACTORIES: dict[str, Callable[..., Any]] = {
     "mutual_information_cross_entropy_distillation": mutual_information_cross_entropy_distillation_factory,
     "jigsaw": jigsaw_loss_factory,
 }
-# A factory's models, which the run provides; its other arguments are settings.
+# The run provides these arguments of a factory. The factory's other arguments are settings.
 MODEL_ARGUMENTS = ("noisy_model", "noisy_teacher_model", "noisy_student_model", "return")
 # Found on SmolLM2-135M-Instruct (benchmarks/training_curves.py); layer 5 is a shallow one of any real model.
+_LAYER_DISTILLATION = {
+    "distillation_layer_index": 5,
+    "alpha": 0.5,
+    "std_log_ratio_loss_weight": 0.2,
+    "input_embedding_similarity_loss_weight": 0.5,
+    "distillation_layer_cosine_distance_loss_weight": 10.0,
+}
 DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
-    "distillation": {
-        "distillation_layer_index": 5,
-        "alpha": 0.5,
-        "std_log_ratio_loss_weight": 0.2,
-        "input_embedding_similarity_loss_weight": 0.5,
-        "distillation_layer_cosine_distance_loss_weight": 10.0,
-    },
+    "distillation": _LAYER_DISTILLATION,
     "mutual_information_distillation": {
         "distillation_layer_index": 5,
         "alpha": 0.5,
@@ -46,11 +47,5 @@ DEFAULT_OPTIONS: dict[str, dict[str, Any]] = {
         "absolute_cosine_similarity_penalty_weight": 1.0,
         "median_norm_penalty_weight": 0.1,
     },
-    "jigsaw": {
-        "distillation_layer_index": 5,
-        "alpha": 0.5,
-        "std_log_ratio_loss_weight": 0.2,
-        "input_embedding_similarity_loss_weight": 0.5,
-        "distillation_layer_cosine_distance_loss_weight": 10.0,
-    },
+    "jigsaw": _LAYER_DISTILLATION,
 }

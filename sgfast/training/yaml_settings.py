@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from sgfast.utils.inputs import open_regular
+from sgfast.utils.input_files import open_regular
 
 # Settings take a kilobyte or two. PyYAML reads some 100 kB a second.
 _LARGEST_TEXT = 2**16

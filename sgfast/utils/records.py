@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
 from sgfast.utils import strict_json
-from sgfast.utils.inputs import open_regular
+from sgfast.utils.input_files import open_regular
 
 TextUnit = Literal["line", "paragraph"]
 TEXT_UNITS: tuple[TextUnit, ...] = ("line", "paragraph")

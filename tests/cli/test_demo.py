@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import sys
 
 import pytest
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from sgfast.cli.main import main
 from sgfast.client import StainedGlassTransformForText
-from sgfast.demo import training
+from sgfast.training.data import TokenizedRecords
 from tests.seed_search import SEED, assert_tells_no_seed
 from tests.tiny_models import tiny_causal_lm
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -93,12 +94,15 @@ def test_same_seed_same_numbers(demo, tmp_path):
 
 
 def test_ctrl_c_keeps_what_was_trained(demo, tmp_path, monkeypatch, capsys):
-    def interrupted(*arguments, **options):
-        for step in training.train(*arguments, **options):
-            yield step
-            raise KeyboardInterrupt
+    read, taken = TokenizedRecords.__getitem__, []
 
-    monkeypatch.setattr("sgfast.cli.demo.train", interrupted)
+    def interrupting(self, index):
+        taken.append(index)
+        if len(taken) == 1:
+            signal.raise_signal(signal.SIGINT)
+        return read(self, index)
+
+    monkeypatch.setattr(TokenizedRecords, "__getitem__", interrupting)
     assert demo(steps=5) == 130
     assert os.listdir(tmp_path / "out") == ["transform.safetensors"]
     StainedGlassTransformForText.from_pretrained(tmp_path / "out" / "transform.safetensors")

@@ -10,7 +10,7 @@ import torch
 
 from sgfast.cli import app as application
 from sgfast.cli.main import main
-from tests.forged_client import write_good_file
+from tests.client.forged_client import write_good_file
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import torch
 
 from sgfast.client import StainedGlassTransformForText
 from sgfast.evaluation.budget import Budget, readable_bytes
-from sgfast.evaluation.examples import Example, Survey, read_examples
 from sgfast.evaluation.processes import Processes
 from sgfast.evaluation.progress import PartWriter, Progress, Reached
 from sgfast.evaluation.report import identity_of, read_metrics
@@ -23,6 +22,7 @@ from sgfast.evaluation.settings import (
     result_folders,
 )
 from sgfast.evaluation.subject import load_subject, record_noise_seed
+from sgfast.evaluation.survey import Example, Survey, read_examples
 from sgfast.training.data import as_chat
 from sgfast.utils.records import Record, read_records
 from tests.tiny_evaluation import records, save_transform

@@ -11,10 +11,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from sgfast import client_file
-from sgfast.client import StainedGlassTransformForText
-from sgfast.client_file import read_client_file
-from tests.forged_client import forge
+from sgfast.client import StainedGlassTransformForText, file_format
+from sgfast.client.file_format import read_client_file
+from tests.client.forged_client import forge
 
 CHAT = [{"role": "system", "content": "étude"}, {"role": "user", "content": "the keyword? 12  \n of ① {x} <|end|>"}]
 VALUES = ["null", "-1", "1e999", "[]", "{}", '""', "true", "9" * 30, "0", '"../../x"', "1e-320", '"\\ud800"', "[[[]]]"]
@@ -63,10 +62,10 @@ def mutated(good: Path, path: Path, generator: random.Random) -> None:
         text = list(json.dumps(description))
         for _ in range(generator.choice([1, 1, 1, 2, 4])):
             _change(text, generator)
-        metadata = {"format": client_file.FORMAT, "format_version": "1", "sha256": "0" * 64}
+        metadata = {"format": file_format.FORMAT, "format_version": "1", "sha256": "0" * 64}
         save_file(tensors, path, metadata={**metadata, "content": "".join(text)})
     with contextlib.suppress(ValueError):  # the field itself was changed
-        client_file._write_checksum(path)
+        file_format._write_checksum(path)
 
 
 def _change(text: list[str], generator: random.Random) -> None:

@@ -42,7 +42,7 @@ def _peak() -> int:
 def _prepared(folder: Path, seed: int) -> Any:
     import transformers
 
-    from tests.forged_client import write_good_file
+    from tests.client.forged_client import write_good_file
     from tests.fuzz import client_cases, command_cases
     from tests.tiny_models import tiny_causal_lm
     from tests.tiny_tokenizer import tiny_tokenizer

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from sgfast.metrics.noise import get_noise_metrics_factory
+from sgfast.metrics.noise_metrics import get_noise_metrics_factory
 
 KEYS = [
     "input_norm",

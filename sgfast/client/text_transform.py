@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sgfast.client_file import read_client_file, write_client_file
+from sgfast.client.file_format import read_client_file, write_client_file
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.huggingface.tokenizer_state import TokenizerError
 from sgfast.model.decoder import embedding_scale_of

@@ -14,9 +14,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from sgfast import client_file
-from sgfast.client import StainedGlassTransformForText
-from sgfast.client_file import read_client_file, write_client_file
+from sgfast.client import StainedGlassTransformForText, file_format
+from sgfast.client.file_format import read_client_file, write_client_file
 from sgfast.huggingface import TokenizerWrapper
 from sgfast.model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak
@@ -60,14 +59,14 @@ def write_raw(path, header, data=DATA, length=None):
 
 
 def header_of(tensors=f'"noise_layer.a":{ENTRY}', content="{}", **metadata):
-    fields = {"format": client_file.FORMAT, "format_version": "1", "content": content, "sha256": "0" * 64} | metadata
+    fields = {"format": file_format.FORMAT, "format_version": "1", "content": content, "sha256": "0" * 64} | metadata
     return f'{{"__metadata__":{json.dumps(fields, separators=(",", ":"))}{"," if tensors else ""}{tensors}}}'
 
 
 def sealed(path, header, data=DATA):
     """A forged file with its right checksum."""
     write_raw(path, header, data)
-    client_file._write_checksum(path)
+    file_format._write_checksum(path)
 
 
 def test_every_damaged_byte_and_every_truncation_is_refused(good, path):
@@ -113,9 +112,9 @@ def test_a_description_damaged_under_a_right_checksum_never_raises_anything_else
         else:
             end = text.find(",", start)
             changed[text.rfind(":", 0, start) + 1 : end if end > 0 else len(text)] = generator.choice(values)
-        metadata = {"format": client_file.FORMAT, "format_version": "1", "sha256": "0" * 64}
+        metadata = {"format": file_format.FORMAT, "format_version": "1", "sha256": "0" * 64}
         save_file(tensors, path, metadata={**metadata, "content": "".join(changed)})
-        client_file._write_checksum(path)
+        file_format._write_checksum(path)
         try:
             StainedGlassTransformForText.from_pretrained(path)
         except ValueError as error:
@@ -382,7 +381,7 @@ def test_descriptions_that_json_cannot_hold_are_not_written(path):
 
 
 def test_descriptions_larger_than_the_format_allows_are_not_written(path, monkeypatch):
-    monkeypatch.setattr(client_file, "_LARGEST_HEADER", 1000)
+    monkeypatch.setattr(file_format, "_LARGEST_HEADER", 1000)
     with pytest.raises(ValueError, match=r"tokenizer and configuration take .* bytes; the format allows 1000"):
         write_client_file(path, {"a": torch.ones(1)}, {"value": "a" * 1000})
     assert not path.exists()

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sgfast.evaluation.budget import Budget
-from sgfast.evaluation.examples import Example
 from sgfast.evaluation.settings import RANK_ATTACKS, Settings
 from sgfast.evaluation.subject import Subject, record_noise_seed
+from sgfast.evaluation.survey import Example
 from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
 from sgfast.metrics.privacy import token_ranks
 from sgfast.metrics.utility import sequence_utility_from_hidden

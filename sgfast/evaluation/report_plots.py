@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from sgfast.utils.files import replacing
+from sgfast.utils.figures import load_pyplot, save_png
 
 DIVERGENCES_PLOT, RANKS_PLOT, COMPARISON_PLOT = "divergences.png", "ranks.png", "utility_privacy.png"
 _TITLES = {
@@ -24,7 +24,7 @@ _AGREEMENT, _AGREEMENT_BINS = "next_token_agreement", 40
 def plot_divergences(path: Path, sequences: Path, means: Mapping[str, float | None]) -> None:
     """Write a PNG of histograms over the sequences of a ``sequences.jsonl``, which is read line by line."""
     histograms = _histograms(sequences)
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, grid = pyplot.subplots(2, 3, figsize=(12, 6))
     panels = list(grid.flat)
     for axes, (name, title) in zip(panels, _TITLES.items(), strict=False):
@@ -47,7 +47,8 @@ def plot_divergences(path: Path, sequences: Path, means: Mapping[str, float | No
         axes.set_ylabel("sequences")
     panels[-1].set_visible(False)
     figure.suptitle("next token, through the transform against without it; a mean over each sequence", fontsize=10)
-    _save(figure, path, pyplot)
+    figure.tight_layout()
+    save_png(figure, path)
 
 
 def plot_ranks(path: Path, histogram: Mapping[str, Sequence[int]]) -> None:
@@ -55,7 +56,7 @@ def plot_ranks(path: Path, histogram: Mapping[str, Sequence[int]]) -> None:
     first_ranks, tokens = histogram["first_ranks"], histogram["tokens"]
     size, total = histogram["table_size"][0], max(1, sum(tokens))
     ends = [*first_ranks[1:], size]
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(9, 4.2))
     places = range(len(first_ranks))
     axes.bar(places, [count / total for count in tokens], color="tab:orange", label="transformed tokens")
@@ -67,12 +68,13 @@ def plot_ranks(path: Path, histogram: Mapping[str, Sequence[int]]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=9, frameon=False)
     axes.set_title(f"where an attacker finds the {sum(tokens)} transformed tokens", fontsize=10)
-    _save(figure, path, pyplot)
+    figure.tight_layout()
+    save_png(figure, path)
 
 
 def plot_comparison(path: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     """Write a PNG of utility against privacy, a point for each transform."""
-    pyplot = _pyplot()
+    pyplot = load_pyplot()
     figure, axes = pyplot.subplots(figsize=(6.5, 5))
     for name, metrics in results.items():
         strongest = strongest_attack(metrics)
@@ -92,7 +94,8 @@ def plot_comparison(path: Path, results: Mapping[str, Mapping[str, Any]]) -> Non
     axes.set_title("up and to the right is better", fontsize=10)
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path, pyplot)
+    figure.tight_layout()
+    save_png(figure, path)
 
 
 def strongest_attack(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
@@ -133,19 +136,3 @@ def _histograms(sequences: Path) -> dict[str, list[int]]:
                     place = bisect.bisect_right(edges[name], value) - 1
                     bins[min(max(place, 0), len(bins) - 1)] += 1
     return counts
-
-
-def _pyplot() -> Any:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path, pyplot: Any) -> None:
-    figure.tight_layout()
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
-    pyplot.close(figure)

@@ -10,7 +10,7 @@ from torch import Tensor
 from sgfast.evaluation.settings import EvaluationError, Settings
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.noise_layer.seeds import mix_seed
-from sgfast.training.data import as_chat
+from sgfast.training.data import encode_record
 from sgfast.utils.records import Record, RecordError, read_records
 
 # The sample is made of at least this many records, if there are as many.
@@ -113,10 +113,7 @@ def _tokenized(
     settings: Settings, tokenizer_wrapper: TokenizerWrapper, max_length: int | None, index: int, record: Record
 ) -> Example:
     try:
-        if record.text is not None and settings.text_as == "plain":
-            rows = tokenizer_wrapper.encode_text(record.text)
-        else:
-            rows = tokenizer_wrapper(as_chat(record))
+        rows = encode_record(tokenizer_wrapper, record, settings.text_as)
     except (ValueError, TypeError) as error:
         raise RecordError(f"{settings.data}, line {record.line}: {error}") from error
     input_ids, noise_mask = rows["input_ids"][0], rows["noise_mask"][0]

@@ -18,6 +18,7 @@ from sgfast.huggingface.teacher_call import (
     transformers_model,
 )
 from sgfast.loss.divergence_loss import DivergenceLoss
+from sgfast.ops.validation import check_bool
 
 # transformers' names of models whose labels belong to the position they stand at, or to the whole sequence.
 _ALIGNED_MODELS = re.compile(r"For(MaskedLM|\w*Classification)$")
@@ -95,9 +96,7 @@ def distillation_compute_loss(
         raise TypeError(f"loss must be a DivergenceLoss; got {type(loss).__name__}")
     if loss.reduction != "mean":
         raise ValueError(f"loss must have reduction='mean'; got {loss.reduction!r}")
-    if not isinstance(shift_labels, bool):
-        raise TypeError(f"shift_labels must be a bool; got {type(shift_labels).__name__}")
-    if shift_labels:
+    if check_bool("shift_labels", shift_labels):
         _check_shifted(student)
     check_separate(student, teacher)
     calls, steps = ForwardCalls(), _FirstSteps()

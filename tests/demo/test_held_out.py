@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgfast.demo.measuring import measure
+from sgfast.demo.held_out import measure
 from sgfast.huggingface import TokenizerWrapper
 from sgfast.model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.decoder import embedding_table_of

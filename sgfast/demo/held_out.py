@@ -1,4 +1,4 @@
-"""What the demo reports: utility and privacy on held-out text."""
+"""The demo's figures: utility and privacy of a transform on held-out text."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -6,7 +6,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sgfast.demo.training import as_chats
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.metrics.privacy import nearest_neighbor_failure_rate
 from sgfast.metrics.reconstruction import percentage_changed_ids
@@ -16,6 +15,11 @@ from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransfo
 from sgfast.ops.nearest import nearest_embeddings
 
 TOP_K = 100
+
+
+def as_chats(passages: Sequence[str]) -> list[list[dict[str, str]]]:
+    """Make each passage a chat of one user message, because a client's private text stands in user messages."""
+    return [[{"role": "user", "content": passage}] for passage in passages]
 
 
 @torch.no_grad()
@@ -31,11 +35,11 @@ def measure(
     """Means over held-out passages; the noise drawn depends on ``seed`` alone.
 
     Returns:
-        The utility divergences over the whole vocabulary (the keys of `UTILITY_DIVERGENCES`) and over the top 100
-        logits (``…_top_100``), per passage; and over transformed tokens: ``next_token_agreement`` (fraction whose most
-        likely next token is unchanged), ``clean_perplexity`` and ``noisy_perplexity`` (of the true next token),
-        ``mean_sigma``, ``nearest_neighbor_failure_rate`` and ``nearest_neighbor_failure_rate_cosine``,
-        ``percentage_changed_ids`` (of the nearest-neighbour reconstruction, a fraction).
+        Means over passages: the utility divergences over the whole vocabulary (the keys of `UTILITY_DIVERGENCES`) and
+        over the top 100 logits (``…_top_100``). Means over transformed tokens: ``next_token_agreement`` (the fraction
+        whose most likely next token is unchanged), ``clean_perplexity`` and ``noisy_perplexity`` of the true next
+        token, ``mean_sigma``, ``nearest_neighbor_failure_rate``, ``nearest_neighbor_failure_rate_cosine``, and
+        ``percentage_changed_ids``, a fraction of the tokens that the nearest-neighbour attack reads.
     """
     table = embedding_table_of(noisy_model.base_model)
     sums: dict[str, float] = {}
@@ -93,6 +97,6 @@ def _evaluating(noisy_model: NoiseMaskedNoisyTransformerModel) -> Iterator[None]
 def nearest_neighbor_reading(
     embeddings: Tensor, table: Tensor, input_ids: Tensor, noise_mask: Tensor, tokenizer: object
 ) -> str:
-    """What an attacker reads who replaces every transformed embedding of one prompt by its nearest token."""
+    """The text that an attacker reads by replacing every transformed embedding of one prompt by its nearest token."""
     _, nearest = nearest_embeddings(embeddings[noise_mask], table)
     return str(tokenizer.decode(nearest[:, 0]))  # type: ignore[attr-defined]

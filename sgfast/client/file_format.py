@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sgfast.utils import strict_json
 from sgfast.utils.files import replacing
-from sgfast.utils.inputs import check_path, open_regular
+from sgfast.utils.input_files import check_path, open_regular
 from sgfast.utils.tensor_stream import write_tensors
 
 FORMAT = "sgfast text transform"

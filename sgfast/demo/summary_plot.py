@@ -1,14 +1,15 @@
-"""The demo's picture: how training went, and what it changed."""
+"""The demo's picture: the training's curves, and the held-out figures before and after the training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from sgfast.demo.training import Step
+from sgfast.training.history_plot import draw_curve
+from sgfast.utils.figures import load_pyplot, save_png
 
 _CURVES = {
-    "distillation_layer_cosine_distance": "layer cosine distance (utility)",
-    "input_embedding_similarity": "input similarity (strength)",
-    "std_log_ratio": "log(max sigma / sigma) (strength)",
+    "distillation_layer_cosine_distance": ("layer cosine distance (utility)", "tab:blue"),
+    "input_embedding_similarity": ("input similarity (strength)", "tab:orange"),
+    "std_log_ratio": ("log(max sigma / sigma) (strength)", "tab:green"),
 }
 _BARS = {
     "next_token_agreement": "next token\nunchanged",
@@ -18,18 +19,15 @@ _BARS = {
 }
 
 
-def plot_training(path: Path, steps: Sequence[Step], before: dict[str, float], after: dict[str, float]) -> None:
-    """Write a PNG: the loss components over steps, and held-out metrics before and after."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def plot_summary(
+    path: Path, history: Sequence[Mapping[str, float]], before: Mapping[str, float], after: Mapping[str, float]
+) -> None:
+    """Write a PNG: the loss components over the steps, and the held-out metrics before and after."""
+    pyplot = load_pyplot()
     figure, (curves, bars) = pyplot.subplots(1, 2, figsize=(11, 4.2), width_ratios=(1, 1.1))
-    numbers = [step.number for step in steps]
-    for name, label in _CURVES.items():
-        if steps and name in steps[0].components:
-            curves.plot(numbers, [step.components[name] for step in steps], label=label)
+    for name, (label, color) in _CURVES.items():
+        if history and name in history[0]:
+            draw_curve(curves, history, name, color, label)
     curves.set(xlabel="step", title="training: unweighted loss components")
     curves.axhline(0, color="0.8", linewidth=0.8, zorder=0)
     curves.legend(fontsize=8)
@@ -45,5 +43,4 @@ def plot_training(path: Path, steps: Sequence[Step], before: dict[str, float], a
     for axes in (curves, bars):
         axes.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path, format="png", dpi=120)
-    pyplot.close(figure)
+    save_png(figure, path, dpi=120)

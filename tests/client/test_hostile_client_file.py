@@ -5,7 +5,7 @@ import time
 import pytest
 
 from sgfast.client import StainedGlassTransformForText
-from tests.forged_client import forge, write_good_file
+from tests.client.forged_client import forge, write_good_file
 
 CHAT = [{"role": "user", "content": "étude 1, the keyword?"}]
 LOOP = "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sgfast.client import StainedGlassTransformForText
-from sgfast.client_file import read_client_file, write_client_file
+from sgfast.client.file_format import read_client_file, write_client_file
 from sgfast.huggingface import TokenizerWrapper
 from sgfast.model import NoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer import TransformerCloak

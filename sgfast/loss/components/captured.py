@@ -1,9 +1,13 @@
-"""The components that a forward of a noisy model gives, as far as a loss wants them: one reading for several."""
+"""The components of a captured forward of a noisy model.
+
+Every function computes only the components that the loss wants, by name. Components that need the same distances share
+one computation of these distances.
+"""
 
 import torch
 from torch import Tensor
 
-from sgfast.loss import components
+from sgfast.loss.components import formulas
 from sgfast.model.capture import Capture, Outputs
 from sgfast.ops.divergence import divergences
 from sgfast.ops.hidden import hidden_distances
@@ -11,87 +15,91 @@ from sgfast.ops.hidden import hidden_distances
 Count = Tensor | float | None
 
 
-def layer_losses(
+def layer_components(
     noisy: Outputs, clean: Outputs, layer: int | None, counted: Tensor, wanted: frozenset[str], count: Count
 ) -> dict[str, Tensor]:
-    """How far noisy outputs of a decoder layer, or logits for None, are from clean ones, over l & a."""
+    """Distances between noisy and clean outputs of a decoder layer, or logits for None, over l & a."""
     losses: dict[str, Tensor] = {}
     if wanted & {"distillation_layer_cosine_distance", "distillation_layer_l2_distance"}:
         distances = hidden_distances(noisy.at(layer), clean.at(layer), counted)
         if "distillation_layer_cosine_distance" in wanted:
-            losses["distillation_layer_cosine_distance"] = components.distillation_layer_cosine_distance(
+            losses["distillation_layer_cosine_distance"] = formulas.distillation_layer_cosine_distance(
                 distances.cosine_distance, counted, count
             )
         if "distillation_layer_l2_distance" in wanted:
-            losses["distillation_layer_l2_distance"] = components.distillation_layer_l2_distance(
+            losses["distillation_layer_l2_distance"] = formulas.distillation_layer_l2_distance(
                 distances.normalized_l2, counted, count
             )
     return losses
 
 
-def cross_entropy_loss(capture: Capture, counted: Tensor, wanted: frozenset[str], count: Count) -> dict[str, Tensor]:
-    """The cross entropy of noisy beside clean logits over l & a."""
+def cross_entropy_component(
+    capture: Capture, counted: Tensor, wanted: frozenset[str], count: Count
+) -> dict[str, Tensor]:
+    """The cross entropy of the noisy logits under the clean distribution, over l & a."""
     if "distillation_cross_entropy" not in wanted:
         return {}
     clean, noisy = capture.halves(None)
     values = divergences(noisy, clean, "cross_entropy", mask=counted)["cross_entropy"]
-    return {"distillation_cross_entropy": components.distillation_cross_entropy(values, counted, count)}
+    return {"distillation_cross_entropy": formulas.distillation_cross_entropy(values, counted, count)}
 
 
-def angle_and_distance_losses(
+def embedding_components(
     capture: Capture,
     wanted: frozenset[str],
     count: Count,
     characteristic_length: float = 1.0,
     exponent: float = 1.0,
 ) -> dict[str, Tensor]:
-    """How close transformed embeddings are to clean ones, over n & a."""
+    """Similarities of transformed and clean embeddings, over n & a."""
     losses: dict[str, Tensor] = {}
     selected = capture.noise_mask
     if wanted & {"input_embedding_similarity", "absolute_cosine_similarity", "inverse_l2_power_law_catalyst"}:
         distances = hidden_distances(capture.transform.output, capture.transform.input, selected)
         if "input_embedding_similarity" in wanted:
-            losses["input_embedding_similarity"] = components.input_embedding_similarity(
+            losses["input_embedding_similarity"] = formulas.input_embedding_similarity(
                 distances.cosine_similarity, selected, count
             )
         if "absolute_cosine_similarity" in wanted:
-            losses["absolute_cosine_similarity"] = components.absolute_cosine_similarity(
+            losses["absolute_cosine_similarity"] = formulas.absolute_cosine_similarity(
                 distances.cosine_similarity, selected, count
             )
         if "inverse_l2_power_law_catalyst" in wanted:
-            losses["inverse_l2_power_law_catalyst"] = components.inverse_l2_power_law_catalyst(
+            losses["inverse_l2_power_law_catalyst"] = formulas.inverse_l2_power_law_catalyst(
                 distances.l2, characteristic_length, exponent, selected, count
             )
     return losses
 
 
-def std_loss(capture: Capture, wanted: frozenset[str], max_scale: float, count: Count) -> dict[str, Tensor]:
-    """The log ratio of standard deviations over n & a."""
+def std_component(capture: Capture, wanted: frozenset[str], max_scale: float, count: Count) -> dict[str, Tensor]:
+    """The log ratio of standard deviations, over n & a."""
     if "std_log_ratio" not in wanted:
         return {}
     transform = capture.transform
-    value = components.std_log_ratio(transform.std, max_scale, capture.noise_mask, transform.mask, count)
+    value = formulas.std_log_ratio(transform.std, max_scale, capture.noise_mask, transform.mask, count)
     return {"std_log_ratio": value}
 
 
-def median_norm_loss(capture: Capture, wanted: frozenset[str], median_norm: float, count: Count) -> dict[str, Tensor]:
-    """How far the norms of x·keep + mu are from the median norm, over n & a."""
+def median_norm_component(
+    capture: Capture, wanted: frozenset[str], median_norm: float, count: Count
+) -> dict[str, Tensor]:
+    """The distance between the norms of x·keep + mu and the median norm, over n & a."""
     if "median_norm_penalty" not in wanted:
         return {}
     transform = capture.transform
-    clean, mean = components.wide(transform.input), components.wide(transform.mean)
+    clean, mean = formulas.wide(transform.input), formulas.wide(transform.mean)
     kept = clean if transform.mask is None else torch.where(transform.mask, 0, clean)
-    value = components.median_norm_penalty(kept + mean, median_norm, capture.noise_mask, count)
+    value = formulas.median_norm_penalty(kept + mean, median_norm, capture.noise_mask, count)
     return {"median_norm_penalty": value}
 
 
-def mutual_information_loss(
+def mutual_information_component(
     capture: Capture, wanted: frozenset[str], combine_noise_masks: bool, count: Count, *, even: bool = False
 ) -> dict[str, Tensor]:
-    """The mutual information of this batch; by a global ``count`` of tokens, times the batch's share of them.
+    """The mutual information of this batch. With a global ``count`` of tokens, it is multiplied by the batch's share.
 
     Raises:
-        ValueError: the batch has no two halves, or with ``even`` none of equal size.
+        ValueError: the batch has fewer than 2 rows, or with ``even`` an odd number of rows.
     """
     if "mutual_information" not in wanted:
         return {}
@@ -100,8 +108,8 @@ def mutual_information_loss(
         allowed = "an even batch" if even else "a batch of at least 2 rows"
         raise ValueError(f"mutual_information compares the batch's two halves and needs {allowed}; got {batch} rows")
     transform, selected = capture.transform, capture.noise_mask
-    clean, mean = components.wide(transform.input), components.wide(transform.mean)
-    value = components.mutual_information(
+    clean, mean = formulas.wide(transform.input), formulas.wide(transform.mean)
+    value = formulas.mutual_information(
         clean + mean,
         transform.std.expand(clean.shape),
         selected,
@@ -110,6 +118,6 @@ def mutual_information_loss(
         combine_noise_masks,
     )
     if count is not None:
-        # Pairs belong to their batch: over the batches of one step this adds up to the mean weighted by tokens.
-        value = components.masked_mean(value.expand(selected.shape), selected, count)
+        # Pairs belong to their batch: the values of the batches of one step add up to their mean weighted by tokens.
+        value = formulas.masked_mean(value.expand(selected.shape), selected, count)
     return {"mutual_information": value}

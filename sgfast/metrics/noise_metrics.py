@@ -25,6 +25,7 @@ from torch import Tensor
 
 from sgfast.ops import rows, validation
 from sgfast.ops.hidden import hidden_distances
+from sgfast.ops.validation import check_integer
 
 if TYPE_CHECKING:
     from sgfast.noise_layer.base import BaseNoiseLayer
@@ -53,7 +54,7 @@ def get_noise_metrics_factory(noise_layer: "BaseNoiseLayer", dim: int = -1) -> C
     Example:
         >>> import torch
         >>> from types import SimpleNamespace
-        >>> from sgfast.metrics.noise import get_noise_metrics_factory
+        >>> from sgfast.metrics.noise_metrics import get_noise_metrics_factory
         >>> last_forward = SimpleNamespace(
         ...     input=torch.tensor([[3.0, 4.0], [0.0, 1.0]]),
         ...     mean=torch.tensor([6.0, 8.0]),
@@ -64,9 +65,7 @@ def get_noise_metrics_factory(noise_layer: "BaseNoiseLayer", dim: int = -1) -> C
         >>> metrics["mean_norm"], metrics["noise_domination_ratio"], metrics["mean_cosine_similarity"]
         (tensor([10.]), tensor([2.]), tensor([1.]))
     """
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"dim must be an int; got {type(dim).__name__}")
-    if dim >= 0:
+    if check_integer("dim", dim) >= 0:
         raise ValueError(f"dim must be negative; got {dim}")
 
     @torch.no_grad()

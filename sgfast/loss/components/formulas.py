@@ -1,8 +1,9 @@
-"""The terms that training losses are sums of, one function each.
+"""The formulas of the components, one function each.
 
-Notation: x clean and x~ transformed embeddings, sigma standard deviations, n the mask of transformed tokens, a of
-attended ones, l the loss mask. Transformation-strength terms average over n & a, utility terms over l & a. Every term
-is a float32 scalar (float64 for float64 inputs) whatever the model's dtype.
+Notation: x is a clean and x~ a transformed embedding, sigma a standard deviation. n is the mask of transformed tokens,
+a the mask of attended tokens, l the loss mask. Components that measure the transform's strength average over n & a,
+components that measure utility average over l & a. Every component is a float32 scalar (float64 for float64 inputs),
+whatever the model's dtype.
 """
 
 import torch
@@ -13,7 +14,7 @@ from sgfast.ops.gaussian import pairwise_gaussian_kl
 
 
 def wide(values: Tensor) -> Tensor:
-    """Float32, or float64 for float64 values."""
+    """Return float64 values as they are, and all others as float32."""
     return values if values.dtype == torch.float64 else values.float()
 
 
@@ -21,7 +22,7 @@ def masked_mean(values: Tensor, mask: Tensor, count: Tensor | float | None = Non
     """sum(values where mask) / max(count, 1).
 
     Args:
-        values: (B, T). What stands at masked positions (NaN too) reaches neither the value nor a gradient.
+        values: (B, T). Values at masked positions, NaN too, reach neither the result nor a gradient.
         mask: (B, T) bool.
         count: the denominator; None for the number of selected positions. An empty mask gives exactly 0.
 
@@ -46,14 +47,14 @@ def std_log_ratio(
 ) -> Tensor:
     """Mean of log(max_scale / sigma) over selected tokens and their unsuppressed features: 0 when every sigma is max.
 
-    Our choice of formula; the gradient 1/sigma lifts the weakest features hardest.
+    The formula is our choice. Its gradient 1/sigma lifts the weakest features most.
 
     Args:
         std: (B, T, D), positive where selected.
         max_scale: upper end of the layer's scale.
         selected: (B, T) bool, n & a.
-        suppressed: (B, T, D) bool, features that leave the mean; every token has equally many.
-        count: number of selected tokens, in place of the batch's own.
+        suppressed: (B, T, D) bool, features that leave the mean; every token has the same number of them.
+        count: number of selected tokens that replaces the batch's own.
     """
     validation.check_tensors(std=std, selected=selected, suppressed=suppressed, count=count)
     std = wide(std)
@@ -69,9 +70,9 @@ def input_embedding_similarity(
     """Mean of cos(x, x~) over selected tokens.
 
     Args:
-        cosine_similarity: (B, T), of `sgfast.ops.hidden_distances`.
+        cosine_similarity: (B, T), from `sgfast.ops.hidden_distances`.
         selected: (B, T) bool, n & a.
-        count: number of selected tokens, in place of the batch's own.
+        count: number of selected tokens that replaces the batch's own.
     """
     validation.check_tensors(cosine_similarity=cosine_similarity, selected=selected, count=count)
     return masked_mean(cosine_similarity, selected, count)
@@ -83,9 +84,9 @@ def absolute_cosine_similarity(
     """Mean of |cos(x, x~)| over selected tokens: opposite embeddings reveal as much as equal ones.
 
     Args:
-        cosine_similarity: (B, T), of `sgfast.ops.hidden_distances`.
+        cosine_similarity: (B, T), from `sgfast.ops.hidden_distances`.
         selected: (B, T) bool, n & a.
-        count: number of selected tokens, in place of the batch's own.
+        count: number of selected tokens that replaces the batch's own.
     """
     validation.check_tensors(cosine_similarity=cosine_similarity, selected=selected, count=count)
     return masked_mean(cosine_similarity.abs(), selected, count)
@@ -94,13 +95,13 @@ def absolute_cosine_similarity(
 def median_norm_penalty(
     shifted: Tensor, median_norm: float, selected: Tensor, count: Tensor | float | None = None
 ) -> Tensor:
-    """Mean of |‖x·keep + mu‖ − m| over selected tokens, m a typical norm of the untransformed embeddings.
+    """Mean of |‖x·keep + mu‖ − m| over selected tokens. m is a typical norm of the clean embeddings.
 
     Args:
-        shifted: (B, T, D), x·keep + mu: what is transformed, less its noise.
-        median_norm: m, of `sgfast.model.median_norm.median_target_norm`.
+        shifted: (B, T, D), x·keep + mu: the transformed embeddings without their noise.
+        median_norm: m, as `sgfast.model.median_norm.median_target_norm` gives it.
         selected: (B, T) bool, n & a.
-        count: number of selected tokens, in place of the batch's own.
+        count: number of selected tokens that replaces the batch's own.
     """
     validation.check_tensors(shifted=shifted, median_norm=median_norm, selected=selected, count=count)
     norms = torch.linalg.vector_norm(torch.where(selected[..., None], wide(shifted), 0), dim=-1)
@@ -117,17 +118,18 @@ def mutual_information(
 ) -> Tensor:
     """Mean of KL(N_i ‖ N_j) per common feature over rows i of the first and j of the second half of the batch.
 
-    N is the transform's distribution, N(mean, std²). The mean of all pairs' KL bounds what a transformed text tells
-    about which text it was (see `sgfast.metrics.information_bounds`), in nats; per feature, and by halves, is our
-    choice. Pairs without a common feature leave the mean; without any pair it is 0 with zero gradients.
+    N is the transform's distribution, N(mean, std²). The mean KL of all pairs bounds, in nats, the information that a
+    transformed text holds about the original text (see `sgfast.metrics.information_bounds`). The division by the
+    number of features and the comparison of halves are our choice. Pairs without a common feature leave the mean.
+    Without any pair the mean is 0 with zero gradients.
 
     Args:
-        mean: (B, T, D), x + mu; B ≥ 2. Of an odd batch the second half is the larger one.
+        mean: (B, T, D), x + mu; B ≥ 2. In an odd batch the second half is the larger one.
         std: (B, T, D), positive where used.
         selected: (B, T) bool, n & a.
         attended: (B, T) bool, a.
         suppressed: (B, T, D) bool, features that no pair of their row uses.
-        combine_noise_masks: a pair uses the positions of n_i & n_j & a_i & a_j; False: of n_i & a_i & a_j.
+        combine_noise_masks: True: a pair uses the positions of n_i & n_j & a_i & a_j; False: of n_i & a_i & a_j.
     """
     validation.check_tensors(mean=mean, std=std, selected=selected, attended=attended, suppressed=suppressed)
     half = mean.shape[0] // 2
@@ -149,14 +151,14 @@ def inverse_l2_power_law_catalyst(
 ) -> Tensor:
     """Mean of ((‖x~−x‖² + (r/100)²) / r²)^(−p/2) over selected tokens: about 1 at distance r, falling as its power p.
 
-    The small constant (our choice) bounds it by 100^p at distance 0 and keeps its gradient alive.
+    The small constant (our choice) bounds the value by 100^p at distance 0 and keeps the gradient alive there.
 
     Args:
         l2: (B, T), ‖x~−x‖.
         characteristic_length: r > 0.
         exponent: p > 0.
         selected: (B, T) bool, n & a.
-        count: number of selected tokens, in place of the batch's own.
+        count: number of selected tokens that replaces the batch's own.
     """
     validation.check_tensors(l2=l2, selected=selected, count=count)
     squared = (l2 / characteristic_length).square() + 1e-4
@@ -169,9 +171,9 @@ def distillation_layer_cosine_distance(
     """Mean of 1 − cos(noisy, clean) of the distilled layer over counted positions.
 
     Args:
-        cosine_distance: (B, T), of `sgfast.ops.hidden_distances`.
+        cosine_distance: (B, T), from `sgfast.ops.hidden_distances`.
         counted: (B, T) bool, l & a.
-        count: number of counted positions, in place of the batch's own.
+        count: number of counted positions that replaces the batch's own.
     """
     validation.check_tensors(cosine_distance=cosine_distance, counted=counted, count=count)
     return masked_mean(cosine_distance, counted, count)
@@ -183,21 +185,21 @@ def distillation_layer_l2_distance(
     """Mean of ‖noisy − clean‖ / ‖clean‖ of the distilled layer over counted positions (the normaliser is our choice).
 
     Args:
-        normalized_l2: (B, T), of `sgfast.ops.hidden_distances`.
+        normalized_l2: (B, T), from `sgfast.ops.hidden_distances`.
         counted: (B, T) bool, l & a.
-        count: number of counted positions, in place of the batch's own.
+        count: number of counted positions that replaces the batch's own.
     """
     validation.check_tensors(normalized_l2=normalized_l2, counted=counted, count=count)
     return masked_mean(normalized_l2, counted, count)
 
 
 def distillation_cross_entropy(cross_entropy: Tensor, counted: Tensor, count: Tensor | float | None = None) -> Tensor:
-    """Mean of −Σ q log p over counted positions, q the clean and p the noisy next-token distribution, in nats.
+    """Mean of −Σ q log p over counted positions, in nats. q is the clean, p the noisy next-token distribution.
 
     Args:
-        cross_entropy: (B, T), of `sgfast.ops.divergences`.
+        cross_entropy: (B, T), from `sgfast.ops.divergences`.
         counted: (B, T) bool, l & a.
-        count: number of counted positions, in place of the batch's own.
+        count: number of counted positions that replaces the batch's own.
     """
     validation.check_tensors(cross_entropy=cross_entropy, counted=counted, count=count)
     return masked_mean(cross_entropy, counted, count)
@@ -206,26 +208,27 @@ def distillation_cross_entropy(cross_entropy: Tensor, counted: Tensor, count: Te
 def distillation_protection_l2(normalized_l2: Tensor, counted: Tensor, count: Tensor | float | None = None) -> Tensor:
     """Mean of 2 (1 − sigmoid(‖u − v‖ / ‖v‖)) over counted positions: 1 where equal, towards 0 far apart.
 
-    Of u the teacher's noisy and v its clean output: small when the base model cannot read transformed tokens. Bounded
-    (our choice), so that a term that wants distance cannot outweigh those that want closeness.
+    u is the teacher's noisy and v its clean output. The value is small when the base model cannot read transformed
+    tokens. The bound (our choice) keeps this component, which wants distance, from outweighing components that want
+    closeness.
 
     Args:
-        normalized_l2: (B, T), of `sgfast.ops.hidden_distances`.
+        normalized_l2: (B, T), from `sgfast.ops.hidden_distances`.
         counted: (B, T) bool, l & a, or a.
-        count: number of counted positions, in place of the batch's own.
+        count: number of counted positions that replaces the batch's own.
     """
     validation.check_tensors(normalized_l2=normalized_l2, counted=counted, count=count)
     return masked_mean(2 * torch.sigmoid(-normalized_l2), counted, count)
 
 
 def clean_embedding_performance(normalized_l2: Tensor, counted: Tensor, count: Tensor | float | None = None) -> Tensor:
-    """The formula of `distillation_protection_l2`, of the student's clean output and the teacher's.
+    """The formula of `distillation_protection_l2` with the student's clean output as u and the teacher's as v.
 
-    Small when the student cannot read untransformed tokens.
+    The value is small when the student cannot read clean tokens.
 
     Args:
-        normalized_l2: (B, T), of `sgfast.ops.hidden_distances`.
+        normalized_l2: (B, T), from `sgfast.ops.hidden_distances`.
         counted: (B, T) bool, l & a.
-        count: number of counted positions, in place of the batch's own.
+        count: number of counted positions that replaces the batch's own.
     """
     return distillation_protection_l2(normalized_l2, counted, count)

@@ -19,7 +19,7 @@ from sgfast.loss.factory import LossFunctions
 from sgfast.training.building import Models
 from sgfast.training.configuration import Configuration
 from sgfast.training.data import TokenizedRecords
-from sgfast.training.record import CHECKPOINTS
+from sgfast.training.run_record import CHECKPOINTS
 
 History = list[dict[str, float]]
 
@@ -31,9 +31,10 @@ def train(
     examples: TokenizedRecords,
     *,
     resume: bool,
+    keep_checkpoints: bool = True,
     on_step: Callable[[int, dict[str, float]], None] = lambda step, values: None,
 ) -> tuple[History, bool]:
-    """Train until all steps are taken or, at the first Ctrl-C, to the end of the step, and save a checkpoint there.
+    """Train until all steps are taken or until the end of the step that the first Ctrl-C interrupts.
 
     Args:
         configuration: of the run.
@@ -41,10 +42,11 @@ def train(
         loss: built over the models.
         examples: the data.
         resume: go on from the newest whole checkpoint in the run's folder, if there is one.
+        keep_checkpoints: save every ``save_steps`` and at the end, also at an interrupted one; False saves nothing.
         on_step: called with the number of every step that is taken now, and its values.
 
     Returns:
-        The history, a dictionary of values for every step since the run began, and whether it is finished.
+        The history, a dictionary of values for every step since the run began, and True if all steps were taken.
 
     Raises:
         ValueError: the loss is no longer finite, or a checkpoint does not fit the model.
@@ -52,10 +54,10 @@ def train(
         KeyboardInterrupt: interrupted a second time.
     """
     folder = configuration.out / CHECKPOINTS
-    watch = _Watch(models, on_step)
+    watch = _Watch(models, on_step, keep_checkpoints)
     trainer = _Trainer(
         models.student or models.noisy_model,
-        _training_arguments(configuration),
+        _training_arguments(configuration, keep_checkpoints),
         loss=loss,
         teacher=models.noisy_model if models.student is not None else None,
         train_dataset=examples,
@@ -71,11 +73,11 @@ def train(
 
 
 def history_of(log: list[dict[str, Any]]) -> History:
-    """What was logged of every step, without what the trainer logs of the whole run."""
+    """The trainer's log of every step. The trainer's entries about the whole run are left out."""
     return [{"step": entry["step"], **entry} for entry in log if "loss" in entry]
 
 
-def _training_arguments(configuration: Configuration) -> transformers.TrainingArguments:
+def _training_arguments(configuration: Configuration, keep_checkpoints: bool) -> transformers.TrainingArguments:
     on_cpu = not torch.accelerator.is_available()
     return transformers.TrainingArguments(
         output_dir=str(configuration.out / CHECKPOINTS),
@@ -95,7 +97,7 @@ def _training_arguments(configuration: Configuration) -> transformers.TrainingAr
         dataloader_pin_memory=not on_cpu,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        save_strategy="steps",
+        save_strategy="steps" if keep_checkpoints else "no",
         save_steps=configuration.save_steps,
         save_total_limit=2,
         disable_tqdm=True,
@@ -104,7 +106,7 @@ def _training_arguments(configuration: Configuration) -> transformers.TrainingAr
 
 
 class _Trainer(SgtTrainer):
-    """Says in one line that a checkpoint cannot be written; to torch and tokenizers a full disk is no OSError."""
+    """Turns every failure to write a checkpoint into one OSError: torch and tokenizers raise others on a full disk."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         try:
@@ -121,14 +123,18 @@ class _Trainer(SgtTrainer):
 class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
     """Reports every step, adds sigma to its values, and stops the training when asked to."""
 
-    def __init__(self, models: Models, on_step: Callable[[int, dict[str, float]], None]) -> None:
+    def __init__(
+        self, models: Models, on_step: Callable[[int, dict[str, float]], None], keep_checkpoints: bool
+    ) -> None:
         self.noise_layer = models.noisy_model.noise_layer
         self.on_step = on_step
+        self.keep_checkpoints = keep_checkpoints
         self.interrupted = False
 
     def on_step_end(self, _arguments: Any, _state: Any, control: Any, **_: Any) -> None:
         if self.interrupted:
-            control.should_save = control.should_training_stop = True
+            control.should_training_stop = True
+            control.should_save = self.keep_checkpoints
 
     def on_log(self, _arguments: Any, state: Any, _control: Any, logs: dict[str, float], **_: Any) -> None:
         if "loss" not in logs:
@@ -140,7 +146,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
         self.on_step(state.global_step, state.log_history[-1])
 
     def _mean_sigma(self) -> float:
-        """Over the transformed tokens of the last micro-batch."""
+        """The mean sigma over the transformed tokens of the last micro-batch."""
         layer = self.noise_layer
         assert layer.std is not None
         assert layer.noise_mask is not None
@@ -150,7 +156,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
 @contextmanager
 def _stopping(watch: _Watch) -> Iterator[None]:
     """Let the first Ctrl-C stop the training after the step it interrupts."""
-    # Of several processes, each may hear of it in another step: one would save a checkpoint that the others never join.
+    # Several processes may receive Ctrl-C in different steps: one would save a checkpoint that the others never join.
     if PartialState().num_processes > 1 or threading.current_thread() is not threading.main_thread():
         yield
         return

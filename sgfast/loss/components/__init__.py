@@ -1,0 +1,33 @@
+"""The components that training losses are sums of: `formulas` defines them, `captured` reads them from a forward."""
+
+from sgfast.loss.components.formulas import (
+    absolute_cosine_similarity,
+    clean_embedding_performance,
+    distillation_cross_entropy,
+    distillation_layer_cosine_distance,
+    distillation_layer_l2_distance,
+    distillation_protection_l2,
+    input_embedding_similarity,
+    inverse_l2_power_law_catalyst,
+    masked_mean,
+    median_norm_penalty,
+    mutual_information,
+    std_log_ratio,
+    wide,
+)
+
+__all__ = [
+    "absolute_cosine_similarity",
+    "clean_embedding_performance",
+    "distillation_cross_entropy",
+    "distillation_layer_cosine_distance",
+    "distillation_layer_l2_distance",
+    "distillation_protection_l2",
+    "input_embedding_similarity",
+    "inverse_l2_power_law_catalyst",
+    "masked_mean",
+    "median_norm_penalty",
+    "mutual_information",
+    "std_log_ratio",
+    "wide",
+]
