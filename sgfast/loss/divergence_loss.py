@@ -13,7 +13,7 @@ from sgfast.ops import validation
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences
 from sgfast.ops.divergence.kinds import LABEL_KIND
-from sgfast.ops.divergence.options import (
+from sgfast.ops.divergence.problem import (
     BETA_KINDS,
     DEFAULT_BETA,
     DEFAULT_SKEW,

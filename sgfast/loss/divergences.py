@@ -38,7 +38,7 @@ from torch import Tensor
 
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences, masked_divergence
-from sgfast.ops.divergence.options import Support, Temperature
+from sgfast.ops.divergence.problem import Support, Temperature
 
 
 def jeffreys_divergence(

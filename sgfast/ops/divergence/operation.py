@@ -1,7 +1,7 @@
 """Divergences between two sets of logits at every position, any number of kinds from the same reads.
 
-`divergences` has the formulas. The call checks its arguments (`options`) and makes a `problem` of them, which the
-registered `operator` computes: in PyTorch, `chunks` of rows go through `atoms` (from logits to probabilities and their
+`divergences` has the formulas. The call checks its arguments and makes a `problem` of them, which the registered
+`operator` computes: in PyTorch, `chunks` of rows go through `atoms` (from logits to probabilities and their
 logarithms' differences), `terms` (each kind's formula in a form that keeps its digits) and `rows` (sums, and from
 partial derivatives back to logits); or the Triton `kernels` run. `definitions` has the plain formulas.
 """
@@ -16,8 +16,9 @@ from sgfast.ops import dispatch, validation
 from sgfast.ops.divergence import kernels
 from sgfast.ops.divergence.kinds import LABEL_KIND
 from sgfast.ops.divergence.operator import forward
-from sgfast.ops.divergence.options import (
+from sgfast.ops.divergence.problem import (
     TOP_K_OF,
+    Problem,
     Support,
     Temperature,
     TopKOf,
@@ -27,7 +28,6 @@ from sgfast.ops.divergence.options import (
     check_support_mask,
     row_temperatures,
 )
-from sgfast.ops.divergence.problem import Problem
 from sgfast.ops.topk.selection import check_k
 
 

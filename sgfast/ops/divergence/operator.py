@@ -18,8 +18,7 @@ from sgfast.ops.divergence.chunks import (
     row_chunks,
 )
 from sgfast.ops.divergence.definitions import definition_values
-from sgfast.ops.divergence.options import check_label_values
-from sgfast.ops.divergence.problem import Problem
+from sgfast.ops.divergence.problem import Problem, check_label_values
 from sgfast.ops.divergence.rows import finish_values, write_gradients
 from sgfast.ops.double_backward import double_backward
 from sgfast.ops.operator import define, keep, kept
