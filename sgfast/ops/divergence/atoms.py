@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import rows
-from sgfast.ops.divergence.kinds import KINDS, LABEL_KIND
+from sgfast.ops.divergence.kinds import KIND_TABLE, LABEL_KIND
 from sgfast.ops.divergence.terms import Atoms, nan_to_zero, total_of_rows
 
 
@@ -34,12 +34,12 @@ class Settings(NamedTuple):
     @property
     def reads_log_p(self) -> bool:
         """A kind reads log p, not only log p − log q."""
-        return any(KINDS[kind].reads_log_p for kind in self.divergences)
+        return any(KIND_TABLE[kind].reads_log_p for kind in self.divergences)
 
     @property
     def reads_half_gaps(self) -> bool:
         """A kind reads 1 − e^(−|log p − log q| / 2)."""
-        return any(KINDS[kind].reads_half_gaps for kind in self.divergences)
+        return any(KIND_TABLE[kind].reads_half_gaps for kind in self.divergences)
 
 
 class Side(NamedTuple):

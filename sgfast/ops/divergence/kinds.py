@@ -27,7 +27,8 @@ class Kind(NamedTuple):
     without_mixture: str | None = None
 
 
-KINDS = {
+#: What is known of each kind, by name.
+KIND_TABLE = {
     kind.name: kind
     for kind in (
         Kind("forward_kl", signed=True, infinite_partials=(False, True)),
@@ -42,10 +43,13 @@ KINDS = {
     )
 }
 
+#: The kinds' names.
+KINDS = tuple(KIND_TABLE)
+
 #: The name under which the cross-entropy of hard labels travels among the kinds, always the last.
 LABEL_KIND = "label_cross_entropy"
 
 
 def users_of(weight: str) -> tuple[str, ...]:
     """Names of the kinds whose mixture has this weight, ``beta`` or ``skew``."""
-    return tuple(kind.name for kind in KINDS.values() if kind.weight == weight)
+    return tuple(kind.name for kind in KIND_TABLE.values() if kind.weight == weight)

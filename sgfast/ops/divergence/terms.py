@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from sgfast.ops.divergence.kinds import KINDS, Kind
+from sgfast.ops.divergence.kinds import KIND_TABLE, Kind
 
 
 class Atoms:
@@ -223,8 +223,8 @@ def finish(kind: str, sums: Tensor, beta: float, skew: float, truncated: bool) -
 
 def _simplest(kind: str, skew: float) -> Kind:
     """The kind that is computed: a skew kind without a mixture is a plain one."""
-    known = KINDS[kind]
-    return KINDS[known.without_mixture] if known.without_mixture and skew == 0 else known
+    known = KIND_TABLE[kind]
+    return KIND_TABLE[known.without_mixture] if known.without_mixture and skew == 0 else known
 
 
 def _terms(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
