@@ -1,4 +1,4 @@
-"""The client's half of a text transform: the file that a client gets, and what it does with it."""
+"""The client's half of a text transform: the format of the client file, and the transform that a client loads."""
 
 from sgfast.client.text_transform import StainedGlassTransformForText
 

@@ -1,7 +1,8 @@
-"""The file that a client gets: safetensors, with a JSON description and a checksum; ``docs/client_file.md`` has it all.
+"""The client file: safetensors, with a JSON description and a checksum. ``docs/client_file.md`` describes the format.
 
-Reading trusts nothing. Sizes are compared with the file's before anything is allocated by them, and each byte is
-covered by the checksum, so that a damaged file never loads. Nothing is unpickled, imported or opened by name.
+The reader trusts nothing in the file. It compares every size with the file's size before it allocates memory of that
+size. The checksum covers each byte, so that a damaged file never loads. Nothing is unpickled, imported or opened by
+name.
 """
 
 import hashlib
@@ -23,19 +24,19 @@ from sgfast.utils.tensor_stream import write_tensors
 
 FORMAT = "sgfast text transform"
 FORMAT_VERSION = 1
-# Of the format safetensors itself.
+# The limit of the format safetensors itself.
 _LARGEST_HEADER = 100_000_000
 _METADATA = ("format", "format_version", "content", "sha256")
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _MOST_DIMENSIONS = 8
-# The checksum is taken with zeros in its own place.
+# The checksum is computed while zeros stand in its place.
 _BLANK = "0" * 64
 _CHUNK = 2**20
 _Result = TypeVar("_Result")
 
 
 class _Entry(NamedTuple):
-    """Where the header says a tensor lies, in bytes from the header's end."""
+    """The place of a tensor according to the header, in bytes from the header's end."""
 
     name: str
     dtype: torch.dtype
@@ -45,13 +46,13 @@ class _Entry(NamedTuple):
 
 
 def write_client_file(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], description: Any) -> None:
-    """Write tensors and their description, replacing what is there only once the new file is whole and on the disk.
+    """Write tensors and their description. A file at the path is replaced once the new file is whole and on the disk.
 
     Equal tensors and an equal description give equal bytes.
 
     Raises:
         FileNotFoundError: there is no folder to write to.
-        OSError: ``path`` is something else than a file, or the disk is full.
+        OSError: ``path`` is not a file, or the disk is full.
         ValueError: the description holds NaN, or is larger than the format allows.
     """
     metadata = {
@@ -80,27 +81,27 @@ def _write_checksum(path: Path) -> None:
 
 
 def _checksum_field(checksum: str) -> bytes:
-    # No string of the header can hold these bytes: inside one, quotation marks are escaped.
+    # No string of the header can hold these bytes: quotation marks inside a string are escaped.
     return f'"sha256":"{checksum}"'.encode()
 
 
 def read_client_file(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what ``write_client_file`` wrote: tensors and description.
+    """Read a file of ``write_client_file``: tensors and description.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a folder or a device, damaged, truncated, of another kind or a newer version; the message names
-            the path.
+        ValueError: the path is a folder or a device, or the file is damaged, truncated, of another kind or of a newer
+            version; the message names the path.
     """
     return _reading(path, _read)
 
 
 def check_client_file(path: str | os.PathLike[str]) -> None:
-    """Check what a file says it is, without reading its tensors: a file of any other kind ends here at once.
+    """Check a file's header without reading its tensors, so that a file of another kind is refused at once.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: as `read_client_file`, the checksum and the description excepted.
+        ValueError: as `read_client_file`, except faults of the checksum and the description.
     """
     _reading(path, _header)
 
@@ -118,7 +119,7 @@ def _reading(path: str | os.PathLike[str], read: Callable[[BinaryIO, int], _Resu
 
 
 def _header(file: BinaryIO, size: int) -> tuple[bytes, bytes, dict[str, str], list[_Entry]]:
-    """The length, the header, and what the header says of the file and its tensors."""
+    """Read the header's length, the header, the metadata in it, and the entries of the tensors."""
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(size - 8, _LARGEST_HEADER):
@@ -155,7 +156,7 @@ def _read(file: BinaryIO, size: int) -> tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def _looks_pickled(prefix: bytes) -> bool:
-    """Whether a file begins like PyTorch's archives, or like pickles of protocol 2 and later."""
+    """Return True for the first bytes of a PyTorch archive, or of a pickle of protocol 2 and later."""
     return prefix.startswith(b"PK\x03\x04") or (prefix[:1] == b"\x80" and prefix[1:2] in (b"\2", b"\3", b"\4", b"\5"))
 
 
@@ -172,7 +173,7 @@ def _check_format(metadata: Mapping[str, str]) -> None:
 
 
 def _parsed(header: bytes, data_size: int) -> tuple[dict[str, str], list[_Entry]]:
-    """The metadata and, in the order of the data, the tensors, which fill the data without gap or overlap."""
+    """Read the metadata and the tensors' entries, in the order of the data, which they fill without gap or overlap."""
     try:
         fields = strict_json.loads(header.decode())
     except ValueError as error:

@@ -1,9 +1,9 @@
-"""The client's half of a text transform: one file in, transformed embeddings out.
+"""The transform that a client loads from one file to turn its prompts into transformed embeddings.
 
-The model's owner trains a transform and saves it with `StainedGlassTransformForText.save_pretrained`; a client loads
+The model's owner trains a transform and saves it with `StainedGlassTransformForText.save_pretrained`. A client loads
 the file, transforms its prompts, and sends only embeddings. The file is safetensors: tensors, and JSON metadata with
-the tokenizer and the transform's configuration. Nothing in it is executed, and it names classes only by entries of a
-fixed list.
+the tokenizer and the transform's configuration. Nothing in the file is executed. The file names classes only by entries
+of a fixed list.
 """
 
 import math
@@ -24,10 +24,10 @@ from sgfast.noise_layer.transformer_cloak import KNOWN_BODIES, TransformerCloak
 from sgfast.utils.files import check_output_file
 
 _NOISE_LAYER_PREFIX, _PARAMETER_PREFIX = "noise_layer.", "base_model."
-# Far above any model's. Configurations make a list or a dictionary of this many entries.
+# Far above the count of any model. transformers makes a list or a dictionary of this many entries.
 _LARGEST_COUNT = 10_000
 _COUNTS = ("num_hidden_layers", "n_layer", "num_labels")
-# A rebuilt layer's buffers, such as rotary frequencies, are not in the file.
+# The bytes of a rebuilt layer's buffers, such as rotary frequencies, which are not in the file.
 _LARGEST_BUFFERS = 2**26
 # The most tokens that a file's tokenizer and chat template may make of a text: the estimators' time grows with the
 # square of their number.
@@ -35,13 +35,13 @@ _TOKENS, _TOKENS_PER_TEXT, _TOKENS_PER_BYTE = 2**13, 2**8, 8
 
 
 class StainedGlassTransformForText:
-    """A trained text transform with all that a client needs: noise layer, embedding table, tokenizer.
+    """A trained text transform with everything that a client needs: noise layer, embedding table, tokenizer.
 
     Args:
         model: the trained model.
-        tokenizer_wrapper: how prompts become tokens and masks.
-        parameter_names: names, relative to ``model.causal_lm`` (the base model, without PEFT's wrapper), of the base
-            model's parameters to include. The weight of the model's target layer (the embedding table) must be among
+        tokenizer_wrapper: turns prompts into tokens and masks.
+        parameter_names: names of the base model's parameters to include, relative to ``model.causal_lm`` (the base
+            model, without PEFT's wrapper). The weight of the model's target layer (the embedding table) must be among
             them.
 
     Raises:
@@ -49,8 +49,8 @@ class StainedGlassTransformForText:
             tokenizer has tokens, or a noise layer that a file cannot describe.
         TypeError: an argument of another type, such as one name in place of a list of names.
 
-    Nothing else of the base model is included, and no seed: each call draws its noise from the operating system's
-    randomness, unless it is given a seed.
+    Nothing else of the base model is included. No seed is included: each call draws its noise from the operating
+    system's randomness, unless the caller gives a seed.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class StainedGlassTransformForText:
         seed: int | None = None,
         add_generation_prompt: bool = True,
     ) -> Tensor:
-        """Transformed embeddings (B, T, D) of what the tokenizer wrapper takes, ready for ``inputs_embeds``.
+        """Return the transformed embeddings (B, T, D) of the examples, ready for ``inputs_embeds``.
 
         For a batch of prompts of different lengths use `encode`, which also gives the attention mask.
         """
@@ -109,13 +109,13 @@ class StainedGlassTransformForText:
         """Transform one example or a list of them.
 
         Args:
-            examples: what the tokenizer wrapper takes.
+            examples: one example or a list, in the form that the tokenizer wrapper takes.
             seed: 0 ≤ seed < 2⁶⁴, to repeat an output; by default fresh randomness from the operating system. Do not
                 send two outputs under one seed: their difference has no noise.
-            add_generation_prompt: end with the template's opening of an assistant message.
+            add_generation_prompt: end each prompt with the template's opening of an assistant message.
 
         Returns:
-            ``inputs_embeds`` (B, T, D) and ``attention_mask`` (B, T), padded on the left, as generation needs.
+            ``inputs_embeds`` (B, T, D) and ``attention_mask`` (B, T), padded on the left because generation needs it.
 
         Raises:
             RuntimeError: the noise layer is disabled.
@@ -129,7 +129,7 @@ class StainedGlassTransformForText:
             raise self._blamed("the chat template writes no token of these examples")
         tokens = {name: tensor.to(table.device) for name, tensor in tokens.items()}
         was_training = self.noise_layer.training
-        self.noise_layer.eval()  # no dropout in what is sent
+        self.noise_layer.eval()  # no dropout in the embeddings that are sent
         try:
             transformed = self.noise_layer(
                 table[tokens["input_ids"]] * self.embedding_scale,
@@ -143,7 +143,7 @@ class StainedGlassTransformForText:
         return {"inputs_embeds": transformed, "attention_mask": tokens["attention_mask"]}
 
     def _tokenize(self, examples: Sequence[Any] | Mapping[str, str], add_generation_prompt: bool) -> dict[str, Tensor]:
-        """Tokens and masks, padded on the left: generation continues at the right end."""
+        """Tokenize and pad on the left, because generation continues at the right end."""
         tokenizer = self.tokenizer_wrapper.tokenizer
         side = tokenizer.padding_side
         texts, size = _text_size(examples)
@@ -160,17 +160,17 @@ class StainedGlassTransformForText:
         return tokens
 
     def _blamed(self, fault: str) -> ValueError:
-        """A fault of the tokenizer, which names the file that it came from."""
+        """Return the error for a fault of the tokenizer. The message names the file that holds the tokenizer."""
         return ValueError(fault if self._path is None else f"{self._path} cannot be used: {fault}")
 
     def embedding_table(self) -> Tensor:
-        """The clean embeddings of all tokens, (V, D)."""
+        """Return the clean embeddings of all tokens, (V, D)."""
         return self.parameters[self.embedding_name] * self.embedding_scale
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file, replacing what is there only once the new one is whole and on the disk.
+        """Write one safetensors file. A file at the path is replaced once the new file is whole and on the disk.
 
-        The same transform gives the same bytes, in every process. Where ``path`` is a symbolic link, the file that it
+        The same transform gives the same bytes in every process. If ``path`` is a symbolic link, the file that the link
         names is replaced.
 
         Raises:
@@ -179,7 +179,7 @@ class StainedGlassTransformForText:
             OSError: ``path`` is a device, a pipe, a socket or a link that leads back to itself, or the disk is full.
         """
         check_output_file(path)
-        # Of the layer's state only the parameters: how often it ran is nobody's business.
+        # Only the parameters of the layer's state: the number of its forwards must not reach the client.
         tensors: dict[str, Tensor] = {
             _NOISE_LAYER_PREFIX + name: parameter for name, parameter in self.noise_layer.named_parameters()
         }
@@ -194,20 +194,20 @@ class StainedGlassTransformForText:
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> "StainedGlassTransformForText":
-        """Load what `save_pretrained` wrote.
+        """Load a file of `save_pretrained`.
 
-        The SHA-256 kept in the file is checked: it detects damage, not forgery. Load files you trust; a forged one can
-        still hold a transform that hides nothing.
+        The SHA-256 in the file is checked. The checksum detects damage, not forgery: a forged file can still hold a
+        transform that hides nothing. Load only files that you trust.
 
         Raises:
             FileNotFoundError: no such file.
-            ValueError: damaged, truncated, of another kind or a newer version, or parts that do not fit each other;
-                the message names the path.
+            ValueError: the file is damaged, truncated, of another kind or of a newer version, or its parts do not fit
+                each other; the message names the path.
         """
         tensors, description = read_client_file(path)
         try:
             transform = cls._from_parts(tensors, description)
-        except Exception as error:  # whatever a forged file provokes in tokenizers and transformers
+        except Exception as error:  # a forged file can make tokenizers and transformers raise anything
             raise ValueError(f"{path} cannot be used: {_first_line(error)}") from error
         transform._path = path
         return transform
@@ -236,7 +236,7 @@ class StainedGlassTransformForText:
 
 @torch.no_grad()
 def _try_layer(layer: TransformerCloak, table: Tensor) -> None:
-    """Run the layer once: a configuration may fit its tensors and still not compute."""
+    """Run the layer once, because a configuration can fit its tensors and still fail to compute."""
     ones = torch.ones(1, 2, dtype=torch.int64)
     try:
         transformed = layer(table[:1].expand(2, -1)[None], ones == 1, attention_mask=ones, seed=0)
@@ -267,7 +267,7 @@ def _check_description(description: Mapping[str, Any]) -> None:
 
 
 def _check_table(table: Tensor, layer: TransformerCloak, wrapper: TokenizerWrapper) -> None:
-    """Check that every token has an embedding, of the noise layer's width."""
+    """Check that every token has an embedding of the noise layer's width."""
     width = layer.mean_estimator.head.in_features
     if table.ndim != 2 or table.shape[1] != width:
         raise ValueError(f"the embedding table must be (V, {width}) as the noise layer is; got {tuple(table.shape)}")
@@ -277,9 +277,9 @@ def _check_table(table: Tensor, layer: TransformerCloak, wrapper: TokenizerWrapp
 
 
 def _rebuild(settings: dict[str, Any], parameters: dict[str, Tensor]) -> TransformerCloak:
-    """The noise layer with its parameters, in their dtype (buffers too), ready to use."""
+    """Build the noise layer with its parameters. Buffers take the parameters' dtype."""
     _check_counts(settings, len(parameters))
-    # Shapes first, without memory: what the settings ask for must be what the file holds.
+    # The shapes of the settings must be the shapes in the file. They are compared first, on a device without memory.
     with torch.device("meta"):
         outline = TransformerCloak.from_settings({**settings, "directly_learn_stds": False})
     _check_shapes(outline, parameters)
@@ -292,7 +292,7 @@ def _rebuild(settings: dict[str, Any], parameters: dict[str, Tensor]) -> Transfo
 
 
 def _check_counts(settings: Mapping[str, Any], tensors: int) -> None:
-    """Check the numbers by which layers and configurations grow before there are shapes to compare."""
+    """Check the numbers that decide how large layers and configurations become, before shapes exist to compare."""
     config = settings["config"]
     counts = [(name, config[name], _LARGEST_COUNT) for name in _COUNTS if config.get(name) is not None]
     counts += [(name, settings[name], tensors) for name in ("mean_num_hidden_layers", "std_num_hidden_layers")]
@@ -316,7 +316,7 @@ def _without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Ten
 
 
 def _text_size(examples: Any) -> tuple[int, int]:
-    """The number of texts among examples, and their bytes in UTF-8; a UnicodeEncodeError where one is no Unicode."""
+    """Count the texts among examples and their bytes in UTF-8; UnicodeEncodeError if a text is no Unicode."""
     texts, size, waiting = 0, 0, [examples]
     while waiting:
         one = waiting.pop()

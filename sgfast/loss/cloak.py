@@ -40,7 +40,7 @@ def composite_cloak_loss_factory(
     alpha: float,
     respect_std_mask: bool = True,
 ) -> tuple[Callable[LossArguments, Tensor], Callable[[], CloakLossesDict], Callable[[], CloakHyperparametersDict]]:
-    """Create a loss that trades a task's loss against the strength of the transform, by −log(mean sigma).
+    """Create a loss that trades a task's loss against −log(mean sigma), the strength of the transform.
 
         loss = (1 − alpha) · loss_function(...) + alpha · −log(mean sigma)
 
@@ -50,14 +50,15 @@ def composite_cloak_loss_factory(
         noisy_model: the model to train.
         loss_function: the task's loss, a scalar.
         alpha: in [0, 1]: 0 is all task, 1 all strength.
-        respect_std_mask: leave suppressed features out of the mean; False averages them too. For every kind of noise
-            layer (our choice; the documented original never respects the masks of patch layers).
+        respect_std_mask: True leaves suppressed features out of the mean; False averages them too. The argument acts on
+            every kind of noise layer (our choice; the documented original never respects the masks of patch layers).
 
     Returns:
-        ``(loss, get_losses, get_hyperparameters)``, each callable once after a forward of ``noisy_model``:
-        ``loss`` takes what ``loss_function`` takes (of a `NoisyModelOutput`, the base model's output is passed on) and
-        gives the scalar to call ``backward`` on; ``get_losses()`` gives the detached, unweighted ``base_loss`` and
-        ``noise_loss``, and ``total``; ``get_hyperparameters()`` gives ``alpha``.
+        ``(loss, get_losses, get_hyperparameters)``, each callable once after a forward of ``noisy_model``. ``loss``
+        takes the arguments of ``loss_function`` and returns the scalar to call ``backward`` on. If an argument is a
+        `NoisyModelOutput`, ``loss_function`` receives the base model's output in it. ``get_losses()`` returns the
+        detached, unweighted ``base_loss`` and ``noise_loss``, and ``total``. ``get_hyperparameters()`` returns
+        ``alpha``.
 
     Raises:
         ValueError: alpha outside [0, 1], a noise layer whose scale starts at 0 (log sigma would be infinite).

@@ -78,11 +78,11 @@ def distillation_loss_factory(
         std_log_ratio_loss_weight: pushes standard deviations up.
         input_embedding_similarity_loss_weight: pushes transformed embeddings away in angle.
         distillation_layer_cosine_distance_loss_weight: pulls the layer's outputs together in angle.
-        distillation_layer_l2_distance_loss_weight: pulls them together in relative distance.
+        distillation_layer_l2_distance_loss_weight: pulls the layer's outputs together in relative distance.
         inverse_l2_power_law_catalyst_loss_weight: pushes transformed embeddings away in distance.
-        inverse_l2_power_law_characteristic_length: distance at which that push is about 1; the 5th percentile of the
-            table's Voronoi distances is a good value.
-        inverse_l2_power_law_exponent_of_decay: how fast it falls with distance.
+        inverse_l2_power_law_characteristic_length: distance at which the catalyst is about 1; the 5th percentile of
+            the table's Voronoi distances is a good value.
+        inverse_l2_power_law_exponent_of_decay: power with which the catalyst falls with distance.
         distillation_layer_distance_loss_weight: older name of the cosine weight.
 
     Returns:
@@ -125,11 +125,11 @@ def mutual_information_distillation_loss_factory(
     input_embedding_similarity_loss_weight: float = 0.0,
     combine_noise_masks_for_mutual_information_sub_batches: bool = True,
 ) -> LossFunctions:
-    """Create a loss that trades similarity at one decoder layer against what the transform tells about the text.
+    """Create a loss that trades similarity at one decoder layer against the information that the transform reveals.
 
         loss = (1−alpha) (w_l2 l2) + alpha (w_mi mi + w_sim sim + w_cat cat)
 
-    Batches must have at least 2 rows: the two halves are compared (of an odd batch the second is the larger one).
+    Batches must have at least 2 rows, because the two halves are compared. The second half of an odd batch is larger.
 
     Args:
         noisy_model: the model to train.
@@ -141,8 +141,8 @@ def mutual_information_distillation_loss_factory(
         inverse_l2_power_law_characteristic_length: likewise.
         inverse_l2_power_law_exponent_of_decay: likewise.
         input_embedding_similarity_loss_weight: likewise.
-        combine_noise_masks_for_mutual_information_sub_batches: compare two rows at the positions that are transformed
-            in both; False: at those transformed in the first and attended in the second.
+        combine_noise_masks_for_mutual_information_sub_batches: True compares two rows at the positions that are
+            transformed in both; False at the positions that are transformed in the first and attended in the second.
 
     Returns:
         ``(loss, get_losses, get_hyperparameters)``; see `sgfast.loss.distillation`.
@@ -181,7 +181,7 @@ def cross_entropy_distillation_factory(
         distillation_cross_entropy_loss_weight: pulls the noisy logits to the clean ones.
         absolute_cosine_similarity_penalty_weight: makes transformed embeddings orthogonal to clean ones.
         median_norm_penalty_weight: keeps the norms of mean-shifted embeddings near the median norm of the target
-            layer's outputs over all token ids, which is taken here, once.
+            layer's outputs over all token ids. The median norm is computed once, by this call.
 
     Returns:
         ``(loss, get_losses, get_hyperparameters)``; see `sgfast.loss.distillation`.
@@ -228,11 +228,11 @@ def mutual_information_cross_entropy_distillation_factory(
     median_norm_penalty_weight: float,
     combine_noise_masks_for_mutual_information_sub_batches: bool = True,
 ) -> LossFunctions:
-    """Create the loss of `cross_entropy_distillation_factory` with what the transform tells about the text.
+    """Create the loss of `cross_entropy_distillation_factory` with the mutual information as a further component.
 
         loss = w_ce ce + w_mi mi + w_acs acs + w_mnp mnp
 
-    Batches must have an even number of rows: the two halves are compared.
+    Batches must have an even number of rows, because the two halves are compared.
 
     Args:
         noisy_model: the model to train.
@@ -240,8 +240,8 @@ def mutual_information_cross_entropy_distillation_factory(
         distillation_cross_entropy_loss_weight: as in `cross_entropy_distillation_factory`.
         absolute_cosine_similarity_penalty_weight: likewise.
         median_norm_penalty_weight: likewise.
-        combine_noise_masks_for_mutual_information_sub_batches: compare two rows at the positions that are transformed
-            in both; False: at those transformed in the first and attended in the second.
+        combine_noise_masks_for_mutual_information_sub_batches: True compares two rows at the positions that are
+            transformed in both; False at the positions that are transformed in the first and attended in the second.
 
     Returns:
         ``(loss, get_losses, get_hyperparameters)``; see `sgfast.loss.distillation`.

@@ -1,4 +1,4 @@
-"""A divergence between student and teacher logits as a module to drop into a training loop."""
+"""A divergence between student and teacher logits, as a module for a training loop."""
 
 import inspect
 import math
@@ -32,37 +32,37 @@ from sgfast.ops.topk.selection import check_k
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
 TopKOf = Literal["both", "student", "teacher"]
-# What the operation calls the sides.
+# The operation's names of the sides.
 _TOP_K_OF = {"both": "both", "student": "noisy", "teacher": "clean"}
-# A mixture with nothing of one side is that side: GKD, TRL and Liger give the ends of beta these meanings.
+# At an end of beta the mixture is one of the two sides. GKD, TRL and Liger give the ends these meanings.
 _ENDS = {0.0: "forward_kl", 1.0: "reverse_kl"}
 
 
 class DivergenceLoss(nn.Module):
     r"""Distillation loss: a divergence between the next-token distributions of student and teacher, and hard labels.
 
-    For every counted position, in nats:
+    The loss of every counted position, in nats, is
 
         loss = (1 − w)·D(student, teacher)·(T² if asked for) + w·CE(student, label)
 
-    D is one of `sgfast.ops.divergences` at temperature T, or a weighted sum of them, with p the student and q the
-    teacher; CE is the cross-entropy at temperature 1, 0 where the label is ``ignore_index``; w is
-    ``hard_label_weight``. Both come from the same pass over the logits, which keeps nothing per logit for backward and
-    never copies them.
+    D is one of `sgfast.ops.divergences` at temperature T, or a weighted sum of them. p is the student's distribution
+    and q the teacher's. CE is the cross-entropy at temperature 1; it is 0 where the label is ``ignore_index``. w is
+    ``hard_label_weight``. Both come from the same pass over the logits. The pass keeps nothing per logit for backward
+    and never copies the logits.
 
-    A position counts where ``mask`` is 1; without ``mask``, where its label is not ``ignore_index``; without labels,
-    everywhere. ``weights`` multiply the counted positions; one of weight 0 does not count. Positions that do not count
-    are not read: NaN there reaches neither the loss nor a gradient.
+    With ``mask`` a position counts if its mask is 1. Without ``mask`` it counts if its label is not ``ignore_index``.
+    Without labels every position counts. ``weights`` multiply the counted positions; a position of weight 0 does not
+    count. Positions that do not count are not read: NaN there reaches neither the loss nor a gradient.
 
     Labels are not shifted. A causal language model's logits at position t predict token t + 1:
 
         loss(student_logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:])
         loss(student_logits, teacher_logits, labels=F.pad(labels, (0, 1), value=-100)[:, 1:])  # the same
 
-    The slices are read in place, but PyTorch's backward of a slice makes a second gradient as large as the logits;
-    shifting the labels alone, as the second line does, saves it.
+    The slices are read in place, but PyTorch's backward of a slice makes a second gradient as large as the logits. The
+    second line shifts the labels alone and saves this gradient.
 
-    The losses that others offer:
+    Losses of other papers and libraries:
 
     ================================  =======================================================================
     Hinton et al. 2015                ``"forward_kl", temperature=T, scale_by_temperature_squared=True``
@@ -73,32 +73,33 @@ class DivergenceLoss(nn.Module):
     soft labels                       ``"cross_entropy"``
     ================================  =======================================================================
 
-    After a call ``components`` holds its parts: ``soft``, D·(T² if asked for), and ``hard``, CE, each without its
-    factor 1 − w or w, reduced as the loss is and detached; a part that the loss does not have has no entry. So
-    ``loss = (1 − w)·soft + w·hard``. Copies and pickles of the module have no components; neither has a module under
-    ``torch.export``.
+    After a call ``components`` holds the parts of the loss: ``soft``, D·(T² if asked for), and ``hard``, CE. Each part
+    is without its factor 1 − w or w, reduced like the loss, and detached, so that ``loss = (1 − w)·soft + w·hard``. A
+    part that the loss does not have has no entry. Copies and pickles of the module have no components. A module under
+    ``torch.export`` has none either.
 
     Args:
         kind: one of `sgfast.ops.divergences`' kinds, or a mapping from kinds to finite weights ≥ 0, at least one
             above 0: D is the weighted sum, from one pass. A kind of weight 0 is not computed.
         top_k: restrict D to S, the top-k logits; None for the whole vocabulary.
-        top_k_of: whose top-k logits make S: the union of ``both`` sides', ``student`` or ``teacher``.
-        support: what the restriction means: ``tail`` (one more atom for the rest: a true divergence), ``truncate`` or
+        top_k_of: the side whose top-k logits make S: ``student``, ``teacher``, or ``both`` for the union.
+        support: meaning of the restriction: ``tail`` (one more atom for the rest: a true divergence), ``truncate`` or
             ``renormalize``. No effect without ``top_k``.
         temperature: T > 0, divides both sides' logits in D. A pair (student, teacher) gives each side its own.
         beta: weight of the teacher in the mixture of ``jensen_shannon``, 0 ≤ beta ≤ 1; None: 0.5. At 0 the loss is
             ``forward_kl``, at 1 ``reverse_kl``.
         skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1; None: 0.1.
-        scale_by_temperature_squared: multiply D by T², which keeps the size of its gradient when T changes; of a pair
-            the student's.
-        hard_label_weight: w, between 0 and 1; above 0 every call needs labels, and at 1 D has no part.
+        scale_by_temperature_squared: multiply D by T², which keeps the size of its gradient when T changes; for a pair
+            of temperatures T is the student's.
+        hard_label_weight: w, between 0 and 1. Above 0 every call needs labels. At 1 the loss has no D.
         label_smoothing: the part of a label's weight in CE that is spread evenly over the vocabulary, as in
             ``torch.nn.CrossEntropyLoss``; above 0 it needs ``hard_label_weight`` above 0, and runs in PyTorch.
-        ignore_index: the label that says "no label here".
-        shared_vocab: compare the first n columns only, D and CE alike, when the two sides pad one vocabulary
+        ignore_index: the label of positions without a label.
+        shared_vocab: n: compare the first n columns only, in D and in CE, when the two sides pad one vocabulary
             differently. Labels must be below n.
         reduction: ``mean``: the sum over counted positions / max(their number, 1), with ``weights`` / the sum of the
-            counted positions' weights (0 where that is 0); ``sum``; ``none``: per position, 0 where it does not count.
+            counted positions' weights (0 if that sum is 0); ``sum``; ``none``: a value per position, 0 at positions
+            that do not count.
         max_chunk_bytes: as in `sgfast.ops.divergences`.
         impl: see `sgfast.ops.dispatch`.
 
@@ -106,8 +107,8 @@ class DivergenceLoss(nn.Module):
         TypeError: an argument's type.
         ValueError: an unknown name, a number out of range, ``beta`` or ``skew`` that no kind uses.
 
-    The module has no parameters and no state besides ``components``. The teacher's side is not detached: compute its
-    logits under ``torch.no_grad()`` unless it is to be trained too.
+    The module has no parameters and no state besides ``components``. The teacher's side is not detached: compute the
+    teacher's logits under ``torch.no_grad()`` unless the teacher is trained too.
 
     Example:
         >>> import torch
@@ -207,21 +208,22 @@ class DivergenceLoss(nn.Module):
             labels: (...), integers: class indices, or ``ignore_index``. They only choose the counted positions while
                 ``hard_label_weight`` is 0.
             mask: (...), bool or numbers equal to 0 or 1, 1 = counted.
-            weights: (...), numbers ≥ 0 and finite, differentiable: what each counted position is multiplied by.
-            num_items: what ``mean`` divides by in place of the number of counted positions, at least 1, or with
-                ``weights`` in place of their sum: the count over all micro-batches and processes, so that gradient
-                accumulation and data parallelism give the gradient of the whole batch. (DistributedDataParallel
-                averages gradients: multiply the loss by the number of processes.)
+            weights: (...), numbers ≥ 0 and finite, differentiable factors of the counted positions.
+            num_items: the denominator of ``mean``, at least 1. It replaces the number of counted positions or, with
+                ``weights``, the sum of the weights. Give the number over all micro-batches and processes, so that
+                gradient accumulation and data parallelism give the gradient of the whole batch.
+                (DistributedDataParallel averages gradients: multiply the loss by the number of processes.)
 
         Returns:
-            float32 (float64 if the logits are): a scalar, or (...) under ``reduction="none"``. No counted position
-            gives exactly 0, with a graph and zero gradients.
+            float32 (float64 if the logits are): a scalar, or (...) under ``reduction="none"``. Without any counted
+            position the loss is exactly 0, with a graph and zero gradients.
 
         Raises:
             TypeError: an argument's type; bool ``weights``, which would be a mask.
             ValueError: shapes or devices differ, no labels although hard labels are weighted, ``num_items`` without
                 ``mean``, or a negative number; on a CPU also a mask with other numbers than 0 and 1, and weights that
-                are negative, infinite or NaN (on a GPU looking at them would stop the queue, and they take part).
+                are negative, infinite or NaN. On a GPU such weights take part in the loss, because a check of their
+                values would stop the queue.
         """
         student, teacher = self._shared_columns(student, teacher)
         labels = self._check_labels(labels, student)
@@ -231,7 +233,7 @@ class DivergenceLoss(nn.Module):
         if mask is None and labels is not None:
             mask = labels != self.ignore_index
         if weights is not None:
-            # What does not count has weight 0, and what has weight 0 is not read.
+            # Positions that do not count have weight 0, and positions of weight 0 are not read.
             weights = weights if mask is None else torch.where(mask, weights, 0)
             mask = weights != 0
         parts = self._parts(student, teacher, labels, mask)
@@ -250,18 +252,18 @@ class DivergenceLoss(nn.Module):
         return loss
 
     def extra_repr(self) -> str:
-        """The kind and every setting that is not at its default, for ``repr``."""
+        """Return the kind and every setting that is not at its default, for ``repr``."""
         defaults = {name: one.default for name, one in inspect.signature(DivergenceLoss).parameters.items()}
         defaults |= {"kind": self.kind, "beta": DEFAULT_BETA, "skew": DEFAULT_SKEW}
         settings = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
         return ", ".join((repr(self.kind), *(f"{name}={value!r}" for name, value in settings.items())))
 
     def __getstate__(self) -> dict[str, Any]:
-        """What copies and pickles take along: settings, and no tensor of the last call."""
+        """Return the settings for copies and pickles, without the tensors of the last call."""
         return self.__dict__ | {"components": {}}
 
     def _kind_weights(self) -> dict[str, float]:
-        """What D is made of; an end of beta under the name that it has there, kinds of weight 0 left out."""
+        """Return the kinds of D with their weights, without kinds of weight 0. An end of beta has its kind's name."""
         kinds = {self.kind: 1.0} if isinstance(self.kind, str) else self.kind
         found: dict[str, float] = {}
         for kind, weight in kinds.items():
@@ -316,7 +318,7 @@ class DivergenceLoss(nn.Module):
             raise ValueError(f"num_items must not be negative; got {num_items}")
 
     def _parts(self, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
-        """What the loss is made of, per position: ``soft``, ``hard`` or both, without their factors."""
+        """Compute the parts of the loss per position: ``soft``, ``hard`` or both, without their factors."""
         weight, kinds = self.hard_label_weight, self._kind_weights() if self.hard_label_weight < 1 else {}
         values = divergences(
             student,
@@ -364,7 +366,7 @@ class DivergenceLoss(nn.Module):
         return values.sum() / (torch.where(divisor == 0, 1, divisor) if isinstance(divisor, Tensor) else divisor or 1)
 
     def _operation_labels(self, labels: Tensor, size: int) -> Tensor:
-        """The operation ignores every negative label; here one alone is meant, and others are out of range."""
+        """Translate ``ignore_index`` for the operation, which ignores every negative label."""
         if validation.values_are_at_hand(labels):
             stray = labels[(labels < 0) & (labels != self.ignore_index)]
             if stray.numel() > 0:
@@ -373,7 +375,7 @@ class DivergenceLoss(nn.Module):
 
 
 def _check_kind(kind: str | Mapping[str, float]) -> str | dict[str, float]:
-    """Check a kind, or kinds and their weights, and return a copy of those."""
+    """Check a kind, or kinds and their weights, and return a copy."""
     if isinstance(kind, str):
         check_kinds("kind", (kind,))
         return kind

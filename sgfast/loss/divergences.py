@@ -1,10 +1,10 @@
 r"""Divergences between the next-token distributions of two sets of logits, one function each.
 
-With p = softmax(noisy_logits / temperature), the noisy model or student, and q = softmax(clean_logits / temperature),
-the clean model or teacher, every function returns one value in nats per position, differentiable with respect to both
-sides, in float32 (float64 for float64 logits) whatever the inputs' dtype or autocast says. Nothing per logit is kept
-for backward. Several kinds from one read of the logits: `sgfast.ops.divergences`. A loss to train with:
-`sgfast.loss.DivergenceLoss`.
+p = softmax(noisy_logits / temperature) is the distribution of the noisy model or student, and
+q = softmax(clean_logits / temperature) the distribution of the clean model or teacher. Every function returns one value
+in nats per position, differentiable with respect to both sides, in float32 (float64 for float64 logits) whatever the
+inputs' dtype or autocast says. Nothing per logit is kept for backward. `sgfast.ops.divergences` computes several kinds
+from one read of the logits. `sgfast.loss.DivergenceLoss` is a loss to train with.
 
 All functions take the same arguments:
 
@@ -14,22 +14,22 @@ All functions take the same arguments:
     bool, (..., V) or broadcastable to it, such as `sgfast.metrics.get_top_k_support_mask` returns: restricts the
     divergence to its True entries, S, which are constant for the gradient. A position with no True entry gives 0.
 ``top_k``
-    S is the union of both sides' top-k indices at each position. The same numbers as with the mask of
-    `get_top_k_support_mask(noisy_logits, clean_logits, top_k)`, without a mask as large as the logits and several
-    times faster. Not together with ``support_mask``.
+    S is the union of both sides' top-k indices at each position. The numbers equal the numbers with the mask of
+    `get_top_k_support_mask(noisy_logits, clean_logits, top_k)`, but no mask as large as the logits exists, and the
+    computation is several times faster. Not together with ``support_mask``.
 ``support``
-    what the restriction means: ``tail`` adds one atom that holds the rest of the mass, a true divergence; ``truncate``
-    sums the full distributions' terms in S (a KL may be negative there); ``renormalize`` takes the softmax over S on
-    both sides. No effect without a restriction.
+    meaning of the restriction: ``tail`` adds one atom that holds the rest of the mass, and is a true divergence;
+    ``truncate`` sums the full distributions' terms in S (a KL may be negative); ``renormalize`` takes the softmax over
+    S on both sides. No effect without a restriction.
 ``mask``
     (...), bool or numbers equal to 0 or 1, 1 = selected. Other positions are not read, give 0 and get zero gradient.
 ``temperature``
-    a positive number or a tensor of shape (...), or a pair of them, (noisy, clean), one for each side; without a factor
-    T².
+    a positive number or a tensor of shape (...), or a pair of them, (noisy, clean), one for each side. There is no
+    factor T².
 ``impl``
     see `sgfast.ops.dispatch`; a ``support_mask`` runs in PyTorch only.
 
-Errors are those of `sgfast.ops.divergences`; ValueError also for ``support_mask`` together with ``top_k``.
+The functions raise the errors of `sgfast.ops.divergences`, and ValueError for ``support_mask`` together with ``top_k``.
 """
 
 from typing import Any

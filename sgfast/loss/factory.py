@@ -1,4 +1,4 @@
-"""What every loss factory shares: the three functions it returns, the types of their values, argument checks."""
+"""The shared part of all loss factories: the three functions they return, types of their values, argument checks."""
 
 import math
 import numbers
@@ -79,23 +79,23 @@ _WEIGHTED = {
     "clean_embedding_performance_on_student_model_loss_weight": "clean_embedding_performance",
 }
 _POSITIVE = ("inverse_l2_power_law_characteristic_length", "inverse_l2_power_law_exponent_of_decay")
-# The others measure the transform's strength: alpha weighs them.
+# These components weigh 1 − alpha. The others measure the transform's strength and weigh alpha.
 _UTILITY = (
     "distillation_layer_cosine_distance",
     "distillation_layer_l2_distance",
     "distillation_protection_l2",
     "clean_embedding_performance",
 )
-# The others read the transform alone.
+# These components read the model's outputs. The others read the transform alone.
 READ_OUTPUTS = (*_UTILITY, "distillation_cross_entropy")
 _NEED_LOG_SIGMA = ("std_log_ratio", "mutual_information")
 
 
 class Weights(NamedTuple):
-    """What a factory's weights ask for."""
+    """The weights of a factory's components."""
 
-    wanted: frozenset[str]  # components of weight > 0: what is computed
-    final: dict[str, float]  # with alpha
+    wanted: frozenset[str]  # components of weight > 0; only these are computed
+    final: dict[str, float]  # multiplied by alpha or 1 − alpha
 
 
 def check_hyperparameters(
@@ -134,21 +134,21 @@ def check_noisy_model(
 def resolve_distillation_layer(
     noisy_model: NoiseMaskedNoisyTransformerModel, distillation_layer_index: int | None
 ) -> int | None:
-    """The 0-based index of a decoder layer, checked; None for the logits."""
+    """Check the index of a decoder layer and return it as 0-based; None for the logits."""
     if distillation_layer_index is None:
         return None
     return resolve_layer_index(noisy_model.base_model, distillation_layer_index)
 
 
 def attach(noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, wanted: frozenset[str]) -> Consumer:
-    """Let forwards keep what the wanted components read: a layer's outputs or the logits, beside the transform."""
+    """Let forwards keep the tensors that the wanted components read: a layer's outputs or the logits."""
     return attach_reader(noisy_model, layer, not wanted.isdisjoint(READ_OUTPUTS))
 
 
 def attach_reader(
     noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, reads: bool, **halves: bool
 ) -> Consumer:
-    """Let forwards keep a layer's outputs, or the logits for None, if anything ``reads`` them."""
+    """Let forwards keep a layer's outputs, or the logits for None, if ``reads`` is True."""
     layers = frozenset({layer}) if reads and layer is not None else frozenset[int]()
     return noisy_model.attach(layers=layers, logits=reads and layer is None, **halves)
 
@@ -162,10 +162,11 @@ def loss_functions(
     """Build a factory's three functions, each callable once after a forward of every model.
 
     Args:
-        consumers: what is attached to each model, by what errors call the model.
-        compute: from a forward of each model, the counted positions (B, T) bool (l & a) and normalizers to components.
-        weights: of the components.
-        hyperparameters: what the last function returns.
+        consumers: the consumer that is attached to each model; the keys name the models in errors.
+        compute: returns the components from a forward of each model, the counted positions (B, T) bool (l & a) and
+            the normalizers.
+        weights: weights of the components.
+        hyperparameters: return value of the last function.
     """
     state = _State()
     names = " and of ".join(consumers)

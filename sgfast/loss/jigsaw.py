@@ -1,9 +1,13 @@
-"""Jigsaw training: a student with adapters learns to read transformed tokens, which the base model alone shall not.
+"""Jigsaw training: a student with adapters learns to read transformed tokens, and the base model alone does not.
 
-The teacher runs the base model without adapters, the student with them; both see one noise draw. Of their four outputs
-the teacher's clean one is the constant reference. The student's noisy output should be close to it: gradients reach the
-noise layer and the adapters. The teacher's noisy output should be far: gradients reach the noise layer. So should the
-student's clean output: gradients reach the adapters. The base models never get gradients.
+The teacher runs the base model without adapters, the student runs it with adapters. Both see one noise draw. The
+teacher's clean output is the constant reference for the other three outputs:
+
+* the student's noisy output should be close to the reference; gradients reach the noise layer and the adapters;
+* the teacher's noisy output should be far from the reference; gradients reach the noise layer;
+* the student's clean output should be far from the reference; gradients reach the adapters.
+
+The base models never get gradients.
 """
 
 from collections.abc import Sequence
@@ -45,14 +49,14 @@ def jigsaw_loss_factory(
     inverse_l2_power_law_characteristic_length: float = 1.0,
     inverse_l2_power_law_exponent_of_decay: float = 1.0,
 ) -> LossFunctions:
-    """Create a loss under which the student, and nobody else, learns to read transformed tokens.
+    """Create a loss under which only the student learns to read transformed tokens.
 
         loss = (1−alpha) (w_cos cos + w_l2 l2 + w_prot prot + w_clean clean) + alpha (w_std std + w_sim sim + w_cat cat)
 
     cos and l2 compare the student's noisy with the teacher's clean outputs. Both models must share one noise layer,
-    ``noise_layer=teacher.noise_layer``, and be called with the same tensors; they may share one base model. Outputs
-    that no weighted component reads are not computed in training: by default the teacher runs its clean half only, and
-    the student its noisy half.
+    ``noise_layer=teacher.noise_layer``, and be called with the same tensors. They may share one base model. Outputs
+    that no weighted component reads are not computed in training: by default the teacher computes only its clean half,
+    and the student only its noisy half.
 
     Args:
         noisy_teacher_model: the base model without adapters.
@@ -63,11 +67,12 @@ def jigsaw_loss_factory(
         std_log_ratio_loss_weight: pushes standard deviations up.
         input_embedding_similarity_loss_weight: pushes transformed embeddings away in angle.
         distillation_layer_cosine_distance_loss_weight: pulls student and teacher together in angle.
-        distillation_layer_l2_distance_loss_weight: pulls them together in relative distance.
+        distillation_layer_l2_distance_loss_weight: pulls student and teacher together in relative distance.
         distillation_protection_l2_loss_weight: keeps the teacher from reading transformed tokens.
-        apply_distillation_protection_loss_mask: that term counts the positions of the loss mask; False: all attended.
-        clean_embedding_performance_on_student_model_loss_weight: keeps the student from reading clean tokens. It costs
-            the memory of a second pass with a graph.
+        apply_distillation_protection_loss_mask: True counts the positions of the loss mask in the protection
+            component; False counts all attended positions.
+        clean_embedding_performance_on_student_model_loss_weight: keeps the student from reading clean tokens. This
+            component costs the memory of a second pass with a graph.
         inverse_l2_power_law_catalyst_loss_weight: pushes transformed embeddings away in distance.
         inverse_l2_power_law_characteristic_length: as in `sgfast.loss.distillation.distillation_loss_factory`.
         inverse_l2_power_law_exponent_of_decay: likewise.
@@ -75,8 +80,8 @@ def jigsaw_loss_factory(
     Returns:
         ``(loss, get_losses, get_hyperparameters)``, as `sgfast.loss.distillation` describes them, each callable once
         after a forward of both models, in any order. With ``apply_distillation_protection_loss_mask=False`` give
-        ``normalizers`` their ``attended_tokens`` too; without, the batch's mean of that term counts by the batch's
-        share of ``loss_tokens``.
+        ``normalizers`` the entry ``attended_tokens`` too. Without this entry the batch's mean of the protection
+        component is weighted by the batch's share of ``loss_tokens``.
 
     Raises:
         ValueError: alpha outside [0, 1], a negative weight, a length or exponent that is not positive, no such layer,
@@ -186,7 +191,7 @@ def _normalized_l2(outputs: Outputs, reference: Outputs, layer: int | None, mask
 
 
 def _over_attended(normalized_l2: Tensor, attended: Tensor, counted: Tensor, normalizers: Normalizers) -> Tensor:
-    """The protection term over all attended positions."""
+    """The protection component over all attended positions."""
     loss_tokens, attended_tokens = normalizers.get("loss_tokens"), normalizers.get("attended_tokens")
     value = components.distillation_protection_l2(normalized_l2, attended, attended_tokens)
     if attended_tokens is not None or loss_tokens is None:

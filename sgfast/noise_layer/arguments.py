@@ -13,7 +13,7 @@ ValueRange = tuple[float | None, float | None]
 def check_scale(scale: Any) -> Scale:
     """Check ``(min, max)`` with 0 ≤ min < max, a pair of numbers or a tensor of two, and return it as floats."""
     try:
-        # Of a string, each digit would be a bound.
+        # A string is a sequence too, and each of its digits would be a bound.
         bounds = [] if isinstance(scale, str | bytes) else list(scale)
         if not bounds or any(isinstance(bound, str | bytes | bool) for bound in bounds):
             raise TypeError
@@ -48,7 +48,7 @@ def check_value_range(value_range: Any) -> ValueRange | None:
 
 
 def check_input_shape(input_shape: Any) -> tuple[int, ...] | None:
-    """Check a shape whose first dimension, the batch, may be anything (−1, say), and whose others are positive."""
+    """Check a shape. The first dimension, the batch, may be any int (−1, say); the other dimensions are positive."""
     if input_shape is None:
         return None
     if not isinstance(input_shape, Sequence) or not all(

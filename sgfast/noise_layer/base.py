@@ -1,4 +1,4 @@
-"""What all noise layers share: the transform itself, the seeds, and the memory of the last forward."""
+"""The base of all noise layers: the transform itself, the seeds, and the memory of the last forward."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ from sgfast.ops.validation import check_seed
 class BaseNoiseLayer(nn.Module, ABC):
     """Add learned noise: ``output = where(n, (input + std·eps)·keep + mean, input)``.
 
-    A subclass says what mean and std are, in `estimate`. eps is `sgfast.ops.standard_normal` under a seed that
-    changes with every forward: drawn from torch's generator of the input's device, or, given ``seed``, mixed from it
-    and the number of the forward. No two inputs share their noise, whatever ``torch.manual_seed`` is called with and
-    where: the process rank (of the process group, or ``RANK`` in the environment), the number of a child process
-    without a rank, and the device's index are mixed into every seed. The same program on the same rank and device
-    repeats its noise. Processes that compute one model together on one input (tensor parallelism) need one noise: give
-    ``seed`` for the forward.
+    A subclass computes mean and std in `estimate`. eps is `sgfast.ops.standard_normal` under a seed that changes with
+    every forward. Without ``seed`` the forward's seed is drawn from torch's generator of the input's device. With
+    ``seed`` the forward's seed is mixed from ``seed`` and the number of the forward. No two inputs share their noise,
+    whatever ``torch.manual_seed`` is called with: the process rank (of the process group, or ``RANK`` in the
+    environment), the number of a child process without a rank, and the device's index are mixed into every seed. The
+    same program on the same rank and device repeats its noise. Processes that compute one model together on one input
+    (tensor parallelism) need one noise: give ``seed`` for the forward.
 
     After a forward these attributes hold its values, until the next one: ``input``, ``mean``, ``std``, ``mask``
     (True = suppressed feature, or None), ``noise_mask`` (True = transformed, or None), ``noise`` (std·eps) and
@@ -34,7 +34,7 @@ class BaseNoiseLayer(nn.Module, ABC):
 
     Args:
         scale: (min, max) of the standard deviations.
-        masker: which features to suppress, from their standard deviations; None for none.
+        masker: chooses the features to suppress from their standard deviations; None suppresses none.
         value_range: (low or None, high or None), a clamp on transformed elements.
         seed: 0 ≤ seed < 2⁶⁴, or None.
     """
@@ -62,21 +62,21 @@ class BaseNoiseLayer(nn.Module, ABC):
         self.value_range = check_value_range(value_range)
         self.seed = check_seed(seed)
         self.enabled = True
-        # In the state_dict, so that a resumed training does not repeat the noise it began with; a tensor, so that
-        # torch.compile does not specialise on it.
+        # The count is in the state_dict, so that a resumed training does not repeat the noise of its beginning. The
+        # count is a tensor, so that torch.compile does not specialise on its value.
         self.register_buffer("forward_count", torch.zeros((), dtype=torch.int64))
         self.clear()
 
     @abstractmethod
     def estimate(self, input: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Mean shift and standard deviation for an input, broadcastable to it."""
+        """Return the mean shift and the standard deviation for an input, broadcastable to it."""
 
     def suppressed_features(self, std: Tensor) -> Tensor | None:
-        """Which features to replace by their mean shift: of std's shape, True = suppressed; None for none."""
+        """Return the features to replace by their mean shift: std's shape, True = suppressed; None for none."""
         return None if self.masker is None else self.masker(std)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay would pull back to no transform at all; see `parameter_groups`."""
+        """Names of the parameters that weight decay would pull towards no transform at all; see `parameter_groups`."""
         return {name for name, _ in self.named_parameters()}
 
     def forward(
@@ -86,9 +86,10 @@ class BaseNoiseLayer(nn.Module, ABC):
 
         Args:
             input: (batch, ...) floating.
-            noise_mask: True = transform; of the input's leading dimensions, or broadcastable; None selects all.
-            seed: the noise's seed for this forward, in place of the layer's own.
-            kwargs: what the estimators take besides (an attention mask, say).
+            noise_mask: True = transform; its shape is the input's leading dimensions, or broadcastable; None selects
+                all elements.
+            seed: seed of the noise for this forward; it replaces the layer's own.
+            kwargs: further arguments of the estimators (an attention mask, say).
 
         Returns:
             The transformed input, in its dtype; the input itself while ``enabled`` is False.
@@ -96,8 +97,8 @@ class BaseNoiseLayer(nn.Module, ABC):
         Raises:
             TypeError: the input is not a floating tensor.
             ValueError: masks or input of another shape than the layer's.
-            RuntimeError: the forward is recomputed in backward and cannot know its first noise: the layer has a
-                ``seed`` of its own, whose stream has moved on, or has none and the random state was not restored
+            RuntimeError: backward recomputes the forward and cannot repeat the forward's noise. Either the layer has a
+                ``seed`` of its own, whose stream has moved on, or it has none and the random state was not restored
                 (``checkpoint(preserve_rng_state=False)``, torch.compile under an ``activation_memory_budget``). Give
                 ``seed`` for the forward.
         """
@@ -123,7 +124,7 @@ class BaseNoiseLayer(nn.Module, ABC):
 
     @property
     def forward_seed(self) -> int | Tensor | None:
-        """The seed of the last forward's noise; an int64 tensor where it was drawn on the device."""
+        """The seed of the last forward's noise; an int64 tensor if it was drawn on the device."""
         return self._forward_seed
 
     @property
@@ -140,7 +141,7 @@ class BaseNoiseLayer(nn.Module, ABC):
         self._forward_seed = None
 
     def release_graph(self) -> None:
-        """Keep the last forward's values but not their graph; losses call this when they have consumed them."""
+        """Keep the last forward's values without their graph. Losses call this after they have consumed the values."""
         self.mean, self.std, self.output = (
             tensor.detach() if tensor is not None else None for tensor in (self.mean, self.std, self.output)
         )

@@ -1,4 +1,4 @@
-"""Noise layers that learn one mean shift and one standard deviation for every feature, whatever the input.
+"""Noise layers that learn one mean shift and one standard deviation for every feature, the same for every input.
 
 They follow Cloak (Mireshghallah et al., "Not all features are equal", WWW 2021). Parameters ``locs`` (mu) and ``rhos``
 (sigma by `CloakStandardDeviationParameterization`) have the shape of one sample. Weight decay erases both: see
@@ -25,10 +25,10 @@ class CloakNoiseLayer(LazyNoiseLayer):
             state_dict that is loaded.
         scale: (min, max) of the standard deviations.
         shallow: temperature of the parameterization.
-        percent_to_mask: fraction of the features to replace by their mu, those of largest sigma at each forward.
+        percent_to_mask: fraction of the features to replace by their mu: the features of largest sigma at each forward.
         value_range: (low or None, high or None), a clamp on transformed elements.
-        locs_requires_grad: whether mu is learned.
-        rhos_requires_grad: whether sigma is learned.
+        locs_requires_grad: True learns mu.
+        rhos_requires_grad: True learns sigma.
         rhos_init: rho of the untrained layer.
         seed: see `BaseNoiseLayer`.
 
@@ -36,7 +36,7 @@ class CloakNoiseLayer(LazyNoiseLayer):
         input (batch, *features) → the same; ``mean``, ``std`` and ``mask`` after a forward: (*features).
 
     Raises:
-        ValueError: an argument out of range; in a forward, an input of other features.
+        ValueError: an argument out of range; from a forward: an input of other features.
         TypeError: an argument of another type.
 
     Example:
@@ -69,34 +69,34 @@ class CloakNoiseLayer(LazyNoiseLayer):
             self.materialize(shape[1:])
 
     def parameter_shapes(self, features: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Both have the shape of a sample."""
+        """Return the shape of a sample for both parameters."""
         return {"locs": features, "rhos": features}
 
     @property
     def stds(self) -> Tensor:
-        """The standard deviations of all features, without graph: what `CloakNoiseLayer2` takes."""
+        """The standard deviations of all features, without graph. `CloakNoiseLayer2` takes them."""
         if not self.materialized:
             raise RuntimeError(f"{type(self).__name__} has no shape yet: give it input_shape, or run one forward")
         return self.parameterization(self.get_parameter("rhos").detach())
 
     def estimate(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Mu and sigma, of the shape of a sample."""
+        """Return mu and sigma, of the shape of a sample."""
         self.materialize(tuple(input.shape[1:]), input.device)
         locs = self.get_parameter("locs")
         _check_features(input, locs)
-        # A view: a module would register the parameter itself again, under every name it is kept by.
+        # A view, because a module would register the parameter itself again under every attribute's name.
         return locs.view_as(locs), self.parameterization(self.get_parameter("rhos"))
 
     def suppressed_features(self, std: Tensor) -> Tensor | None:
-        """The features of largest sigma, (*features)."""
+        """Return the features of largest sigma, (*features)."""
         return None if self.masker is None else self.masker(std[None])[0]
 
 
 class CloakNoiseLayer1(CloakNoiseLayer):
     """Cloak's first phase: learn mu and sigma, and suppress nothing.
 
-    The ``stds`` it ends with say to `CloakNoiseLayer2` which features to suppress. Arguments: those of
-    `CloakNoiseLayer`; ``percent_to_mask`` must be None.
+    `CloakNoiseLayer2` reads from the ``stds`` of the trained layer which features to suppress. The arguments are the
+    arguments of `CloakNoiseLayer`; ``percent_to_mask`` must be None.
     """
 
     def __init__(
@@ -129,22 +129,23 @@ class CloakNoiseLayer1(CloakNoiseLayer):
 class CloakNoiseLayerOneShot(CloakNoiseLayer):
     """Both of Cloak's phases at once: learn mu and sigma while the features of largest sigma are suppressed.
 
-    The choice is made anew at every forward, from the sigmas of that moment. Arguments: those of `CloakNoiseLayer`.
+    Every forward chooses the suppressed features anew from its sigmas. The arguments are the arguments of
+    `CloakNoiseLayer`.
     """
 
 
 class CloakNoiseLayer2(BaseNoiseLayer):
     """Cloak's second phase: sigma and the suppressed features are fixed, mu is learned.
 
-    At a suppressed feature mu is the constant that replaces it. ``stds`` and the choice of features are buffers: the
+    A suppressed feature is replaced by its mu, a constant. ``stds`` and the choice of features are buffers: the
     state_dict of a trained layer holds them.
 
     Args:
         input_shape: (batch, *features), checked against ``stds``; None to skip the check.
         scale: (min, max) of the standard deviations.
-        shallow: taken, like ``rhos_requires_grad`` and ``rhos_init``, so that one set of arguments serves both phases;
-            here no rho is learned.
-        percent_to_mask: fraction of the features to suppress, those of largest sigma; it must be given.
+        shallow: has no effect here, like ``rhos_requires_grad`` and ``rhos_init``, because no rho is learned. One set
+            of arguments serves both phases.
+        percent_to_mask: fraction of the features to suppress: the features of largest sigma. Required.
         value_range: (low or None, high or None), a clamp on transformed elements.
         locs_requires_grad: whether mu is learned.
         seed: see `BaseNoiseLayer`.
@@ -195,13 +196,13 @@ class CloakNoiseLayer2(BaseNoiseLayer):
         self.locs = nn.Parameter(locs, requires_grad=check_bool("locs_requires_grad", locs_requires_grad))
 
     def estimate(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Mu and sigma, of the shape of a sample."""
+        """Return mu and sigma, of the shape of a sample."""
         _check_features(input, self.locs)
-        # A layer in half precision has rounded its stds, maybe past the scale.
+        # A layer in half precision has rounded its stds, possibly past the scale.
         return self.locs.view_as(self.locs), self.stds.float().clamp(*self.scale)
 
     def suppressed_features(self, std: Tensor) -> Tensor | None:
-        """The features chosen when the layer was built."""
+        """Return the features that were chosen when the layer was built."""
         return self.suppressed
 
 

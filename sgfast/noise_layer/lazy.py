@@ -1,4 +1,4 @@
-"""Noise layers whose parameters take their shapes from the first input they see, or from the state they load."""
+"""Noise layers whose parameters take their shapes from the layer's first input, or from a loaded state."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -12,10 +12,10 @@ from sgfast.noise_layer.base import BaseNoiseLayer
 
 
 class LazyNoiseLayer(BaseNoiseLayer):
-    """A noise layer of constant-initialised parameters without shapes, until `materialize` gives them some.
+    """A noise layer whose parameters start at constants and have no shapes until `materialize` gives them shapes.
 
-    The parameter objects stay the same ones, so that an optimizer may be built before. A state_dict leaves out what
-    has no shape yet; one that was saved later gives a layer without shapes its own.
+    The parameter objects stay the same objects, so that an optimizer may be built before. A state_dict leaves out
+    parameters without a shape. A state_dict with shapes gives its shapes to a layer without them.
     """
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:
@@ -24,7 +24,7 @@ class LazyNoiseLayer(BaseNoiseLayer):
 
     @abstractmethod
     def parameter_shapes(self, features: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """The shape of every parameter for inputs of shape (batch, *features)."""
+        """Return the shape of every parameter for inputs of shape (batch, *features)."""
 
     def declare(self, name: str, initial_value: float, requires_grad: bool = True) -> None:
         """Register a parameter without a shape."""
@@ -33,19 +33,19 @@ class LazyNoiseLayer(BaseNoiseLayer):
 
     @property
     def materialized(self) -> bool:
-        """Whether the parameters have shapes."""
+        """True once the parameters have shapes."""
         return not self._lazy_names()
 
     def materialize(self, features: tuple[int, ...], device: torch.device | None = None) -> None:
-        """Give all parameters their shapes and initial values; nothing happens if they have them.
+        """Give all parameters their shapes and initial values. Nothing happens if they already have shapes.
 
         Args:
             features: the shape of an input without its batch dimension.
-            device: where to put them; None to leave them where they are.
+            device: the parameters' new device; None keeps their device.
 
         Raises:
-            RuntimeError: torch.compile is tracing the layer (which then runs this forward eagerly, or with fullgraph
-                refuses).
+            RuntimeError: torch.compile is tracing the layer. torch.compile then runs this forward eagerly, or refuses
+                it with ``fullgraph``.
         """
         if self.materialized:
             return

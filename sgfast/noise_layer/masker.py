@@ -14,8 +14,8 @@ class PercentMasker:
 
     Args:
         percent: fraction of the features, in [0, 1].
-        feature_dimensions: how many trailing dimensions make up the features F of one unit; None for all but the
-            first (one unit is a sample).
+        feature_dimensions: number of trailing dimensions that make up the features F of one unit; None for all
+            dimensions but the first (one unit is a sample).
 
     Raises:
         ValueError: percent outside [0, 1], feature_dimensions below 1 or more than the standard deviations have.
@@ -36,7 +36,7 @@ class PercentMasker:
         self.feature_dimensions = feature_dimensions
 
     def __call__(self, std: Tensor) -> Tensor:
-        """The boolean mask of ``std``'s shape, True = suppressed."""
+        """Return the boolean mask of ``std``'s shape, True = suppressed."""
         dimensions = std.dim() - 1 if self.feature_dimensions is None else self.feature_dimensions
         if not 0 < dimensions <= std.dim():
             raise ValueError(f"std must have at least {max(dimensions, 2)} dimensions; got shape {tuple(std.shape)}")

@@ -1,7 +1,7 @@
-"""From an unbounded parameter rho to a standard deviation sigma inside a scale, and back.
+"""Maps from an unbounded parameter rho to a standard deviation sigma inside a scale, and back.
 
-Both evaluate in float32 (float64 stays float64) whatever the parameter's dtype: in bfloat16 the saturating function
-rounds to its ends long before they are reached, and its gradient dies.
+Both parameterizations compute in float32 (float64 stays float64) whatever the parameter's dtype. In bfloat16 the
+saturating function would round to its ends long before it reaches them, and its gradient would be 0.
 """
 
 import math
@@ -20,10 +20,9 @@ def _wide(rho: Tensor) -> Tensor:
 class CloakStandardDeviationParameterization:
     """sigma = min + (max − min) · (1 + tanh(rho / shallow)) / 2, onto the open interval (min, max).
 
-    Evaluated as min + (max − min) · sigmoid(2 rho / shallow). Far out (|rho| / shallow beyond 9 or so) float32 rounds
-    to the ends of the interval, never past them. ``shallow`` acts as a temperature: our choice of its
-    place, as a divisor of rho (it is 1 by default). The tanh form is that of the published Cloak code
-    (Mireshghallah et al. 2021).
+    The code computes min + (max − min) · sigmoid(2 rho / shallow). If |rho| / shallow is above about 9, float32 rounds
+    to the ends of the interval, never past them. ``shallow`` acts as a temperature, by default 1. Its place as a
+    divisor of rho is our choice. The tanh form comes from the published Cloak code (Mireshghallah et al. 2021).
 
     Args:
         scale: (min, max), 0 ≤ min < max.
@@ -49,14 +48,14 @@ class CloakStandardDeviationParameterization:
             raise ValueError(f"shallow must be positive; got {shallow}")
 
     def __call__(self, rho: Tensor) -> Tensor:
-        """Sigma of rho's shape, in float32 (float64)."""
+        """Return sigma of rho's shape, in float32 (float64)."""
         minimum, maximum = self.scale
         sigma = minimum + (maximum - minimum) * torch.sigmoid(2 / self.shallow * _wide(rho))
-        # The sum can round to the number after max. There the sigmoid is flat: the clamp costs no gradient.
+        # The sum can round to the number after max. The sigmoid is flat there, so the clamp costs no gradient.
         return sigma.clamp(minimum, maximum)
 
     def inverse(self, sigma: Tensor) -> Tensor:
-        """The rho whose sigma this is; ±inf at the ends of the interval, NaN outside it."""
+        """Return the rho of a sigma: ±inf at the ends of the interval, NaN outside the interval."""
         minimum, maximum = self.scale
         return self.shallow / 2 * ((_wide(sigma) - minimum) / (maximum - _wide(sigma))).log()
 
@@ -81,9 +80,9 @@ class DirectStandardDeviationParameterization:
         self.scale = check_scale(scale)
 
     def __call__(self, rho: Tensor) -> Tensor:
-        """Sigma of rho's shape, in float32 (float64)."""
+        """Return sigma of rho's shape, in float32 (float64)."""
         return _wide(rho).clamp(*self.scale)
 
     def inverse(self, sigma: Tensor) -> Tensor:
-        """The rho whose sigma this is: sigma itself."""
+        """Return the rho of a sigma: sigma itself."""
         return _wide(sigma)

@@ -1,4 +1,4 @@
-"""A noise layer for images whose noise depends on what each patch shows."""
+"""A noise layer for images. Its noise depends on the content of each patch."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -11,28 +11,28 @@ from sgfast.ops.validation import check_count, check_finite
 
 
 class PatchCloakNoiseLayer(LazyNoiseLayer):
-    """``x~ = (x + sigma(x)·eps)·keep + mu(x)``: from the pixels of a patch, the mu and sigma of those pixels.
+    """``x~ = (x + sigma(x)·eps)·keep + mu(x)``: the pixels of a patch decide the mu and sigma of the same pixels.
 
-    A convolution with kernel and stride ``patch_size`` and in_channels · patch_size² outputs gives mu, another gives
-    rho, and sigma follows by `CloakStandardDeviationParameterization`. Their weights start at 0 and the bias of rho at
-    ``rhos_init``: an untrained layer adds weak unshifted noise. Images are padded with zeros on the right and at the
-    bottom to whole patches. The architecture is our choice: only the names are public.
+    A convolution with kernel and stride ``patch_size`` and in_channels · patch_size² outputs gives mu. A second one
+    gives rho, and `CloakStandardDeviationParameterization` turns rho into sigma. The weights of both start at 0 and the
+    bias of rho at ``rhos_init``, so that an untrained layer adds weak unshifted noise. Images are padded with zeros on
+    the right and at the bottom to whole patches. The architecture is our choice: only the names are public.
 
     Args:
         patch_size: side of a patch in pixels.
         in_channels: channels of the images; None to take them from the first forward, or from the loaded state_dict.
         scale: (min, max) of the standard deviations.
         shallow: temperature of the parameterization.
-        percent_to_mask: fraction of each image's features to replace by their mu, those of largest sigma.
+        percent_to_mask: fraction of each image's features to replace by their mu: the features of largest sigma.
         value_range: (low or None, high or None), a clamp on transformed elements.
         rhos_init: rho of the untrained layer.
         seed: see `BaseNoiseLayer`.
 
     Shape:
-        input (batch, in_channels, height, width) → the same, as ``mean``, ``std`` and ``mask``.
+        input (batch, in_channels, height, width) → the same; ``mean``, ``std`` and ``mask`` have this shape too.
 
     Raises:
-        ValueError: an argument out of range; in a forward, an input of other channels.
+        ValueError: an argument out of range; from a forward: an input of other channels.
         TypeError: an argument of another type.
 
     Example:
@@ -66,13 +66,13 @@ class PatchCloakNoiseLayer(LazyNoiseLayer):
             self.materialize((check_count("in_channels", in_channels),))
 
     def parameter_shapes(self, features: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        """Of two convolutions."""
+        """Return the shapes of the weights and biases of two convolutions."""
         outputs = features[0] * self.patch_size**2
         weight = (outputs, features[0], self.patch_size, self.patch_size)
         return {"mean_weight": weight, "mean_bias": (outputs,), "rho_weight": weight, "rho_bias": (outputs,)}
 
     def estimate(self, input: Tensor) -> tuple[Tensor, Tensor]:
-        """Mu and sigma of every pixel, of the input's shape."""
+        """Return mu and sigma of every pixel, of the input's shape."""
         if input.dim() != 4:
             raise ValueError(f"input must be images, (batch, channels, height, width); got shape {tuple(input.shape)}")
         self.materialize(tuple(input.shape[1:]), input.device)
@@ -82,7 +82,7 @@ class PatchCloakNoiseLayer(LazyNoiseLayer):
         return self._per_pixel(input, "mean"), self.parameterization(self._per_pixel(input, "rho"))
 
     def no_weight_decay(self) -> set[str]:
-        """The biases, which hold what all patches have in common."""
+        """The names of the biases, which hold the part that all patches share."""
         return {"mean_bias", "rho_bias"}
 
     def _per_pixel(self, input: Tensor, name: str) -> Tensor:

@@ -1,7 +1,7 @@
-"""Where the seeds of noise come from: every process, device and forward its own, and none that a recomputation changes.
+"""Seeds of noise: every process, device and forward has its own seed, and a recomputation repeats its forward's seed.
 
-Both operators are opaque to torch.compile: a graph asks for the rank, the fork and the backward it runs in when it
-runs, not when it was traced.
+Both operators are opaque to torch.compile. A graph therefore reads the rank, the fork and the backward when it runs,
+not when it was traced.
 """
 
 import multiprocessing
@@ -15,12 +15,12 @@ from torch import Tensor
 from sgfast.ops.noise.philox import as_int64
 from sgfast.ops.operator import define
 
-# How many draws are remembered until their backward: more than any step makes, and about 2 MB.
+# The number of draws that are remembered until their backward: more than any step makes, and about 2 MB.
 REMEMBERED_DRAWS = 2**14
 
 
 def mix_seed(*words: int) -> int:
-    """Fold integers into one 64-bit seed (SplitMix64 steps, Steele et al. 2014): close inputs, unrelated seeds."""
+    """Fold integers into one 64-bit seed (SplitMix64 steps, Steele et al. 2014): close inputs give unrelated seeds."""
     state = 0
     for word in words:
         state = (state + word + 0x9E3779B97F4A7C15) % 2**64
@@ -36,7 +36,7 @@ def fold_in(seed: int, count: Tensor) -> Tensor:
     def shifted(words: Tensor, bits: int) -> Tensor:  # a logical shift: zeros come in from the left
         return words.bitwise_right_shift(bits).bitwise_and(2 ** (64 - bits) - 1)
 
-    # Products of int64 wrap as those of words do.
+    # Products of int64 wrap as products of 64-bit words do.
     words = count + as_int64((seed + 0x9E3779B97F4A7C15) % 2**64)
     words = (words ^ shifted(words, 30)) * as_int64(0xBF58476D1CE4E5B9)
     words = (words ^ shifted(words, 27)) * as_int64(0x94D049BB133111EB)
@@ -47,8 +47,8 @@ def fold_in(seed: int, count: Tensor) -> Tensor:
 def drawn_seed(device: torch.device) -> Tensor:
     """Draw a seed from torch's generator of a device, on the device: (1,) int64.
 
-    The seed repeats with the generator's state (``torch.manual_seed``, a restored state). Processes of other ranks,
-    forks and devices never repeat each other's, whatever their generators hold.
+    The seed repeats with the generator's state (``torch.manual_seed``, a restored state). Different ranks, forks and
+    devices never draw the same seed, whatever state their generators have.
 
     Raises:
         RuntimeError: the draw belongs to a recomputation in backward, and the generator's state is not the forward's.
@@ -70,16 +70,17 @@ def counted_seed(seed: int, forward_count: Tensor, device: torch.device) -> Tens
 
 
 def process_word(device: torch.device) -> int:
-    """A number for what must not share noise: the process rank, and what else tells two places of one rank apart.
+    """A number that differs between places that must not share noise: ranks, child processes and devices.
 
-    0 in a process that is alone. A device's index counts because ``torch.manual_seed`` gives all devices one state.
+    The number is 0 in a process that is alone. The device's index is part of the number because ``torch.manual_seed``
+    gives all devices one state.
     """
     rank, child, index = process_rank() or 0, _children.word(), device.index or 0
     return mix_seed(rank, child, index) if child or index else rank
 
 
 def process_rank() -> int | None:
-    """The rank in the process group, or what a launcher has put into the environment before there is a group."""
+    """The rank in the process group or, before a group exists, the rank that a launcher put into the environment."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
     rank = os.environ.get("RANK", "")
@@ -87,7 +88,7 @@ def process_rank() -> int | None:
 
 
 class _Children:
-    """Tells the processes apart that a program starts, by numbers that repeat when the program is run again."""
+    """Numbers the processes that a program starts. The numbers repeat when the program is run again."""
 
     def __init__(self) -> None:
         self._fork = 0
@@ -98,7 +99,7 @@ class _Children:
             os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
 
     def word(self) -> int:
-        """0 in a first process, and in one that was given a rank of its own since its start, which is enough."""
+        """0 in a first process, and in a process that was given a rank of its own since its start."""
         numbers = self._fork, *multiprocessing.current_process()._identity
         return mix_seed(*numbers) if any(numbers) and process_rank() == self._inherited_rank else 0
 
@@ -123,7 +124,7 @@ class _Draws:
         self.lock = threading.Lock()
 
     def remember(self, state: Any) -> None:
-        """Keep a forward's state. One that comes again says that the generator was set back: what followed is void."""
+        """Keep a forward's state. A state that comes again means that the generator was set back: later states go."""
         if state in self._states:
             states = list(self._states)
             for later in states[states.index(state) :]:
@@ -148,11 +149,11 @@ class _SeedDraw(NamedTuple):
 
 @define("draw_seed", _SeedDraw, tags=(torch.Tag.nondeterministic_seeded,))
 def _draw_seed(arguments: _SeedDraw) -> Tensor:
-    """A seed (1,)."""
+    """Draw a seed, (1,)."""
     like = arguments.like
     with _draws.lock:
         state: Any = _generator_state(like.device)
-        # On the device, so that nothing waits for it.
+        # The seed is drawn on the device, so that nothing waits for the device.
         drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
         if not _is_capturing(like.device):
             # The state of a CPU's generator is 5 kB; the number that it gave is as good.
@@ -185,7 +186,7 @@ class _ForwardCount(NamedTuple):
 
 @define("count_forward", _ForwardCount, mutates_args=("forward_count",))
 def _count_forward(arguments: _ForwardCount) -> Tensor:
-    """The seed that belongs to the forward that is counted, ()."""
+    """Count a forward and return its seed, ()."""
     forward_count, seed, like = arguments
     if _in_backward():
         raise RuntimeError(
@@ -212,7 +213,7 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def _generator_state(device: torch.device) -> tuple[str, int, int, int] | None:
-    """Seed and position of an accelerator's generator, known without waiting for the device; None where it has none."""
+    """Seed and position of an accelerator's generator, read without waiting for the device; None if it has none."""
     if device.type not in ("cuda", "xpu") or _is_capturing(device):
         return None
     index = torch.get_device_module(device).current_device() if device.index is None else device.index

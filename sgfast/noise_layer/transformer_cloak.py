@@ -1,4 +1,4 @@
-"""A noise layer for language models: mean and standard deviation come from small transformers over the sequence."""
+"""A noise layer for language models. Small transformers over the sequence estimate mean and standard deviation."""
 
 import copy
 import inspect
@@ -20,7 +20,7 @@ from sgfast.ops import validation
 from sgfast.ops.validation import check_bool, check_count, check_finite, check_real
 from sgfast.utils.positions import position_ids_of
 
-# Bodies that a saved layer may name; a file never imports anything else.
+# The bodies that a saved layer may name. Nothing else is imported for a file.
 KNOWN_BODIES = (
     "GPT2Model",
     "Gemma2Model",
@@ -30,32 +30,33 @@ KNOWN_BODIES = (
     "Qwen2Model",
     "Qwen3Model",
 )
-# As deep as the deepest models; each layer takes memory before anything is learned.
+# The depth of the deepest models. Each layer takes memory before anything is learned.
 MOST_LAYERS = 128
 
 
 class TransformerCloak(BaseNoiseLayer):
     """Input-dependent Gaussian noise over token embeddings: ``x~ = x + n·(mu(x) + sigma(x)·eps)``.
 
-    mu and sigma come from two estimators, each a body ``transformer_type(config)`` fed through ``inputs_embeds`` and
-    a linear head. The mean head starts at 0 and the rho head at the constant ``rhos_init``: an untrained layer adds
-    weak unshifted noise. The bodies keep their type's attention (causal for decoders), so a transformed prefix does
-    not depend on what follows it. The architecture is our choice: only the arguments are public.
+    mu and sigma come from two estimators. Each is a body ``transformer_type(config)``, fed through ``inputs_embeds``,
+    and a linear head. The mean head starts at 0 and the rho head at the constant ``rhos_init``, so that an untrained
+    layer adds weak unshifted noise. The bodies keep their type's attention (causal for decoders), so a transformed
+    prefix does not depend on later tokens. The architecture is our choice: only the arguments are public.
 
     Args:
         config_path: a path or hub id of the base model, or its ``PretrainedConfig``; hidden_size is the embedding
             width D.
-        transformer_type: the body's class, ``transformers.MistralModel``, say.
+        transformer_type: the class of the bodies, ``transformers.MistralModel``, say.
         scale: (min, max) of the standard deviations; see `recommend_scale`.
         shallow: temperature of the parameterization.
-        percent_to_mask: fraction of each token's features to replace by their mean shift, those of largest sigma.
-        directly_learn_stds: learn sigma itself, clamped to ``scale``, in place of rho.
+        percent_to_mask: fraction of each token's features to replace by their mean shift: the features of largest
+            sigma.
+        directly_learn_stds: True learns sigma itself, clamped to ``scale``, instead of rho.
         mean_num_hidden_layers: depth of the mean estimator.
         std_num_hidden_layers: depth of the std estimator.
-        mean_num_attention_heads: its heads; None for the config's.
-        std_num_attention_heads: likewise.
+        mean_num_attention_heads: attention heads of the mean estimator; None for the config's.
+        std_num_attention_heads: attention heads of the std estimator; None for the config's.
         mean_dropout: dropout inside the mean estimator while training.
-        std_dropout: likewise.
+        std_dropout: dropout inside the std estimator while training.
         rhos_init: rho of the untrained layer.
         value_range: clamp on transformed elements.
         seed: see `BaseNoiseLayer`.
@@ -65,7 +66,7 @@ class TransformerCloak(BaseNoiseLayer):
 
     Raises:
         ValueError: an argument out of range, or heads that do not divide the width.
-        TypeError: an argument of another type, a transformer_type that is no module class among them.
+        TypeError: an argument of another type, for example a transformer_type that is no module class.
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class TransformerCloak(BaseNoiseLayer):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Mean shift and standard deviation of every token, (B, T, D) each; sigma in float32."""
+        """Return the mean shift and the standard deviation of every token, (B, T, D) each; sigma in float32."""
         if attention_mask is not None and attention_mask.dim() == 2:
             validation.as_bool("attention_mask", attention_mask)
         if position_ids is None and attention_mask is not None:
@@ -146,11 +147,11 @@ class TransformerCloak(BaseNoiseLayer):
         return self.mean_estimator(*arguments), self.parameterization(self.std_estimator(*arguments))
 
     def no_weight_decay(self) -> set[str]:
-        """The parameters of both heads: decay would pull mu to 0 and sigma to the middle of the scale."""
+        """The names of both heads' parameters: decay would pull mu to 0 and sigma to the middle of the scale."""
         return {name for name, _ in self.named_parameters() if ".head." in name}
 
     def settings(self) -> dict[str, Any]:
-        """The constructor's arguments as JSON types, the seed excepted: what `from_settings` takes."""
+        """Return the constructor's arguments without the seed, as the JSON types that `from_settings` takes."""
         return copy.deepcopy(self._settings)
 
     @classmethod
@@ -158,8 +159,8 @@ class TransformerCloak(BaseNoiseLayer):
         """Rebuild an untrained layer of the same architecture.
 
         Raises:
-            ValueError: a transformer type that is not among `KNOWN_BODIES`, a setting that is missing, unknown (a seed
-                among them) or of another type than `settings` gives, or arguments that do not fit.
+            ValueError: a transformer type that is not among `KNOWN_BODIES`, a setting that is missing, unknown (a seed,
+                say) or of another type than `settings` gives, or arguments that do not fit.
         """
         _check_settings(settings)
         arguments = dict(settings)
@@ -189,7 +190,7 @@ def _check_settings(settings: dict[str, Any]) -> None:
 
 
 def _check_body(transformer_type: Any, config: Any) -> None:
-    """Check that a class is a body (no head) for this configuration, as far as transformers says so."""
+    """Check that a class is a body (no head) for this configuration, as far as transformers can tell."""
     expected = getattr(transformer_type, "config_class", None)
     if expected is not None and not isinstance(config, expected):
         raise ValueError(
@@ -216,7 +217,7 @@ class _Estimator(nn.Module):
     ) -> None:
         super().__init__()
         self.body = transformer_type(_estimator_config(config, num_hidden_layers, num_attention_heads, dropout))
-        # Embeddings come in ready: a table would be vocabulary × width parameters that nothing reads.
+        # The input is embeddings: a table would be vocabulary × width parameters that nothing reads.
         self.body.set_input_embeddings(nn.Identity())
         self.head = nn.Linear(config.hidden_size, config.hidden_size)
         nn.init.zeros_(self.head.weight)
@@ -234,18 +235,18 @@ class _Estimator(nn.Module):
 
 
 def _plain_config(config: Any) -> dict[str, Any]:
-    """The config as JSON types, without where it came from or how the base model's weights were stored."""
+    """Return the config as JSON types, without its origin and without the storage of the base model's weights."""
     return _architecture(json.loads(config.to_json_string(use_diff=False)))
 
 
 def _architecture(config: dict[str, Any]) -> dict[str, Any]:
-    """What is written of a config, and all that is read from one: the rest may name files, code and repositories."""
+    """Return the part of a config that is written and read. The rest may name files, code and repositories."""
     foreign = ("quantization_config", "_name_or_path", "_model_name_or_path", "auto_map")
     return {name: value for name, value in config.items() if name not in foreign and "attn_implementation" not in name}
 
 
 def _attention_of(config: Any) -> str:
-    """The attention that gives the same numbers on a client's machine."""
+    """Return the name of the attention that gives the same numbers on a client's machine."""
     return "eager" if config._attn_implementation == "eager" else "sdpa"
 
 
@@ -282,7 +283,7 @@ def _estimator_config(config: Any, num_hidden_layers: int, num_attention_heads: 
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_hidden_layers
     config.vocab_size, config.pad_token_id = 1, None
-    if hasattr(config, "quantization_config"):  # of the base model's weights; these are new
+    if hasattr(config, "quantization_config"):  # it describes the base model's weights; the estimators' are new
         del config.quantization_config
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer % len(config.layer_types)] for layer in range(num_hidden_layers)]
@@ -299,7 +300,7 @@ def _estimator_config(config: Any, num_hidden_layers: int, num_attention_heads: 
 
 
 def recommend_scale(embedding_weight: Tensor) -> Scale:
-    """A scale for an embedding table: a tenth of its smallest non-zero magnitude, ten times its largest.
+    """Return a scale for an embedding table: a tenth of its smallest non-zero magnitude, ten times its largest.
 
     Args:
         embedding_weight: (V, D).
@@ -308,8 +309,8 @@ def recommend_scale(embedding_weight: Tensor) -> Scale:
         (min, max) for a noise layer's ``scale``.
 
     Raises:
-        TypeError: not a floating tensor.
-        ValueError: the table has no non-zero value, or one that is not finite.
+        TypeError: ``embedding_weight`` is not a floating tensor.
+        ValueError: the table has no non-zero value, or a value that is not finite.
 
     Example:
         >>> import torch

@@ -1,6 +1,6 @@
-"""Keeping weight decay away from what a transform has learned.
+"""Optimizer groups that keep weight decay away from the parameters of a transform.
 
-Decay pulls mean shifts to 0 and rhos to the middle of the scale, against the loss and without a trace in it.
+Decay pulls mean shifts to 0 and rhos to the middle of the scale. The loss does not show this.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from sgfast.ops.validation import check_real
 
 
 def exempt_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of all noise layers in a module that weight decay would erase, by their names in it."""
+    """Return the noise layers' parameters that weight decay would erase, by their names in the module."""
     parameters = dict(module.named_parameters())
     return {
         name: parameters[name]
@@ -26,11 +26,11 @@ def exempt_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups for an optimizer: what weight decay suits, and what it would erase, at 0.
+    """Return two groups for an optimizer: parameters with weight decay, and parameters that decay would erase.
 
     Args:
         module: a noise layer, a noisy model, or anything that contains one. Frozen parameters are left out.
-        weight_decay: of the parameters that it suits.
+        weight_decay: weight decay of the first group; the second has 0.
 
     Raises:
         ValueError: weight_decay is negative, or nothing in the module can be trained.

@@ -1,10 +1,10 @@
 """TextBrewer's presets, exact and finite: change one import and get the same numbers.
 
-The numbers are those of TextBrewer's repository (its masked ``nst`` differs from the release on PyPI, see `mmd_loss`),
-with gradients to both sides. Where TextBrewer gives NaN (nothing but masked positions, empty rows, −inf scores, counts
-beyond half precision, zero vectors) these are finite; where it broadcasts sizes that do not fit, these raise
-ValueError. Everything is computed in float32 (float64 if an input is), and what is kept for backward besides the inputs
-is a few scalars a row.
+The numbers equal the numbers of TextBrewer's repository, with gradients to both sides. (The repository's masked ``nst``
+differs from the release on PyPI, see `mmd_loss`.) The presets are finite where TextBrewer gives NaN: for nothing but
+masked positions, empty rows, −inf scores, counts beyond half precision, and zero vectors. They raise ValueError where
+TextBrewer broadcasts sizes that do not fit. Everything is computed in float32 (float64 if an input is). Besides the
+inputs, backward needs a few scalars per row.
 
 =========================== ===========================================================================
 ``KD_LOSS_MAP``             ``mse``, ``ce``: between logits
@@ -16,8 +16,8 @@ is a few scalars a row.
 ``TEMPERATURE_SCHEDULER``   ``constant``, ``flsw``, ``cwsm``
 =========================== ===========================================================================
 
-All are dictionaries that users extend: ``MATCH_LOSS_MAP["my_loss"] = my_loss``. A kd loss or temperature scheduler of
-the user's that has a parameter ``mask`` is given the rows' mask, else only the selected rows.
+All are dictionaries that users extend: ``MATCH_LOSS_MAP["my_loss"] = my_loss``. A user's kd loss or temperature
+scheduler receives the rows' mask if it has a parameter ``mask``. Otherwise it receives only the selected rows.
 """
 
 from sgfast.loss.presets.config import DistillationConfig, IntermediateMatch

@@ -1,13 +1,15 @@
 """Losses between attention matrices, ``f(attention_S, attention_T, mask=None)``, as TextBrewer defines them.
 
-Notation: m the inputs mask of shape (B, L), H heads, i queries, j keys. Fractional masks weigh. Computed in float32
-(float64 if a side is), without a temporary of the matrices' size.
+Notation: m is the inputs mask of shape (B, L), H the number of heads, i a query, j a key. A fractional mask weighs its
+positions. The computation is in float32 (float64 if a side is), without a temporary of the matrices' size.
 
-**Without a mask** TextBrewer guesses one: it takes scores ≤ −0.001 for BERT's −10000 and drops them. That is harmless
-on probabilities and wrong on raw scores, half of which are negative: give a mask with those (all ones will do).
+**Without a mask** TextBrewer guesses one: it takes scores ≤ −0.001 for BERT's −10000 and drops them. The guess is
+harmless on probabilities and wrong on raw scores, half of which are negative. Give a mask with raw scores; a mask of
+ones is enough.
 
-Where TextBrewer gives NaN: a score of −inf on either side is not compared (with a mask; and in the cross entropies
-also without one), a mask of nothing but zeros gives 0, and what stands at a masked position, NaN too, has no effect.
+The losses are finite in three cases in which TextBrewer gives NaN. A score of −inf on either side is not compared (with
+a mask, and in the cross entropies also without one). A mask of nothing but zeros gives 0. Values at masked positions,
+NaN too, have no effect.
 """
 
 from torch import Tensor
@@ -75,8 +77,8 @@ def att_mse_sum_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | No
 def att_ce_loss(attention_S: Tensor, attention_T: Tensor, mask: Tensor | None = None) -> Tensor:
     """Cross entropy between attention distributions, every head with its own: nats for each head and query.
 
-    Scores come in; p = softmax_j(S), q = softmax_j(T) are taken here, over all keys. With a mask
-    −Σ m_i m_j q log p / (H Σ m); without one the mean over queries of −Σ_j [T > −0.001] q log p.
+    The inputs are scores. p = softmax_j(S) and q = softmax_j(T) over all keys. With a mask the loss is
+    −Σ m_i m_j q log p / (H Σ m). Without a mask it is the mean over queries of −Σ_j [T > −0.001] q log p.
 
     Args:
         attention_S: (B, H, L, L); without a mask also (B, L, L).
@@ -134,26 +136,26 @@ def _surprise(attention_S: Tensor, attention_T: Tensor) -> Tensor:
 
 
 def _masked_squares(attention_S: Tensor, attention_T: Tensor, weights: Tensor) -> Tensor:
-    """Σ m_i m_j (S − T)² over everything."""
+    """Return Σ m_i m_j (S − T)² over all heads, queries and keys."""
     queries = _query_weights(weights, attention_S)
     found = score_rows(attention_S, attention_T, "squared_error", keys=weights, mask=queries != 0)
     return (found * queries).sum()
 
 
 def _masked_surprise(attention_S: Tensor, attention_T: Tensor, weights: Tensor) -> Tensor:
-    """−Σ m_i m_j q log p over everything."""
+    """Return −Σ m_i m_j q log p over all heads, queries and keys."""
     queries = _query_weights(weights, attention_S)
     found = score_rows(attention_S, attention_T, "cross_entropy", keys=weights, mask=queries != 0)
     return (found * queries).sum()
 
 
 def _query_weights(weights: Tensor, attention: Tensor) -> Tensor:
-    """(B, L) as the weights of the matrices' rows, (B, L) or (B, H, L)."""
+    """Expand a mask (B, L) to the weights of the matrices' rows, (B, L) or (B, H, L)."""
     return weights if attention.dim() == 3 else weights.unsqueeze(1).expand(attention.shape[:-1])
 
 
 def _pairs(weights: Tensor) -> Tensor:
-    """Valid pairs of positions: Σ_b (Σ_i m_i)²."""
+    """Return the number of valid pairs of positions, Σ_b (Σ_i m_i)²."""
     return weights.sum(1).square().sum()
 
 

@@ -1,4 +1,4 @@
-"""What to distil: TextBrewer's ``DistillationConfig``, checked where it is written rather than where it is used."""
+"""TextBrewer's ``DistillationConfig``. A wrong value is refused when the configuration is built, not at its use."""
 
 import json
 import math
@@ -15,16 +15,16 @@ Layers = int | list[int]
 
 @dataclass
 class IntermediateMatch:
-    """One pair of intermediate features to bring together; the fields are those of TextBrewer's dictionaries.
+    """One pair of intermediate features to bring together. The fields have the names of TextBrewer's dictionaries.
 
     Args:
         layer_T: index in the list that the teacher's adaptor gives, or a list of two (``fsp``, ``nst``).
-        layer_S: the same for the student.
+        layer_S: index in the list that the student's adaptor gives, or a list of two.
         feature: ``hidden`` or ``attention``.
         loss: a key of `MATCH_LOSS_MAP`.
-        weight: of this loss in the total.
-        proj: ``[name, student width, teacher width]``, name a key of `PROJ_MAP`, and optionally a dictionary of
-            optimizer options (``{"lr": 1e-3}``) for `DistillationLoss.parameter_groups`.
+        weight: weight of this loss in the total.
+        proj: ``[name, student width, teacher width]``, where name is a key of `PROJ_MAP`. A fourth entry may be a
+            dictionary of optimizer options (``{"lr": 1e-3}``) for `DistillationLoss.parameter_groups`.
     """
 
     layer_T: Layers
@@ -68,7 +68,7 @@ class DistillationConfig:
     Args:
         temperature: divides both logits in the kd loss.
         temperature_scheduler: ``"none"`` (or None), ``"constant"``, ``["flsw", beta, gamma]``, ``["cwsm", beta]``, or a
-            key of `TEMPERATURE_SCHEDULER` that holds a function of the user's.
+            key of `TEMPERATURE_SCHEDULER` under which the user has stored a function.
         hard_label_weight: weight of the adaptor's ``losses``.
         hard_label_weight_scheduler: ``"none"`` (or None) or a key of `WEIGHT_SCHEDULER`.
         kd_loss_type: a key of `KD_LOSS_MAP`.
@@ -76,10 +76,10 @@ class DistillationConfig:
         kd_loss_weight_scheduler: ``"none"`` (or None) or a key of `WEIGHT_SCHEDULER`.
         probability_shift: exchange the teacher's logits of the label and of its largest logit (needs ``labels``).
         intermediate_matches: dictionaries with the fields of `IntermediateMatch`.
-        is_caching_logits: kept for TextBrewer's configurations; caching is up to the training loop.
-        min_temperature: a floor for what the temperature scheduler gives; None for none.
-        overwrite_scheduled_weights: False: a weight scheduler's value multiplies the weight given here. True: it takes
-            its place after the first `DistillationLoss.set_progress`, as in TextBrewer.
+        is_caching_logits: accepted because TextBrewer's configurations have it; the training loop decides on caching.
+        min_temperature: lower bound of the temperature scheduler's result; None for none.
+        overwrite_scheduled_weights: False: a weight scheduler's value multiplies the weight given here. True: the
+            scheduler's value replaces the weight after the first `DistillationLoss.set_progress`, as in TextBrewer.
 
     Raises:
         TypeError: an argument's type.
@@ -176,7 +176,7 @@ class DistillationConfig:
 
 
 def is_none(scheduler: Any) -> bool:
-    """Whether no scheduler was asked for."""
+    """Return True for the values that ask for no scheduler."""
     return scheduler is None or scheduler == "none"
 
 

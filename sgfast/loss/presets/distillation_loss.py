@@ -1,4 +1,4 @@
-"""The loss of a `DistillationConfig` as a module, from adaptor dictionaries, for any training loop."""
+"""The loss of a `DistillationConfig` as a module that reads adaptor dictionaries, for any training loop."""
 
 import warnings
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ class DistillationLoss(nn.Module):
     (`sgfast.examples.presets` does).
 
     Args:
-        config: what to compute.
+        config: kinds and weights of the losses.
 
     Raises:
         TypeError: ``config`` is not a `DistillationConfig`.
@@ -38,14 +38,15 @@ class DistillationLoss(nn.Module):
 
         * ``logits``: (B, L, V) or (B, V), or a list of them, one for each head;
         * ``logits_mask``: (B, L), 1 = selected, or a list. Has no effect on (B, V). Give both sides the same
-          tensor where it is the same mask: the rows are then read in place; two different masks select each its own
-          rows (as many on both sides), which copies them and stops a GPU's queue. One side's mask counts for both;
-        * ``labels``: from the student, (B, L) or (B,), for ``probability_shift``; below 0 = none;
+          tensor if they have the same mask: the rows are then read in place. Two different masks select the rows of
+          their own sides (as many on both sides), which copies the rows and stops a GPU's queue. If only one side has
+          a mask, this mask counts for both;
+        * ``labels``: from the student, (B, L) or (B,), for ``probability_shift``; below 0 = no label;
         * ``losses``: from the student, tensors whose means are added;
         * ``hidden``, ``attention``: lists of features, indexed by ``layer_S`` and ``layer_T``;
         * ``inputs_mask``: from the student, (B, L), passed to every match.
 
-        The teacher's tensors get gradients if they ask for them: run the teacher under ``torch.no_grad()``.
+        The teacher's tensors get gradients if they require them: run the teacher under ``torch.no_grad()``.
 
     Returns:
         The total, a scalar, and the unweighted components, detached, under TextBrewer's names: ``unweighted_kd_loss``,
@@ -137,7 +138,7 @@ class DistillationLoss(nn.Module):
         one_sided = ("logits" in student_outputs) != ("logits" in teacher_outputs)
         if one_sided and ("kd_loss_weight" in self._schedulers or self.config.kd_loss_weight):
             missing = "teacher_outputs" if "logits" in student_outputs else "student_outputs"
-            # TextBrewer says nothing; a misspelt key would look the same.
+            # TextBrewer ignores an unknown key, so that a misspelt key has no effect and no error.
             warnings.warn(f"kd_loss_weight has no effect: {missing} has no logits", stacklevel=2)
         if "logits" in student_outputs and "logits" in teacher_outputs:
             heads = pair_heads(student_outputs, teacher_outputs, self.config.probability_shift)

@@ -1,7 +1,7 @@
 """Losses between hidden states, ``f(state_S, state_T, mask=None)``, as TextBrewer defines them.
 
-Computed in float32 (float64 if a side is) from one fused read of both sides (`sgfast.ops.hidden_distances`); what is
-kept for backward is a few scalars a position. An empty selection gives 0, and masked positions are not read.
+The computation is in float32 (float64 if a side is), from one fused read of both sides (`sgfast.ops.hidden_distances`).
+Backward needs a few scalars per position. An empty selection gives 0, and masked positions are not read.
 """
 
 import torch
@@ -11,7 +11,7 @@ from sgfast.loss.presets.checks import check_mask, mask_weights, masked_mean, me
 from sgfast.loss.presets.score_rows import score_rows
 from sgfast.ops import hidden_distances, validation
 
-# What torch.nn.functional.cosine_embedding_loss adds to the squared norms.
+# torch.nn.functional.cosine_embedding_loss adds this to the squared norms.
 _COSINE_EPSILON = 1e-12
 
 
@@ -75,7 +75,7 @@ def cos_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Te
 
 
 def _epsilon_excess(state: Tensor, mask: Tensor | None) -> Tensor:
-    """½ log(1 + 1e-12/|x|²) of every row."""
+    """Return ½ log(1 + 1e-12/|x|²) of every row."""
     origin = state.new_zeros(state.shape[-1]).expand(state.shape)
     square = score_rows(state, origin, "squared_error", mask=None if mask is None else mask != 0)
     zero = square == 0  # the similarity is 0 there, and has no gradient
@@ -88,7 +88,7 @@ def pkd_loss(state_S: Tensor, state_T: Tensor, mask: Tensor | None = None) -> Te
     A zero vector gives 2 and gradient 0 (TextBrewer gives NaN).
 
     Args:
-        state_S: (B, L, D), of which [:, 0] is read, or (B, D).
+        state_S: (B, D), or (B, L, D), where only [:, 0] is read.
         state_T: (B, L, D) or (B, D) with the same B and D. Gradients reach both sides.
         mask: not used.
 

@@ -1,6 +1,6 @@
 """Losses between logits, ``f(logits_S, logits_T, temperature=1)``, as TextBrewer's ``KD_LOSS_MAP`` has them.
 
-No T² factor and no masking of padding of their own: a logits mask selects rows first, here by the ``mask`` argument.
+The losses have no T² factor and do not mask padding on their own. The ``mask`` argument selects rows.
 """
 
 from torch import Tensor
@@ -47,8 +47,8 @@ def kd_ce_loss(
 ) -> Tensor:
     """Mean over rows of −Σ q log p, p = softmax(s / temperature), q = softmax(t / temperature): nats.
 
-    The teacher's entropy is left in. Infinite where the student gives no chance (−inf) to what the teacher allows; a
-    class that is −inf on both sides counts 0 (TextBrewer gives NaN).
+    The teacher's entropy is part of the loss. The loss is infinite if the student excludes (−inf) a class that the
+    teacher allows. A class that is −inf on both sides counts 0 (TextBrewer gives NaN).
 
     Args:
         logits_S: (..., V), float32, bfloat16, float16 or float64; computed in float32 (float64 if a side is).
@@ -69,7 +69,7 @@ def kd_ce_loss(
         tensor(0.6931)
     """
     mask = _check(logits_S, logits_T, temperature, mask)
-    # The schedulers' temperatures may be negative, which the Triton kernels do not know.
+    # A scheduler's temperature may be negative, and the Triton kernels accept none.
     impl: dispatch.Implementation | None = "torch" if isinstance(temperature, Tensor) else None
     found = divergences(logits_S, logits_T, "cross_entropy", mask=mask, temperature=temperature, impl=impl)
     return masked_mean(found["cross_entropy"], mask)

@@ -1,4 +1,4 @@
-"""From adaptor dictionaries to one loss for each head of logits: masks, labels, probability shift, temperature."""
+"""The losses of the heads of logits in adaptor dictionaries: masks, labels, probability shift, temperature."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -59,7 +59,7 @@ def _takes_mask(function: Callable[..., Any]) -> bool:
 
 
 def as_list(values: Any) -> list[Any]:
-    """A list or tuple as a list, anything else as a list of one."""
+    """Return a list or tuple as a list, and any other value as a list of one."""
     return list(values) if isinstance(values, list | tuple) else [values]
 
 
@@ -95,7 +95,7 @@ def _masks(outputs: Mapping[str, Any], heads: int) -> list[Tensor | None]:
 def _align(
     student: Tensor, teacher: Tensor, student_mask: Tensor | None, teacher_mask: Tensor | None, labels: Tensor | None
 ) -> Head:
-    """One mask of both sides' rows where there is one, else the rows that each side's own mask selects."""
+    """Return one mask of both sides' rows or, if the sides' masks differ, the rows that each side's mask selects."""
     if labels is not None and labels.shape != student.shape[:-1]:
         raise ValueError(f"labels must have shape {tuple(student.shape[:-1])}; got {tuple(labels.shape)}")
     one_mask = student_mask is teacher_mask or student_mask is None or teacher_mask is None
@@ -111,7 +111,7 @@ def _align(
 
 
 def _applicable(mask: Tensor | None, logits: Tensor) -> Tensor | None:
-    """The mask of (B, L, V) logits; logits of one row a sample have no positions to select."""
+    """Return the mask of (B, L, V) logits, and None for logits of one row per sample, which have no positions."""
     if mask is None or logits.dim() != 3:
         return None
     if mask.shape != logits.shape[:-1]:

@@ -1,6 +1,6 @@
 """Losses between the Gram matrices of two layers, ``f([S_0, S_1], [T_0, T_1], mask=None)``, as TextBrewer has them.
 
-Computed in float32 (float64 if a tensor is) without a Gram matrix ever being held (`sgfast.loss.presets.gram`).
+The computation is in float32 (float64 if a tensor is). No Gram matrix ever exists whole (`sgfast.loss.presets.gram`).
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,8 @@ from sgfast.ops import rows, validation
 def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Mean squared difference of feature Gram matrices: mean over B, D, D' of (S_0ᵀS_1 − T_0ᵀT_1)² / l².
 
-    l is L, or Σ m of the sample with a mask, which multiplies both layers. A sample
-    of nothing but masked positions gives 0 (TextBrewer gives NaN for the whole batch). A variant of Yim et al. 2017.
+    Without a mask l is L. A mask multiplies both layers, and l is then Σ m of the sample. A sample of nothing but
+    masked positions gives 0 (TextBrewer gives NaN for the whole batch). The loss is a variant of Yim et al. 2017.
 
     Args:
         state_S: two layers, (B, L, D) and (B, L, D').
@@ -46,8 +46,9 @@ def fsp_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor 
 def mmd_loss(state_S: Sequence[Tensor], state_T: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
     """Squared difference of the positions' Gram matrices, G = S_0 S_1ᵀ / D_S − T_0 T_1ᵀ / D_T.
 
-    Without a mask the mean of G²; with one Σ m_i m_j G_ij² / Σ_b (Σ_i m_i)². (The release on PyPI divides masked Gram
-    matrices by L in place of D, which TextBrewer's author has called a mistake.) A variant of Huang and Wang 2017.
+    Without a mask the loss is the mean of G². With a mask it is Σ m_i m_j G_ij² / Σ_b (Σ_i m_i)². (The release on PyPI
+    divides masked Gram matrices by L instead of D. TextBrewer's author has called this a mistake.) The loss is a
+    variant of Huang and Wang 2017.
 
     Args:
         state_S: two layers (B, L, D_S).

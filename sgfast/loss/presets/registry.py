@@ -19,7 +19,7 @@ from sgfast.ops import validation
 
 FEATURES = ["hidden", "attention"]
 
-#: What an adaptor's dictionary may hold, every key optional.
+#: The keys of an adaptor's dictionary, all optional.
 ADAPTOR_KEYS = ["logits", "logits_mask", "losses", "inputs_mask", "labels", *FEATURES]
 
 #: f(logits_S, logits_T, temperature=1) → scalar.
@@ -55,10 +55,10 @@ WEIGHT_SCHEDULER: dict[str, Callable[..., Any]] = {
 
 
 class TemperatureSchedulers(dict[Any, Any]):
-    """A dictionary that builds what is asked for with arguments.
+    """A dictionary of schedulers and of builders of schedulers.
 
-    ``schedulers["constant"]`` is what is stored; ``schedulers["flsw", 1, 2]`` (or a list) calls it with the arguments,
-    ``schedulers["flsw", {"beta": 1, "gamma": 2}]`` with keywords.
+    ``schedulers["constant"]`` returns the stored function. ``schedulers["flsw", 1, 2]`` (or a list) calls the stored
+    function with the arguments, ``schedulers["flsw", {"beta": 1, "gamma": 2}]`` with keywords.
 
     Example:
         >>> import torch
@@ -99,12 +99,12 @@ _MAPS: dict[str, dict[Any, Any]] = {
 
 
 def register_new(map_name: str, name: str, func: Callable[..., Any]) -> None:
-    """Add a function of the user's to a preset dictionary; assigning to the dictionary does the same.
+    """Add a user's function to a preset dictionary. An assignment to the dictionary does the same.
 
     Args:
         map_name: ``kd_loss``, ``match_loss`` (also ``match_Loss``), ``projection``, ``weight_scheduler`` or
             ``temperature_scheduler``.
-        name: the key to find it by.
+        name: the key of the function.
         func: called as the dictionary's other entries are.
 
     Raises:
