@@ -145,10 +145,10 @@ def _divergence_topk_forward(
     union, masses = _top_k_union(noisy, clean, mask, temperature, k)
     indices, valid = selection.unpack_union(union)
     settings = divergence_atoms.Settings(tuple(kinds), support, beta, skew)
-    scales = (1 / temperature[:, None],) * 2
-    found = divergence_rows.forward_rows(noisy, clean, scales, settings, indices, valid)
+    chunk = divergence_atoms.Chunk(noisy, clean, (1 / temperature[:, None],) * 2, settings, indices, valid)
+    found = divergence_rows.forward_rows(chunk)
     values, _ = divergence_rows.finish_values(found, settings)
-    inside, _, atoms = divergence_atoms.read_sides(noisy, clean, scales, settings, indices, valid, None)
+    inside, _, atoms = divergence_atoms.read_sides(chunk, None)
     scalars = [masses[0, 0], inside[0].sum[:, 0], masses[1, 0], inside[1].sum[:, 0]]
     for side, (_, _, largest, *_) in zip((noisy, clean), masses, strict=True):
         outside = side.float().scatter(-1, indices, -torch.inf)
@@ -179,9 +179,9 @@ def _divergence_topk_backward(
 ) -> tuple[Tensor | None, ...]:
     indices, valid = selection.unpack_union(union)
     settings = divergence_atoms.Settings(tuple(kinds), support, beta, skew)
-    arguments = (noisy, clean, (1 / temperature[:, None],) * 2, settings, indices, valid, upstream, needs)
-    gradients = []
-    for i, (side, gradient) in enumerate(zip((noisy, clean), divergence_rows.backward_rows(*arguments), strict=True)):
+    chunk = divergence_atoms.Chunk(noisy, clean, (1 / temperature[:, None],) * 2, settings, indices, valid)
+    found, gradients = divergence_rows.backward_rows(chunk, upstream, needs), []
+    for i, (side, gradient) in enumerate(zip((noisy, clean), found, strict=True)):
         if gradient is None:
             gradients.append(None)
             continue

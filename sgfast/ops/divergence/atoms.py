@@ -42,6 +42,22 @@ class Settings(NamedTuple):
         return any(KIND_TABLE[kind].reads_half_gaps for kind in self.divergences)
 
 
+# The reciprocals of both sides' temperatures, (rows, 1). Unless ``Settings.paired`` both are the same tensor.
+Scales = tuple[Tensor, Tensor]
+
+
+class Chunk(NamedTuple):
+    """A chunk of rows with everything its arithmetic reads."""
+
+    noisy: Tensor  # logits (rows, V)
+    clean: Tensor  # logits (rows, V)
+    scales: Scales
+    settings: Settings
+    indices: Tensor  # of the support, padded, (rows, width); without columns where the sums run over all logits
+    valid: Tensor  # bool, (rows, width)
+    labels: Tensor | None = None  # (rows, 1)
+
+
 class Side(NamedTuple):
     """One side's rows: logits and probabilities (rows, V), maximum and Σ e^((logits − maximum) / T) (rows, 1).
 
@@ -63,10 +79,6 @@ class Rest(NamedTuple):
     weights: Tensor
     maximum: Tensor
     sum: Tensor
-
-
-# The reciprocals of both sides' temperatures, (rows, 1). Unless ``Settings.paired`` both are the same tensor.
-Scales = tuple[Tensor, Tensor]
 
 
 def one_side(
@@ -202,16 +214,9 @@ class Rows(NamedTuple):
     atoms: Atoms
 
 
-def read_sides(
-    noisy: Tensor,
-    clean: Tensor,
-    scales: Scales,
-    settings: Settings,
-    indices: Tensor,
-    valid: Tensor,
-    kept: Sequence[Tensor] | None,
-) -> Rows:
-    """Read a chunk's rows, (rows, V) twice; ``kept`` are the `softmax_scalars` where they are at hand."""
+def read_sides(chunk: Chunk, kept: Sequence[Tensor] | None) -> Rows:
+    """Read a chunk's rows; ``kept`` are the `softmax_scalars`, if they are known."""
+    noisy, clean, scales, settings, indices, valid, _ = chunk
     dtype = rows.compute_dtype(noisy, clean)
     pairs = list(zip((noisy, clean), scales, strict=True))
     if settings.support == "renormalize":

@@ -2,13 +2,12 @@
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, rows
-from sgfast.ops.divergence.atoms import Scales, Settings, softmax_scalars
+from sgfast.ops.divergence.atoms import Chunk, Settings, softmax_scalars
 from sgfast.ops.divergence.kinds import LABEL_KIND
 from sgfast.ops.divergence.problem import Problem
 from sgfast.ops.divergence.rows import forward_rows
@@ -106,51 +105,54 @@ def forward_of(implementation: str) -> Callable[..., Tensor]:
     find_scalars = dispatch.compiled(softmax_scalars, one_loop=True)
     find_values = dispatch.compiled(forward_rows, one_loop=True)
 
-    def run(noisy: Tensor, clean: Tensor, scales: Scales, settings: Settings, *rest: Any) -> Tensor:
-        kept = find_scalars(noisy, clean, scales) if settings.divergences else None
-        found: Tensor = find_values(noisy, clean, scales, settings, *rest, kept)
+    def run(chunk: Chunk, sides_wanted: tuple[bool, bool]) -> Tensor:
+        kept = find_scalars(chunk.noisy, chunk.clean, chunk.scales) if chunk.settings.divergences else None
+        found: Tensor = find_values(chunk, sides_wanted, kept)
         return found
 
     return run
 
 
-def read_logits(logits: Tensor, chunk: Tensor | slice, choice: dispatch.Choice) -> Tensor:
-    """Read a chunk's rows (rows, V), in place where the strides allow."""
-    found = rows.read_rows(logits, chunk)
+def read_chunks(
+    problem: Problem, choice: dispatch.Choice, settings: Settings, kept_indices: Tensor | None = None
+) -> Iterator[tuple[Tensor | slice, Chunk]]:
+    """Yield the numbers of a chunk's rows, and the chunk; backward gives the ``kept_indices`` of a top-k support."""
+    noisy_scale = 1 / problem.temperature
+    clean_scale = noisy_scale if problem.clean_temperature is None else 1 / problem.clean_temperature
+    for place in row_chunks(problem, choice, settings):
+        noisy, clean = (_read_logits(side, place, choice) for side in (problem.noisy, problem.clean))
+        noisy_scales = rows.read_scalars(noisy_scale, place)
+        clean_scales = noisy_scales if clean_scale is noisy_scale else rows.read_scalars(clean_scale, place)
+        support = _read_support(problem, place, noisy, clean, choice, kept_indices)
+        labels = None if problem.labels is None else rows.read_scalars(problem.labels, place)
+        yield place, Chunk(noisy, clean, (noisy_scales, clean_scales), settings, *support, labels)
+
+
+def _read_logits(logits: Tensor, place: Tensor | slice, choice: dispatch.Choice) -> Tensor:
+    """Read rows (rows, V), in place where the strides allow."""
+    found = rows.read_rows(logits, place)
     if choice.implementation == "compile":
         torch._dynamo.mark_static(found, 1)  # loops of a known length are twice as fast
     return found
 
 
-def reciprocal_temperatures(problem: Problem) -> Scales:
-    """Compute 1/T of both sides, of the row shape."""
-    noisy = 1 / problem.temperature
-    return noisy, noisy if problem.clean_temperature is None else 1 / problem.clean_temperature
-
-
-def read_scales(reciprocals: Scales, chunk: Tensor | slice) -> Scales:
-    """Read a chunk's 1/T of both sides, (rows, 1)."""
-    noisy = rows.read_scalars(reciprocals[0], chunk)
-    return noisy, noisy if reciprocals[1] is reciprocals[0] else rows.read_scalars(reciprocals[1], chunk)
-
-
-def read_support(
+def _read_support(
     problem: Problem,
-    chunk: Tensor | slice,
-    noisy_rows: Tensor,
-    clean_rows: Tensor,
+    place: Tensor | slice,
+    noisy: Tensor,
+    clean: Tensor,
     choice: dispatch.Choice,
-    kept_indices: Tensor | None = None,
+    kept_indices: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Return a chunk's support as padded indices and their validity; backward reads the indices that forward kept."""
+    """Return the rows' support as padded indices and their validity."""
     if problem.support_mask is not None:
-        return indices_of_mask(rows.read_rows(problem.support_mask, chunk))
+        return indices_of_mask(rows.read_rows(problem.support_mask, place))
     if not problem.top_k:
         return no_support(problem.noisy)
     if kept_indices is not None:
-        return selection.unpack_union(rows.read_rows(kept_indices, chunk))
+        return selection.unpack_union(rows.read_rows(kept_indices, place))
     find_support = selection.union_finder(choice.implementation, problem.noisy.device)
-    return find_support(noisy_rows, clean_rows, problem.top_k, problem.top_k_of)
+    return find_support(noisy, clean, problem.top_k, problem.top_k_of)
 
 
 def indices_of_mask(support_mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,8 +168,3 @@ def indices_of_mask(support_mask: Tensor) -> tuple[Tensor, Tensor]:
 def no_support(like: Tensor) -> tuple[Tensor, Tensor]:
     """Return empty indices and validity: the support is the whole vocabulary."""
     return like.new_empty((1, 0), dtype=torch.int64), like.new_empty((1, 0), dtype=torch.bool)
-
-
-def read_labels(labels: Tensor | None, chunk: Tensor | slice) -> Tensor | None:
-    """Read a chunk's labels, (rows, 1)."""
-    return None if labels is None else rows.read_scalars(labels, chunk)

@@ -94,7 +94,7 @@ def backward(
     import sgfast_kernels
 
     kinds, weights = problem.kind_names, (problem.beta, problem.skew)
-    wanted = (problem.noisy_wanted, problem.clean_wanted)
+    wanted = problem.sides_wanted
     read = (problem.noisy, problem.clean, problem.mask, problem.temperature, upstream)
     gradients: tuple[Tensor | None, Tensor | None]
     if not problem.top_k:

@@ -7,16 +7,7 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, rows
 from sgfast.ops.divergence import kernels
-from sgfast.ops.divergence.chunks import (
-    chunk_settings,
-    forward_of,
-    read_labels,
-    read_logits,
-    read_scales,
-    read_support,
-    reciprocal_temperatures,
-    row_chunks,
-)
+from sgfast.ops.divergence.chunks import chunk_settings, forward_of, read_chunks
 from sgfast.ops.divergence.definitions import definition_values
 from sgfast.ops.divergence.problem import Problem, check_label_values
 from sgfast.ops.divergence.rows import finish_values, write_gradients
@@ -47,15 +38,10 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     settings = chunk_settings(problem)
     kept_indices = noisy.new_full((*shape, problem.support_width), -1, dtype=torch.int32)
     found = noisy.new_zeros((shape.numel(), 3 * len(settings.kinds) + 4), dtype=rows.compute_dtype(noisy, clean))
-    wanted, reciprocals = (problem.noisy_wanted, problem.clean_wanted), reciprocal_temperatures(problem)
-    for chunk in row_chunks(problem, choice, settings):
-        noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
-        indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice)
-        scales, chunk_labels = read_scales(reciprocals, chunk), read_labels(labels, chunk)
-        chunk_found = body(noisy_rows, clean_rows, scales, settings, indices, valid, chunk_labels, wanted)
-        found[chunk] = rows.zero_masked(chunk_found, mask, chunk)
+    for place, chunk in read_chunks(problem, choice, settings):
+        found[place] = rows.zero_masked(body(chunk, problem.sides_wanted), mask, place)
         if top_k:
-            kept_indices.view(-1, kept_indices.shape[-1])[chunk] = indices.masked_fill(~valid, -1).int()
+            kept_indices.view(-1, kept_indices.shape[-1])[place] = chunk.indices.masked_fill(~chunk.valid, -1).int()
     values, row_scalars = (one.view(len(one), *shape) for one in finish_values(found, settings))
     if settings.support != "full":
         row_scalars = values.new_zeros(problem.row_scalars_shape)
@@ -86,7 +72,7 @@ def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor]:
     problem, upstream, kept_indices, row_scalars = arguments
     noisy, clean, mask = problem.noisy, problem.clean, problem.mask
     choice = _choice(problem)
-    wanted = (problem.noisy_wanted, problem.clean_wanted)
+    wanted = problem.sides_wanted
     if choice.implementation == "triton":
         found = kernels.backward(problem, upstream, kept_indices, row_scalars)
         noisy_gradient, clean_gradient = (noisy.new_empty(0) if one is None else one for one in found)
@@ -103,37 +89,23 @@ def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor]:
     if row_scalars is not None and settings.support == "full":
         flat_scalars = row_scalars.view(row_scalars.shape[0], -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
-    reciprocals = reciprocal_temperatures(problem)
-    for chunk in row_chunks(problem, choice, settings):
-        noisy_rows, clean_rows = (read_logits(side, chunk, choice) for side in (noisy, clean))
-        indices, valid = read_support(problem, chunk, noisy_rows, clean_rows, choice, kept_indices)
+    for place, chunk in read_chunks(problem, choice, settings, kept_indices):
         # Without a mask a chunk is a slice of the gradient, so the result is written in place.
         targets = [
-            (gradient[chunk] if mask is None else gradient.new_empty(noisy_rows.shape)) if side_wanted else None
+            (gradient[place] if mask is None else gradient.new_empty(chunk.noisy.shape)) if side_wanted else None
             for gradient, side_wanted in zip(flat_gradients, wanted, strict=True)
         ]
-        body(
-            noisy_rows,
-            clean_rows,
-            read_scales(reciprocals, chunk),
-            settings,
-            indices,
-            valid,
-            flat_upstream[:, chunk],
-            targets,
-            read_labels(problem.labels, chunk),
-            None if flat_scalars is None else flat_scalars[:, chunk],
-        )
+        body(chunk, flat_upstream[:, place], targets, None if flat_scalars is None else flat_scalars[:, place])
         for gradient, target in zip(flat_gradients, targets, strict=True):
             if mask is not None and target is not None:
-                gradient[chunk] = rows.zero_masked(target, mask, chunk)
+                gradient[place] = rows.zero_masked(target, mask, place)
     return gradients
 
 
 @backward.register_fake
 def _(arguments: BackwardProblem) -> tuple[Tensor, Tensor]:
     problem = arguments.problem
-    return rows.empty_gradients(problem.noisy, problem.clean, (problem.noisy_wanted, problem.clean_wanted))
+    return rows.empty_gradients(problem.noisy, problem.clean, problem.sides_wanted)
 
 
 def _setup(ctx: Any, problem: Problem, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -165,7 +137,7 @@ def _setup_second(ctx: Any, arguments: BackwardProblem, output: tuple[Tensor, Te
 
 def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> dict[str, Tensor | None]:
     problem, upstream, kept_indices = kept(ctx)
-    wanted = (problem.noisy_wanted, problem.clean_wanted)
+    wanted = problem.sides_wanted
     to_noisy, to_clean, to_upstream = double_backward(
         "divergences",
         problem.impl,

@@ -54,6 +54,11 @@ class Problem(NamedTuple):
         return support_width(self.top_k, self.top_k_of, self.noisy.shape[-1])
 
     @property
+    def sides_wanted(self) -> tuple[bool, bool]:
+        """The sides whose gradient is asked for: noisy, clean."""
+        return self.noisy_wanted, self.clean_wanted
+
+    @property
     def kind_names(self) -> tuple[str, ...]:
         """The kinds, that of hard labels the last."""
         return tuple(self.kinds.split(","))

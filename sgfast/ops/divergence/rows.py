@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops import rows
-from sgfast.ops.divergence.atoms import Rest, Scales, Settings, Side, one_side, read_sides
+from sgfast.ops.divergence.atoms import Chunk, Rest, Settings, Side, one_side, read_sides
 from sgfast.ops.divergence.terms import (
     Atoms,
     finish,
@@ -23,24 +23,17 @@ from sgfast.ops.divergence.terms import (
 
 
 def forward_rows(
-    noisy: Tensor,
-    clean: Tensor,
-    scales: Scales,
-    settings: Settings,
-    indices: Tensor,
-    valid: Tensor,
-    labels: Tensor | None = None,
-    sides_wanted: tuple[bool, bool] = (False, False),
-    kept: Sequence[Tensor] | None = None,
+    chunk: Chunk, sides_wanted: tuple[bool, bool] = (False, False), kept: Sequence[Tensor] | None = None
 ) -> Tensor:
-    """Compute (rows, 3·kinds + 4) for `finish_values` from two (rows, V): a sum for each kind, then row scalars.
+    """Compute (rows, 3·kinds + 4) for `finish_values`: a sum for each kind, then row scalars.
 
     The scalars are both sides' maximum and sum and, over the whole vocabulary, two sums of partial derivatives for each
     kind. A scalar that is not computed is 0. ``kept`` are the `softmax_scalars`, if they are known.
     """
+    settings, labels = chunk.settings, chunk.labels
     sums, row_scalars, noisy_side = [], [], None
     if settings.divergences:
-        (noisy_side, clean_side), _, atoms = read_sides(noisy, clean, scales, settings, indices, valid, kept)
+        (noisy_side, clean_side), _, atoms = read_sides(chunk, kept)
         none = torch.zeros_like(noisy_side.sum)
         row_scalars = [noisy_side.maximum, noisy_side.sum, clean_side.maximum, clean_side.sum]
         for kind in settings.divergences:
@@ -50,7 +43,7 @@ def forward_rows(
                 kept_sum = wanted and settings.support == "full" and torch.compiler.is_compiling()
                 row_scalars.append(_partial_sum(kind, side, atoms, settings) if kept_sum else none)
     if labels is not None:
-        at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, rows.compute_dtype(noisy, clean))
+        at_temperature_1 = _at_temperature_1(chunk, noisy_side)
         none = torch.zeros_like(at_temperature_1.sum)
         sums.append(_label_cross_entropy(at_temperature_1, labels, settings.label_smoothing))
         row_scalars = row_scalars or [at_temperature_1.maximum, at_temperature_1.sum, none, none]
@@ -70,21 +63,13 @@ def finish_values(found: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 def backward_rows(
-    noisy: Tensor,
-    clean: Tensor,
-    scales: Scales,
-    settings: Settings,
-    indices: Tensor,
-    valid: Tensor,
-    upstream: Tensor,
-    sides_wanted: tuple[bool, bool],
-    labels: Tensor | None = None,
-    row_scalars: Tensor | None = None,
+    chunk: Chunk, upstream: Tensor, sides_wanted: tuple[bool, bool], row_scalars: Tensor | None = None
 ) -> list[Tensor | None]:
     """Compute gradients (rows, V) to the wanted sides, in the arithmetic's dtype; ``upstream`` is (kinds, rows).
 
     ``row_scalars`` come from the same implementation's `forward_rows`. Without them they are computed again.
     """
+    noisy, clean, scales, settings, indices, _, labels = chunk
     dtype = rows.compute_dtype(noisy, clean)
     kept = None if row_scalars is None else row_scalars[:, :, None].unbind(0)
     noisy_side = None
@@ -93,7 +78,7 @@ def backward_rows(
         for logits, wanted in zip((noisy, clean), sides_wanted, strict=True)
     ]
     if settings.divergences:
-        sides, rests, atoms = read_sides(noisy, clean, scales, settings, indices, valid, kept)
+        sides, rests, atoms = read_sides(chunk, kept)
         noisy_side = sides[0]
         nan = _nan_rows(*sides)
         for i in (0, 1):
@@ -107,7 +92,7 @@ def backward_rows(
                     sides[i], outside, probability, *partials, settings, indices, noisy.shape[-1], means is None
                 )
     if labels is not None and gradients[0] is not None:
-        at_temperature_1 = _at_temperature_1(noisy, noisy_side, settings, dtype, None if kept is None else kept[-2])
+        at_temperature_1 = _at_temperature_1(chunk, noisy_side, None if kept is None else kept[-2])
         _add_label_gradient(gradients[0], at_temperature_1, labels, upstream[-1], settings.label_smoothing)
     return gradients
 
@@ -182,22 +167,11 @@ def _without_infinite_rows(mean: Tensor, factor: Tensor, rest: Tensor | None) ->
 
 
 def write_gradients(
-    noisy: Tensor,
-    clean: Tensor,
-    scales: Scales,
-    settings: Settings,
-    indices: Tensor,
-    valid: Tensor,
-    upstream: Tensor,
-    targets: Sequence[Tensor | None],
-    labels: Tensor | None = None,
-    row_scalars: Tensor | None = None,
+    chunk: Chunk, upstream: Tensor, targets: Sequence[Tensor | None], row_scalars: Tensor | None = None
 ) -> None:
     """Write `backward_rows` to one target for each side (None if not wanted), so that compiled code makes no copy."""
     sides_wanted = (targets[0] is not None, targets[1] is not None)
-    gradients = backward_rows(
-        noisy, clean, scales, settings, indices, valid, upstream, sides_wanted, labels, row_scalars
-    )
+    gradients = backward_rows(chunk, upstream, sides_wanted, row_scalars)
     for target, gradient in zip(targets, gradients, strict=True):
         if target is not None and gradient is not None:
             target.copy_(gradient)
@@ -258,13 +232,12 @@ def _centred(probability: Tensor, factor: Tensor | None, rest: Tensor | None) ->
     return rest.addcmul_(factor.sub_(total), probability), total
 
 
-def _at_temperature_1(
-    noisy: Tensor, side: Side | None, settings: Settings, dtype: torch.dtype, kept_sum: Tensor | None = None
-) -> Side:
+def _at_temperature_1(chunk: Chunk, side: Side | None, kept_sum: Tensor | None = None) -> Side:
     """Return the noisy side over the whole vocabulary at temperature 1, reusing ``side`` where possible."""
-    if side is None or settings.support in ("renormalize", "tail"):
-        return one_side(noisy, 1.0, dtype)
-    if settings.unit_temperature:
+    dtype = rows.compute_dtype(chunk.noisy, chunk.clean)
+    if side is None or chunk.settings.support in ("renormalize", "tail"):
+        return one_side(chunk.noisy, 1.0, dtype)
+    if chunk.settings.unit_temperature:
         return side
     return one_side(side.logits, 1.0, dtype, None if kept_sum is None else (side.maximum, kept_sum))
 

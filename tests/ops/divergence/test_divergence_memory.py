@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sgfast.ops import divergences
 from sgfast.ops.divergence import chunks
-from sgfast.ops.divergence.atoms import Settings
+from sgfast.ops.divergence.atoms import Chunk, Settings
 from sgfast.ops.divergence.kinds import KINDS, LABEL_KIND
 from sgfast.ops.divergence.operator import BackwardProblem, backward, forward
 from sgfast.ops.divergence.rows import forward_rows, write_gradients
@@ -65,14 +65,14 @@ def test_temporaries_stay_within_what_chunks_are_planned_for(dtype, support, bet
         settings = Settings(tuple(kinds), support or "full", beta, 0.1)
         count = chunks.temporaries(settings, 2 * top_k / 10_000, dtype != torch.float32)
         planned = noisy.numel() * 4 * count + row_vectors
-        arguments = (noisy, clean, (temperature, temperature), settings, indices, valid)
         given_labels = labels if LABEL_KIND in kinds else None
+        chunk = Chunk(noisy, clean, (temperature, temperature), settings, indices, valid, given_labels)
         targets = [torch.empty_like(noisy), torch.empty_like(clean)]
         with LiveBytes() as counted:
-            forward_rows(*arguments, given_labels)
+            forward_rows(chunk)
         assert counted.peak <= planned
         with LiveBytes() as counted:
-            write_gradients(*arguments, torch.ones(len(kinds), 4), targets, given_labels)
+            write_gradients(chunk, torch.ones(len(kinds), 4), targets)
         assert counted.peak <= planned
 
 

@@ -11,7 +11,7 @@ import sgfast
 from sgfast.loss import divergences as single_divergences
 from sgfast.ops import divergences
 from sgfast.ops.divergence import chunks, masked_divergence
-from sgfast.ops.divergence.atoms import Settings
+from sgfast.ops.divergence.atoms import Chunk, Settings
 from sgfast.ops.divergence.kinds import KINDS, LABEL_KIND
 from sgfast.ops.divergence.rows import forward_rows, write_gradients
 from sgfast.ops.topk.selection import union_of_top_k
@@ -180,13 +180,14 @@ def test_smoothed_labels_stay_within_the_memory_that_chunks_are_planned_for(kind
     settings = Settings((*kinds, LABEL_KIND), support, 0.5, 0.1, label_smoothing=0.1)
     labels, temperature = torch.arange(4)[:, None], torch.full((4, 1), 2.0)
     indices, valid = union_of_top_k(noisy, clean, 50)
+    chunk = Chunk(noisy, clean, (temperature, temperature), settings, indices, valid, labels)
     planned = noisy.nbytes * chunks.temporaries(settings, 100 / 10_000, converted=False) + 4096
     with LiveBytes() as counted:
-        forward_rows(noisy, clean, (temperature, temperature), settings, indices, valid, labels)
+        forward_rows(chunk)
     assert counted.peak <= planned
     targets, upstream = [torch.empty_like(noisy), torch.empty_like(clean)], torch.ones(len(settings.kinds), 4)
     with LiveBytes() as counted:
-        write_gradients(noisy, clean, (temperature, temperature), settings, indices, valid, upstream, targets, labels)
+        write_gradients(chunk, upstream, targets)
     assert counted.peak <= planned
 
 
