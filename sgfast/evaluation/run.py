@@ -68,8 +68,8 @@ def evaluate(
             reason.
 
     Raises:
-        EvaluationError: too small a budget, nothing to measure, an attack that cannot be run, or another seed than
-            that of what was measured before.
+        EvaluationError: the budget is too small, there is nothing to measure, an attack cannot be run, or earlier
+            measurements had another seed.
         RecordError: a record that cannot be read or tokenized.
         InterruptedEvaluationError: Ctrl-C.
     """

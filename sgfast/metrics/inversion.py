@@ -293,7 +293,7 @@ class LearnedInversionAttack:
         residual = (clean - clean_mean) - (embeddings - mean)
         variance = residual.square().mean().clamp(min=_SMALLEST_VARIANCE)
         centered = (embeddings - mean).to(torch.float64)
-        # Entries of A − I are taken for N(0, 1/D), as those of a random rotation are.
+        # The prior of the entries of A − I is N(0, 1/D), as for a random rotation.
         penalty = width * variance.to(torch.float64) * torch.eye(width, dtype=torch.float64, device=mean.device)
         change = torch.linalg.solve(centered.T @ centered + penalty, centered.T @ residual.to(torch.float64))
         regression = torch.eye(width, device=mean.device) + change.T.to(torch.float32)
