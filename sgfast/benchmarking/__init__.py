@@ -1,1 +1,1 @@
-"""Measurements of time, memory and accuracy: what ``sgfast bench`` and the repository's benchmarks are made of."""
+"""Measurements of time, memory and accuracy, for ``sgfast bench`` and the repository's benchmarks."""

@@ -1,4 +1,4 @@
-"""Where and with what a figure was measured."""
+"""The environment of a measurement: device, versions, date and commit."""
 
 import datetime
 import importlib.metadata
@@ -16,7 +16,7 @@ _LIBRARIES = ("torch", "triton", "transformers", "liger-kernel", "textbrewer")
 
 
 def environment(device: str) -> dict[str, Any]:
-    """The device, its threads (CPU), versions, the date in UTC, and the commit where this is a checkout."""
+    """Return the device, its threads (CPU), versions, the date in UTC, and the commit if this is a checkout."""
     on_cpu = torch.device(device).type == "cpu"
     return {
         "device": _processor() if on_cpu else torch.cuda.get_device_name(device),
@@ -31,7 +31,7 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def statement(environment: dict[str, Any]) -> str:
-    """The environment in words, with what its figures are good for."""
+    """Describe the environment in words, and say what its figures are good for."""
     threads = environment["threads"]
     where = environment["device"] + (f", {threads} thread{'s' * (threads != 1)}" if threads else "")
     versions = [f"{name} {environment[name]}" for name in ("sgfast", *_LIBRARIES) if environment.get(name)]
@@ -43,7 +43,7 @@ def statement(environment: dict[str, Any]) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with ``+changes`` if code differs from it; None for an installed package."""
+    """Return the checkout's commit, with ``+changes`` if code differs from it; None for an installed package."""
     if not (_CHECKOUT / ".git").exists():
         return None
     head = _git("rev-parse", "--short=10", "HEAD")
@@ -66,7 +66,7 @@ def _installed(name: str) -> str | None:
 
 
 def _processor() -> str:
-    """The CPU's name: Linux says it in a file, others to Python."""
+    """Return the CPU's name. Linux has the name in a file, other systems tell Python."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -19,7 +19,7 @@ SEED = 7
 
 
 def ours(impl: str) -> str:
-    """The label of one of sgfast's implementations."""
+    """Return the label of one of sgfast's implementations."""
     return "sgfast" if impl == "auto" else f"sgfast {impl}"
 
 
@@ -33,10 +33,10 @@ def divergence_tasks(
     device: str = "cpu",
     impls: Sequence[str] = ("auto",),
 ) -> list[Task]:
-    """Four metrics of [tokens, vocab] logits, and Jensen–Shannon with its gradient to the noisy side.
+    """Make tasks over [tokens, vocab] logits: four metrics, and Jensen–Shannon with its gradient to the noisy side.
 
-    Clean logits are normal with standard deviation 3; noisy ones are they plus ``noise`` times a normal draw. Under
-    ``top_k`` the metrics are truncated and Jensen–Shannon has one atom for the tail, their uses' own choices.
+    Clean logits are normal with standard deviation 3. Noisy logits are the clean ones plus ``noise`` times a normal
+    draw. Under ``top_k`` the metrics are truncated and Jensen–Shannon has one atom for the tail, as in their usual use.
     """
     task = functools.partial(
         divergence_task,
@@ -62,7 +62,7 @@ def divergence_task(
     support: str,
     impls: Sequence[str],
 ) -> Task:
-    """Divergences of noisy and clean logits, or the only one and its gradient to the noisy side."""
+    """Make the task of several divergences, or of one divergence with its gradient to the noisy side."""
     noisy, _ = sides
 
     def ours_by(impl: str) -> Callable[..., Outputs]:
@@ -96,13 +96,13 @@ def divergence_task(
         (2 + (gradient and (2 if top_k else 3))) * noisy.nbytes,
         noisy.numel(),
         oracle,
-        # PyTorch's top-k takes any of equal logits, of which lower precision has many.
+        # PyTorch's top-k takes any of equal logits, and lower precision has many equal logits.
         incomparable=frozenset({LIGER} if top_k is None or noisy.dtype == torch.float32 else {LIGER, EAGER, COMPILED}),
     )
 
 
 def pair_of_logits(tokens: int, vocab: int, noise: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Noisy and clean logits: clean ones normal with standard deviation 3, noisy ones apart by ``noise``."""
+    """Draw noisy and clean logits: clean ones are normal with standard deviation 3, noisy ones differ by ``noise``."""
     return _pair(tokens, vocab, 3.0, noise, dtype, device)
 
 
@@ -114,7 +114,7 @@ def hidden_tasks(
     device: str = "cpu",
     impls: Sequence[str] = ("auto",),
 ) -> list[Task]:
-    """The four distances of [tokens, width] hidden states, and with the gradient to the noisy side."""
+    """Make tasks over [tokens, width] hidden states: the four distances, without and with the noisy side's gradient."""
     noisy, clean = _pair(tokens, width, 1.0, 0.3, dtype, device)
 
     def ours_by(impl: str) -> Callable[..., Outputs]:
@@ -145,9 +145,10 @@ def noise_tasks(
     device: str = "cpu",
     impls: Sequence[str] = ("auto",),
 ) -> list[Task]:
-    """Noise on [tokens, width] embeddings, and with the gradients to all three operands.
+    """Make tasks of noise on [tokens, width] embeddings, without and with the gradients to all three operands.
 
-    Mean and std differ for each element, as in a transformer's noise layer, or with ``shared`` for each feature alone.
+    Mean and std differ for each element, as in a transformer's noise layer. With ``shared`` they differ only for each
+    feature.
     """
     generator = torch.Generator().manual_seed(0)
     rows = 1 if shared else tokens
@@ -173,7 +174,7 @@ def noise_tasks(
             (input, mean, std),
             contenders(ours_by, by_formula, impls, device),
             3 if gradient else 0,
-            # Forward and backward read the operands and one gradient, and write an output and theirs.
+            # Forward and backward read the operands and one gradient, and write an output and the operands' gradients.
             (2 * moved + 2 * input.nbytes) if gradient else moved + input.nbytes,
             input.numel(),
             on_the_same_draw,
@@ -190,7 +191,7 @@ def contenders(
     impls: Iterable[str],
     device: str,
 ) -> dict[str, Callable[..., Outputs]]:
-    """Eager PyTorch, that through torch.compile where it is a contender, and ours."""
+    """Return the implementations to compare: eager PyTorch, torch.compile if it is a contender, and sgfast's."""
     impls = list(impls)
     found = {EAGER: by_formula}
     if beside_compiled(impls, device):
@@ -199,12 +200,12 @@ def contenders(
 
 
 def beside_compiled(impls: Iterable[str], device: str) -> bool:
-    """Whether torch.compile is a contender: where ours is compiled too, as a kernel or by impl="compile"."""
+    """Return True if torch.compile is a contender: sgfast is compiled too, as a kernel or by impl="compile"."""
     return "compile" in impls or torch.device(device).type != "cpu"
 
 
 def _pair(rows: int, width: int, scale: float, noise: float, dtype: torch.dtype, device: str) -> tuple[Tensor, Tensor]:
-    """Noisy and clean, drawn on the device: a large vocabulary's logits take long to copy there."""
+    """Draw a noisy and a clean tensor on the device, because large logits take long to copy there."""
     generator = torch.Generator(device).manual_seed(0)
     clean = torch.randn(rows, width, generator=generator, device=device).mul_(scale)
     noisy = torch.randn(rows, width, generator=generator, device=device).mul_(noise).add_(clean)

@@ -1,4 +1,4 @@
-"""How cost grows with a size."""
+"""The growth of cost with a size."""
 
 import itertools
 import math
@@ -11,7 +11,7 @@ EAGER = "eager PyTorch"
 
 
 def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The slope of log cost over log size by least squares: 1 is linear. NaN for fewer than two sizes or a cost of 0.
+    """Fit the slope of log cost over log size: 1 is linear. NaN for fewer than two sizes or a cost of 0.
 
     Example:
         >>> exponent([1, 10, 100], [3, 30, 300])
@@ -26,7 +26,7 @@ def exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def largest_cliff(sizes: Sequence[float], costs: Sequence[float]) -> float:
-    """The largest ratio of a size's cost per unit to that of the next smaller size; at most 1 where nothing jumps.
+    """Return the largest ratio of a size's cost per unit to the next smaller size's; at most 1 if nothing jumps.
 
     Example:
         >>> largest_cliff([1000, 2000, 4000], [10, 20, 60])
@@ -37,7 +37,7 @@ def largest_cliff(sizes: Sequence[float], costs: Sequence[float]) -> float:
 
 
 def largest_rise(sizes: Sequence[float], values: Sequence[float]) -> float:
-    """The largest ratio of a size's value to that of the next smaller size.
+    """Return the largest ratio of a size's value to the next smaller size's.
 
     Example:
         >>> largest_rise([1000, 2000, 4000], [0.5, 0.25, 0.5])
@@ -48,11 +48,11 @@ def largest_rise(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 def growth(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each sweep of a task by an implementation: exponents of time and memory, and the largest cliffs.
+    """Compute exponents of time and memory and the largest cliffs, for each sweep of a task by an implementation.
 
-    Of the fastest rounds, where records have them: what else a machine does makes a round slower, never faster.
-    ``ratio_cliff`` is the largest rise of the time over eager PyTorch's, which took turns with it, from one size to the
-    next: what memory costs a machine at a size falls out of it.
+    The times are of the fastest rounds, if records have them, because other work on a machine makes a round slower and
+    never faster. ``ratio_cliff`` is the largest rise, from one size to the next, of the ratio between the time and the
+    time of eager PyTorch, which took turns with it. The machine's cost of memory at a size cancels in this ratio.
     """
     sweeps: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:

@@ -1,6 +1,6 @@
-"""Liger-Kernel's losses, where it is installed: its kernels on a GPU, elsewhere what its chunked losses differentiate.
+"""Liger-Kernel's losses, if the package is installed: its kernels on a GPU, the core of its chunked losses elsewhere.
 
-Each takes student and teacher logits and returns one number over all of them.
+Each loss takes student and teacher logits and returns one number over all of them.
 """
 
 import importlib.util
@@ -16,7 +16,7 @@ LIGER = "Liger-Kernel"
 
 
 def liger_loss(kind: str, device: str) -> Callable[..., Outputs] | None:
-    """Liger-Kernel's loss of this kind, if it has one for the device."""
+    """Return Liger-Kernel's loss of this kind, or None if it has none for the device."""
     if importlib.util.find_spec("liger_kernel") is None:
         return None
     losses = {"jensen_shannon": _chunked_jensen_shannon}

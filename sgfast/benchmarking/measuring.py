@@ -19,16 +19,16 @@ _COPIED_BYTES = {"cpu": 2**28, "cuda": 2**30}
 
 
 def first_rows(*inputs: Tensor) -> tuple[Tensor, ...]:
-    """Of every input."""
+    """Return the first rows of every input."""
     return tuple(one[:8] for one in inputs)
 
 
 class Task(NamedTuple):
-    """One computation on inputs of one size, and who can do it."""
+    """One computation on inputs of one size, and its implementations."""
 
     family: str
     name: str
-    #: What was varied to get here: ``{"tokens": 64, "vocab": 32000}``.
+    #: The sizes of the inputs: ``{"tokens": 64, "vocab": 32000}``.
     sizes: dict[str, float | str | None]
     inputs: tuple[Tensor, ...]
     #: Functions of the inputs that return tensors, one row for each row of the first input; others are compared with
@@ -38,28 +38,28 @@ class Task(NamedTuple):
     differentiated: int
     #: Bytes that must move, each input read once and each output written once, forward and backward.
     floor_bytes: float
-    #: Logits, features or whatever kept bytes are counted by.
+    #: The number of elements (logits, features) that kept bytes are divided by.
     elements: int
-    #: What to compute in float64 on ``head(*inputs)``, inputs of a few rows; None if there is nothing to compare with.
+    #: The reference in float64 on ``head(*inputs)``, inputs of a few rows; None if there is no reference.
     oracle: Callable[..., Outputs] | None = None
     head: Callable[..., tuple[Tensor, ...]] = first_rows
-    #: Implementations that return something else, such as a sum or a draw of their own.
+    #: Implementations that return other values, such as a sum or a draw of their own.
     incomparable: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
-        """Where the inputs are."""
+        """The device of the inputs."""
         return self.inputs[0].device
 
     def run(self, implementation: str) -> tuple[Outputs, Outputs]:
-        """The outputs and the gradients."""
+        """Compute the outputs and the gradients."""
         return _run(self.implementations[implementation], self.inputs, self.differentiated)
 
 
 def measure(
     task: Task, implementation: str, seconds: float | None = None, *, budget: float = 0.4, timed: bool = True
 ) -> dict[str, Any]:
-    """Measure a task; ``seconds``, where somebody else took the time, else ``budget`` seconds are spent on it.
+    """Measure a task. ``seconds`` is the time if it is known; otherwise ``budget`` seconds are spent on measuring it.
 
     Returns:
         family, task, implementation, sizes, dtype, ``milliseconds`` (median), ``floor_gb_per_s`` (what must move over
@@ -97,14 +97,14 @@ def _run(function: Callable[..., Outputs], inputs: Sequence[Tensor], differentia
 
 
 def median_seconds(function: Callable[[], Any], device: torch.device, budget: float = 0.4) -> float:
-    """The median of at least three rounds after a first one; on a GPU with cold caches."""
+    """Return the median time of at least three rounds after a first one; on a GPU with cold caches."""
     return median(interleaved_seconds({"": function}, device, budget)[""])
 
 
 def interleaved_seconds(
     functions: Mapping[str, Callable[[], Any]], device: torch.device, budget: float = 0.4
 ) -> dict[str, list[float]]:
-    """Times of functions that take turns, so that what else the machine does slows all of them alike.
+    """Measure functions that take turns, so that other work on the machine slows all of them alike.
 
     Turns go on for ``budget`` seconds per function, for at least three and at most a thousand.
     """
@@ -122,7 +122,7 @@ def interleaved_seconds(
 
 
 def run_timed(function: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
-    """Seconds, and what the function returns; on a GPU with cold caches."""
+    """Return the seconds that a function takes, and its result; on a GPU with cold caches."""
     if device.type == "cuda":
         torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=device).zero_()
         torch.cuda.synchronize(device)
@@ -134,7 +134,7 @@ def run_timed(function: Callable[[], Result], device: torch.device) -> tuple[flo
 
 
 def peak_bytes(function: Callable[[], Result], device: torch.device) -> tuple[int, Result]:
-    """What PyTorch's allocator held at most beyond what it held before, and the function's result, which counts."""
+    """Return the peak of PyTorch's allocator beyond its bytes before, and the function's result, which counts."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -153,7 +153,7 @@ def peak_bytes(function: Callable[[], Result], device: torch.device) -> tuple[in
 
 
 def kept_bytes(function: Callable[..., Outputs], inputs: Sequence[Tensor], differentiated: int) -> int:
-    """Bytes that autograd holds between forward and backward, the inputs apart."""
+    """Return the bytes that autograd holds between forward and backward, without the inputs."""
     leaves = [one.detach().requires_grad_() for one in inputs[:differentiated]]
     given = {one.untyped_storage().data_ptr() for one in inputs}
     kept: dict[int, int] = {}
@@ -170,7 +170,7 @@ def kept_bytes(function: Callable[..., Outputs], inputs: Sequence[Tensor], diffe
 
 
 def errors(task: Task, implementation: str, found: tuple[Outputs, Outputs]) -> dict[str, float]:
-    """Errors of the first rows of what ``run`` found; none where there is nothing to compare with."""
+    """Return the errors of the first rows of ``run``'s result; no errors if the task has no reference."""
     if task.oracle is None or implementation in task.incomparable:
         return {}
     exact = [one.double() if one.is_floating_point() else one for one in task.head(*task.inputs)]
@@ -190,13 +190,13 @@ def errors(task: Task, implementation: str, found: tuple[Outputs, Outputs]) -> d
 
 
 def _relative_by_row(difference: Tensor, wanted: Tensor) -> float:
-    """The largest quotient of a row's norms."""
+    """Return the largest quotient of a row's norms."""
     norms = [one.detach().reshape(len(one), -1).norm(dim=-1) for one in (difference, wanted)]
     return float((norms[0] / norms[1].clamp_min(1e-30)).max())
 
 
 def copy_gb_per_s(device: str) -> float:
-    """Bytes read and written in a second by a plain copy, of more than caches hold: the ceiling that counts."""
+    """Measure a plain copy of more bytes than caches hold: gigabytes read and written per second, the ceiling."""
     kind = torch.device(device).type
     source = torch.zeros(_COPIED_BYTES[kind], dtype=torch.uint8, device=device)
     destination = torch.zeros_like(source)

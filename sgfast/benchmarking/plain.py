@@ -1,6 +1,6 @@
-"""What a user of PyTorch would write: what the operations are measured beside, and in float64 their oracle.
+"""The operations as a user of PyTorch would write them: the peers of measurements, and in float64 the reference.
 
-Nothing here is chunked, fused or masked; computations are in float32 unless an input is float64.
+Nothing here is chunked, fused or masked. Computations are in float32 unless an input is float64.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,16 +13,17 @@ Values = dict[str, Tensor]
 
 
 def divergences(noisy: Tensor, clean: Tensor, kinds: Sequence[str]) -> Values:
-    """log_softmax of both sides, then the formulas; beta = ½, skew = 0.1."""
+    """Compute log_softmax of both sides, then the formulas; beta = ½, skew = 0.1."""
     return _sums(log_softmax(noisy), log_softmax(clean), kinds)
 
 
 def top_k_divergences(
     noisy: Tensor, clean: Tensor, kinds: Sequence[str], k: int, support: str, *, ties_in_order: bool = False
 ) -> Values:
-    """The divergences over the union of both sides' largest k: ``truncate``, ``renormalize`` or ``tail``.
+    """Compute divergences over the union of both sides' largest k: ``truncate``, ``renormalize`` or ``tail``.
 
-    ``torch.topk`` promises no order among equal logits, of which bfloat16 has many; ``ties_in_order``: the lower first.
+    ``torch.topk`` promises no order among equal logits, and bfloat16 has many equal logits. With ``ties_in_order`` the
+    lower index comes first.
     """
     if ties_in_order:
         first, second = (side.sort(dim=-1, descending=True, stable=True).indices[..., :k] for side in (noisy, clean))
@@ -45,7 +46,7 @@ def top_k_divergences(
 
 
 def hidden_distances(noisy: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """1 − cos, ‖noisy − clean‖₂, that over ‖clean‖₂, and cos."""
+    """Compute 1 − cos, ‖noisy − clean‖₂, ‖noisy − clean‖₂ / ‖clean‖₂, and cos."""
     x, y = (side.to(torch.promote_types(side.dtype, torch.float32)) for side in (noisy, clean))
     cosine = F.cosine_similarity(x, y, dim=-1)
     distance = (x - y).norm(dim=-1)
@@ -53,19 +54,19 @@ def hidden_distances(noisy: Tensor, clean: Tensor) -> tuple[Tensor, Tensor, Tens
 
 
 def apply_noise(input: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """input + mean + std·ε with PyTorch's own draw, which autograd keeps."""
+    """Compute input + mean + std·ε with PyTorch's own draw, which autograd keeps."""
     return input + mean + std * torch.randn_like(input)
 
 
 def pairwise_gaussian_kl(mean_a: Tensor, std_a: Tensor, mean_b: Tensor, std_b: Tensor) -> Tensor:
-    """All pairs of diagonal Gaussians at once, as a tensor of (A, B, T, D)."""
+    """Compute all pairs of diagonal Gaussians at once, as a tensor (A, B, T, D)."""
     m_a, s_a, m_b, s_b = mean_a[:, None], std_a[:, None], mean_b[None], std_b[None]
     terms = (s_b / s_a).log() + (s_a.square() + (m_a - m_b).square()) / (2 * s_b.square()) - 0.5
     return terms.sum((-1, -2))
 
 
 def nearest_embeddings(queries: Tensor, table: Tensor, k: int, metric: str) -> tuple[Tensor, Tensor]:
-    """``torch.cdist`` (of unit vectors for cosine) and ``topk``, all queries at once."""
+    """Search by ``torch.cdist`` (of unit vectors for cosine) and ``topk``, all queries at once."""
     x, y = (side.to(torch.promote_types(side.dtype, torch.float32)) for side in (queries, table))
     if metric == "cosine":
         return (1 - F.normalize(x, dim=-1) @ F.normalize(y, dim=-1).T).topk(k, largest=False)
@@ -73,7 +74,7 @@ def nearest_embeddings(queries: Tensor, table: Tensor, k: int, metric: str) -> t
 
 
 def _sums(a: Tensor, b: Tensor, kinds: Sequence[str], counted: Tensor | None = None) -> Values:
-    """Sums of the kinds' terms over the last dimension, from log p and log q."""
+    """Sum the kinds' terms over the last dimension, from log p and log q."""
     p, q = a.exp(), b.exp()
     formulas: dict[str, Callable[[], Tensor]] = {
         "forward_kl": lambda: q * (b - a),
@@ -93,10 +94,10 @@ def _sums(a: Tensor, b: Tensor, kinds: Sequence[str], counted: Tensor | None = N
 
 
 def log_softmax(logits: Tensor) -> Tensor:
-    """In float32, or in float64 if the logits are."""
+    """Compute log_softmax in float32, or in float64 for float64 logits."""
     return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
 def _skew_kl(p: Tensor, log_p: Tensor, q: Tensor, skew: float) -> Tensor:
-    """Terms of KL(p‖skew·p + (1−skew)·q): Ko et al. 2024, DistiLLM; with skew = ½ half of Jensen–Shannon."""
+    """Return the terms of KL(p‖skew·p + (1−skew)·q) (Ko et al. 2024, DistiLLM); skew = ½: half of Jensen–Shannon."""
     return p * (log_p - (skew * p + (1 - skew) * q).log())

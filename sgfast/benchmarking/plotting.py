@@ -1,4 +1,4 @@
-"""Pictures of records."""
+"""Pictures of benchmark records."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ _STYLES = ("-", "--", ":", "-.")
 
 
 def plot_growth(path: Path, records: Sequence[dict[str, Any]], title: str) -> bool:
-    """Draw time and peak memory against every size that varies; False, and no file, where none does."""
+    """Draw time and peak memory against every size that varies. Return False and write no file if no size varies."""
     axes_found = [axis for axis in _AXES if len({record[axis] for record in records if record["sweep"] == axis}) > 1]
     if not axes_found:
         return False
@@ -47,7 +47,7 @@ def plot_growth(path: Path, records: Sequence[dict[str, Any]], title: str) -> bo
 
 
 def plot_accuracy(path: Path, records: Sequence[dict[str, Any]], title: str) -> bool:
-    """Draw errors against float64 over the noise between the two sides; False, and no file, without such records."""
+    """Draw errors against float64 over the noise between the sides. Return False and write no file without errors."""
     swept = [record for record in records if record["sweep"] == "noise" and "value_error" in record]
     if not swept:
         return False
@@ -62,7 +62,7 @@ def plot_accuracy(path: Path, records: Sequence[dict[str, Any]], title: str) -> 
                 style = _style(records, task, implementation)
                 axes.plot([one["noise"] for one in line], [one[error] for one in line], **style)
             axes.set(xscale="log", yscale="log", ylabel=label if column == 0 else None)
-            # Errors that are all one rounding are shown as level, not as what is left after zooming in.
+            # Errors that are all one rounding must look level, so the axis is not zoomed into them.
             lowest, highest = axes.get_ylim()
             middle = (lowest * highest) ** 0.5
             axes.set_ylim(min(lowest, middle / 10), max(highest, middle * 10))
@@ -81,7 +81,7 @@ def _by_line(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[di
 
 
 def _style(records: Sequence[dict[str, Any]], task: str, implementation: str) -> dict[str, Any]:
-    """A colour for an implementation, a stroke for a task: the same in every panel."""
+    """Return a colour for an implementation and a stroke for a task, the same in every panel."""
     tasks = list(dict.fromkeys(record["task"] for record in records))
     others = [name for name in dict.fromkeys(one["implementation"] for one in records) if name not in _LINES]
     color = _LINES.get(implementation) or _MORE[others.index(implementation) % len(_MORE)]
@@ -95,7 +95,7 @@ def _style(records: Sequence[dict[str, Any]], task: str, implementation: str) ->
 
 
 def _short(size: int) -> str:
-    """65536 as 66k."""
+    """Format a size: 65536 as 66k."""
     return str(size) if size < 1000 else f"{size / 1000:.0f}k"
 
 
@@ -105,7 +105,7 @@ def _held(records: Sequence[dict[str, Any]], axis: str) -> str:
 
 
 def _finish(figure: Any, labelled: Any, title: str, path: Path) -> None:
-    """Legend above the panels, the environment below them."""
+    """Put the legend above the panels and the environment below them, and write the file."""
     handles, labels = labelled.get_legend_handles_labels()
     columns = 2 if figure.get_size_inches()[0] > 7 else 1
     figure.legend(handles, labels, loc="upper center", ncols=columns, fontsize=8, frameon=False)

@@ -10,7 +10,7 @@ from sgfast.utils.files import replacing
 
 
 def write_result(path: Path, environment: dict[str, Any], records: Sequence[dict[str, Any]], **more: Any) -> None:
-    """Write records, and what they say of growth, as they came from ``sgfast.benchmarking``."""
+    """Write records and their growth, in the form of ``sgfast.benchmarking``."""
     content = {"environment": environment, **more, "records": list(records), "growth": growth(records)}
     lines = json.dumps(without_nan(content), ensure_ascii=False, indent=1)
     with replacing(path) as temporary:
@@ -18,7 +18,7 @@ def write_result(path: Path, environment: dict[str, Any], records: Sequence[dict
 
 
 def without_nan(value: Any) -> Any:
-    """JSON has no NaN: null."""
+    """Replace NaN by None, because JSON has no NaN."""
     if isinstance(value, dict):
         return {key: without_nan(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""One size after the other, everything else held: the records that tables and plots are made of."""
+"""Sweeps over one size with the other sizes held: the records of tables and plots."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,18 +9,18 @@ import torch
 
 from sgfast.benchmarking.measuring import Task, interleaved_seconds, measure
 
-#: How far apart the two sides are drawn, in units of the logits, for accuracy against noise.
+#: Distances between the two sides, in units of the logits, for accuracy against noise.
 NOISES = (0.001, 0.01, 0.05, 0.3, 1.0)
 _ACCURACY_TOKENS = 16
 
 
 def base_of(sizes: Sequence[int], wanted: int) -> int:
-    """What a size is while another one varies: the wanted one if it is among those asked for, else their largest."""
+    """Return a size for sweeps over another size: the wanted size if it was asked for, else the largest."""
     return wanted if wanted in sizes else max(sizes)
 
 
 def points(axes: Mapping[str, Sequence[int]], base: Mapping[str, int]) -> list[tuple[str, dict[str, int]]]:
-    """Which axis varies, and all sizes. ``top_k`` is given only where it varies.
+    """List the axis that varies and all sizes, for every point. ``top_k`` is given only if it varies.
 
     Example:
         >>> points({"tokens": [1, 8], "top_k": [3]}, {"tokens": 8, "vocab": 100})
@@ -31,7 +31,7 @@ def points(axes: Mapping[str, Sequence[int]], base: Mapping[str, int]) -> list[t
     for axis, sizes in axes.items():
         for size in sorted(set(sizes)):
             point = {**base, axis: size}
-            # A sweep keeps what another one measures as well, for its own line; a single size is no sweep.
+            # A sweep keeps points that another sweep measures too, for its own line. A single size is no sweep.
             if len(sizes) > 1 or point not in [one for _, one in planned]:
                 planned.append((axis, point))
     return planned
@@ -45,10 +45,10 @@ def run(
     on_progress: Callable[[int, str], None] = lambda done, doing: None,
     **settings: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Measure every task at every planned point; a record has its ``sweep``, the axis that varies.
+    """Measure every task at every planned point. A record has its ``sweep``, the axis that varies.
 
     Raises:
-        ValueError: there is not the memory for one of them.
+        ValueError: a point needs more memory than there is.
     """
     for done, (axis, sizes) in enumerate(planned):
         where = ", ".join(f"{name} {size}" for name, size in sizes.items())
@@ -67,7 +67,7 @@ def run(
 
 
 def run_accuracy(make_tasks: Callable[..., list[Task]], vocab: int, **settings: Any) -> Iterator[dict[str, Any]]:
-    """Errors alone, the two sides closer and closer: of float32 logits, and of bfloat16 ones as they were rounded."""
+    """Measure only errors while the two sides come closer, for float32 logits and for rounded bfloat16 logits."""
     for dtype in (torch.float32, torch.bfloat16):
         for noise in NOISES:
             for task in make_tasks(tokens=_ACCURACY_TOKENS, vocab=vocab, noise=noise, **settings | {"dtype": dtype}):

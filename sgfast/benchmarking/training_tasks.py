@@ -36,7 +36,7 @@ def training_tasks(
     device: str = "cpu",
     impls: Sequence[str] = ("auto",),
 ) -> list[Task]:
-    """Steps (forward, loss, backward) of a Llama with random weights: 4 layers of width 128, a batch of 2.
+    """Make tasks of training steps (forward, loss, backward) of a random Llama: 4 layers of width 128, a batch of 2.
 
     ``transform``: a noise layer trained through the frozen model by ``distillation_loss_factory`` at the second layer.
     ``student``: the model trained towards another's logits by Jensen–Shannon.
@@ -98,7 +98,7 @@ def training_tasks(
 
 
 def causal_lm(vocab: int, seed: int) -> Any:
-    """A Llama with random weights."""
+    """Build a Llama with random weights."""
     import transformers
 
     torch.manual_seed(seed)
@@ -115,7 +115,7 @@ def causal_lm(vocab: int, seed: int) -> Any:
 
 
 def under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:
-    """The model under a transform."""
+    """Put a model under a transform."""
     return NoiseMaskedNoisyTransformerModel(
         TransformerCloak,
         base_model,
@@ -127,7 +127,7 @@ def under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:
 
 
 def _step(model: torch.nn.Module, loss: _Loss, impl: str) -> Callable[..., Outputs]:
-    """Loss and backward to a module's parameters; gradients go, as an optimizer lets them."""
+    """Run the loss and backward to a module's parameters, and drop the gradients as an optimizer does."""
 
     def step(input_ids: Tensor) -> Outputs:
         with torch.enable_grad(), use_impl(impl):  # type: ignore[arg-type]
@@ -140,7 +140,7 @@ def _step(model: torch.nn.Module, loss: _Loss, impl: str) -> Callable[..., Outpu
 
 
 def _plain_distillation(noisy_model: NoiseMaskedNoisyTransformerModel, input_ids: Tensor) -> Tensor:
-    """The same loss with PyTorch's functions, on the same layer's estimate."""
+    """Compute the same loss with PyTorch's functions, on the same layer's estimate."""
     body = noisy_model.base_model.model
     x = body.embed_tokens(input_ids)
     mean, std = noisy_model.noise_layer.estimate(x, attention_mask=torch.ones_like(input_ids))

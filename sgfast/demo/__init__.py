@@ -1,1 +1,1 @@
-"""The main job end to end on a real model: train a transform, measure it, save it, use it as a client."""
+"""The parts of ``sgfast demo``: its text, its held-out figures and its picture."""

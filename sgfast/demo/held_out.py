@@ -32,7 +32,7 @@ def measure(
     max_length: int,
     seed: int,
 ) -> dict[str, float]:
-    """Means over held-out passages; the noise drawn depends on ``seed`` alone.
+    """Measure a transform on held-out passages. The noise depends on ``seed`` alone.
 
     Returns:
         Means over passages: the utility divergences over the whole vocabulary (the keys of `UTILITY_DIVERGENCES`) and

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from sgfast.utils.input_files import open_regular
 
 _MINIMUM_PASSAGES = 16
-# All of it is in memory, several times over.
+# The text is in memory several times over.
 _LARGEST_TEXT = 2**26
 
 
@@ -20,7 +20,7 @@ class Passages(NamedTuple):
 
 
 def read_text(path: Path | None) -> str:
-    """The file's text; None for the documentation topics that every Python carries.
+    """Read the file's text; None for the documentation topics that every Python carries.
 
     Raises:
         ValueError: no such file, no regular one, not UTF-8 text, or more than 64 MiB.
@@ -44,9 +44,9 @@ def split_passages(text: str, words_per_passage: int, held_out: int, seed: int) 
 
     Args:
         text: any length.
-        words_per_passage: words in each; a last incomplete one is dropped.
-        held_out: how many are kept for measuring, at most a quarter of all.
-        seed: of the shuffle.
+        words_per_passage: words in each passage; a last incomplete passage is dropped.
+        held_out: number of passages kept for measuring, at most a quarter of all.
+        seed: seed of the shuffle.
 
     Raises:
         ValueError: the text is too short to train on and hold a part out.

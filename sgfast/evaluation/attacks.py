@@ -1,7 +1,7 @@
-"""Attacks too costly for every token: they run on a sample of the file, which is transformed again for them.
+"""Attacks that cost too much for every token. They run on a sample of the file, which is transformed again for them.
 
-Nothing of the sample is kept while the file is read: a record's noise depends on the seed and its place alone, so
-reading and transforming it again gives the same embeddings.
+Nothing of the sample is kept while the file is read. A record's noise depends only on the seed and on the record's
+place in the file, so reading and transforming the record again gives the same embeddings.
 """
 
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ from sgfast.noise_layer.seeds import mix_seed
 
 DRAWS = 16
 CANDIDATES = 256
-# Words that keep seeds of different uses apart; a record's noise uses its draw's number, which is below.
+# Words that keep seeds of different uses apart. A record's noise uses the number of its draw, which is smaller.
 _POSITIONS, _CANDIDATES = 2**32, 2**32 + 1
 
 
 class _Sample(NamedTuple):
-    """A record of the sample on the device, and where its tokens in the sample stand, (T,) bool."""
+    """A record of the sample on the device. ``used`` (T,) bool selects its tokens that are in the sample."""
 
     example: Example
     input_ids: Tensor
@@ -107,11 +107,11 @@ class SampleAttacks:
             table, seed=self._settings.seed, max_chunk_bytes=self._budget.inversion_chunk_bytes(tokens)
         )
         result = attack.evaluate(transformed[:, None], input_ids[:, None], groups=groups)._asdict()
-        # Of sequences of one token each, as they were given here.
+        # The number of held-out sequences is left out: each sequence here is one token.
         return {name: value for name, value in result.items() if name != "held_out_sequences"}
 
     def _information(self, on_record: Callable[[], None]) -> dict[str, Any]:
-        """How far the transformed distributions of different tokens can be told apart; see `information_bounds`."""
+        """Bounds on how well the transformed distributions of tokens can be told apart; see `information_bounds`."""
         tokens = self._survey.sampled_tokens
         chosen = torch.zeros(tokens, dtype=torch.bool)
         chosen[torch.randperm(tokens, generator=self._generator(_CANDIDATES))[:CANDIDATES]] = True
@@ -129,16 +129,16 @@ class SampleAttacks:
             seen = torch.ones_like(mean, dtype=torch.bool) if suppressed is None else ~suppressed[positions]
             parts.append((sample.input_ids[positions], mean, transformed.std[positions].double(), seen))
         input_ids, mean, std, seen = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-        # Each token once: an attacker who takes one place of a token for another has read the token all the same.
+        # Each token once: an attacker who confuses two places of one token has still read the token.
         places = list({token: place for place, token in enumerate(input_ids.tolist())}.values())
         return _readings(mean[places], std[places], seen[places])
 
 
 def _readings(mean: Tensor, std: Tensor, seen: Tensor) -> dict[str, Any]:
-    """Bounds for (N, D) candidates; of suppressed features nothing is known here."""
+    """Compute bounds for (N, D) candidates from the features that are not suppressed."""
     bounds = information_bounds(mean, std, seen)
     candidates, upper = len(mean), float(bounds.kl_upper)
-    # Where features are replaced by a function of the text, what they tell is not in the bounds.
+    # A suppressed feature is replaced by a function of the text. The bounds leave out the information in it.
     proven = bool(seen.all()) and candidates > 1
     return {
         "candidates": candidates,

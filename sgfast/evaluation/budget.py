@@ -1,4 +1,4 @@
-"""How an evaluation spends its memory: the resident bytes beyond the loaded model and one pass through its body."""
+"""The memory budget of an evaluation: resident bytes beyond the loaded model and one pass through its body."""
 
 from dataclasses import dataclass
 
@@ -6,37 +6,37 @@ from sgfast.evaluation.settings import EvaluationError
 
 # Per vocabulary entry: one token's logits on both sides, with the divergences' temporaries.
 _LEAST_LOGITS_BYTES = 128
-# Per vocabulary entry: what each metric counts a rank for, the counts and a copy of them to save.
+# Per vocabulary entry: the counts of ranks, and a copy of the counts to save.
 _RANK_BYTES = 128
 # Per token and feature: embeddings, transformed embeddings and both final hidden states, in float32.
 _KEPT_BYTES = 16
 # A search needs some queries at once to be worth it.
 _LEAST_CHUNK = 2**20
-# What the allocator holds back.
+# The part that the allocator does not hold back.
 _USABLE = 0.75
-# Of a learned inversion, per entry of the table (a float32 copy, and what makes it), per entry of the decoder's four
-# (D, D) matrices (parameters, gradients, Adam's two moments, two states kept), and per feature of a token of the
-# sample (all, shuffled, training part, its copies, and float64 ones for the closed form).
+# Bytes of a learned inversion: per entry of the table (a float32 copy, and temporaries of making it), per entry of the
+# decoder's four (D, D) matrices (parameters, gradients, Adam's two moments, two states kept), and per feature of a
+# token of the sample (all, shuffled, training part, its copies, and float64 copies for the closed form).
 _INVERSION_TABLE_BYTES, _INVERSION_DECODER_BYTES, _INVERSION_TOKEN_BYTES = 8, 5 * 4 * 8, 48
-# What PyTorch loads the first time that an optimizer is made.
+# PyTorch loads this much when the first optimizer is made.
 _OPTIMIZER_BYTES = 128 * 2**20
 _LEAST_INVERSION_CHUNK = 32 * 2**20
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How many bytes each step may take, for a model of a given vocabulary and width."""
+    """The bytes that each step may take, for a model of a given vocabulary and width."""
 
     total: int
     vocabulary: int
     width: int
 
     def kept(self, length: int) -> int:
-        """Bytes that stay while a sequence of this length is measured."""
+        """Return the bytes that stay while a sequence of this length is measured."""
         return _KEPT_BYTES * self.width * length + _RANK_BYTES * self.vocabulary
 
     def chunk_bytes(self, length: int) -> int:
-        """Bytes for temporaries while a sequence of this length is measured.
+        """Return the bytes for temporaries while a sequence of this length is measured.
 
         Raises:
             EvaluationError: not enough for one token's logits.
@@ -52,12 +52,12 @@ class Budget:
         return usable
 
     def inversion_needs(self, tokens: int) -> int:
-        """Bytes that a learned inversion of so many tokens takes, its smallest chunk of scores included."""
+        """Return the bytes that a learned inversion of this many tokens takes, with its smallest chunk of scores."""
         chunk = max(_LEAST_INVERSION_CHUNK, _LEAST_LOGITS_BYTES * self.vocabulary)
         return self._inversion_fixed(tokens) + int(chunk / _USABLE)
 
     def inversion_chunk_bytes(self, tokens: int) -> int:
-        """Bytes for scores at once; `inversion_needs` must lie within the budget."""
+        """Return the bytes for one chunk of scores; `inversion_needs` must lie within the budget."""
         return int(_USABLE * (self.total - self._inversion_fixed(tokens)))
 
     def _inversion_fixed(self, tokens: int) -> int:
@@ -70,7 +70,7 @@ class Budget:
 
 
 def readable_bytes(size: int) -> str:
-    """A number of bytes for people, rounded up.
+    """Format a number of bytes for people, rounded up.
 
     Example:
         >>> readable_bytes(2**31), readable_bytes(1025)

@@ -1,4 +1,4 @@
-"""The processes that share an evaluation: one, or those that torchrun started."""
+"""The processes that share an evaluation: one process, or all processes that torchrun started."""
 
 import datetime
 import os
@@ -9,19 +9,19 @@ from typing import Any
 
 import torch
 
-# The first to finish waits for the last: shares are uneven, and texts differ in length.
+# The first process to finish waits for the last: shares are uneven, and texts differ in length.
 _PATIENCE = datetime.timedelta(days=30)
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all."""
+    """This process and the number of all processes."""
 
     rank: int = 0
     count: int = 1
 
     def gather(self, value: Any) -> list[Any]:
-        """Every process's value, by rank; all wait for each other."""
+        """Return every process's value, by rank. The processes wait for each other."""
         if self.count == 1:
             return [value]
         values: list[Any] = [None] * self.count
@@ -29,7 +29,7 @@ class Processes:
         return values
 
     def device(self) -> torch.device:
-        """The accelerator of this process, or the CPU."""
+        """Return the accelerator of this process, or the CPU."""
         if not torch.cuda.is_available():
             return torch.device("cpu")
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -38,7 +38,7 @@ class Processes:
 
 @contextmanager
 def joined() -> Iterator[Processes]:
-    """Join the processes that torchrun started, if it did."""
+    """Join the processes that torchrun started, if this process is one of them."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if count == 1:
         yield Processes()

@@ -1,9 +1,9 @@
-"""The state of an evaluation on the disk, from which it goes on after any interruption, in any number of processes.
+"""The state of an evaluation on the disk. Any number of processes resume the evaluation from it after an interruption.
 
-A folder holds what the evaluation is (``run.json``) and parts. A part is what one process measured in one run: the
-accumulators' integers with how far it came (``N-RANK.safetensors``), and the values of each sequence
-(``N-RANK.jsonl``), of which the first so many bytes belong to that state: what a killed process wrote after them is
-measured again. The state is replaced by a rename, after the lines that belong to it are on the disk.
+A folder holds a description of the evaluation (``run.json``) and parts. A part holds the measurements of one process in
+one run: the accumulators' integers with the last record (``N-RANK.safetensors``), and the values of each sequence
+(``N-RANK.jsonl``). The state says how many bytes of the lines belong to it. Records of later lines, which a killed
+process wrote, are measured again. The state is replaced by a rename after its lines are on the disk.
 """
 
 import heapq
@@ -28,7 +28,7 @@ _FOLDER, _RUN_FILE = "progress", "run.json"
 
 @dataclass
 class Reached:
-    """How far a part came: of the records whose number is ``rank`` modulo ``processes``, all up to ``last``."""
+    """The records of a part: all records up to ``last`` whose number is ``rank`` modulo ``processes``."""
 
     rank: int
     processes: int
@@ -38,7 +38,7 @@ class Reached:
     bytes: int = 0
 
     def covers(self, index: int) -> bool:
-        """Whether a record was measured in this part or in one before it."""
+        """Return True if a record was measured in this part or in an earlier one."""
         return index <= self.last and index % self.processes == self.rank
 
 
@@ -49,7 +49,7 @@ class Progress:
         self.folder = out / _FOLDER
 
     def read_run(self) -> dict[str, Any] | None:
-        """What was begun here, None if nothing.
+        """Read the description of the evaluation in the folder; None if there is none.
 
         Raises:
             EvaluationError: the file is no such description.
@@ -66,7 +66,7 @@ class Progress:
         return run
 
     def begin(self, run: Mapping[str, Any]) -> None:
-        """Forget what was here, and describe a new evaluation."""
+        """Remove the old state, and describe a new evaluation."""
         self.remove()
         self.folder.mkdir(parents=True)
         write_json(self.folder / _RUN_FILE, run)
@@ -81,26 +81,26 @@ class Progress:
             shutil.rmtree(self.folder)
 
     def parts(self) -> list["Part"]:
-        """All parts on the disk.
+        """Read all parts on the disk.
 
         Raises:
-            EvaluationError: one is damaged.
+            EvaluationError: a part is damaged.
         """
         return [Part.read(path) for path in sorted(self.folder.glob("*.safetensors"))]
 
     def next_run(self) -> int:
-        """A number for the parts of another run."""
-        # Not the hidden files that a process killed while it wrote leaves behind.
+        """Return a number for the parts of another run."""
+        # Hidden files are left out: a process that is killed while it writes leaves them behind.
         return 1 + max((int(path.stem.split("-")[0]) for path in self.folder.glob("[0-9]*-*.*")), default=0)
 
     def sequences(self) -> Iterator[str]:
-        """The lines of all sequences in the records' order; one line of every part in memory."""
+        """Yield the lines of all sequences in the records' order, with one line of every part in memory."""
         yield from (line for _, line in heapq.merge(*(part.lines() for part in self.parts()), key=lambda pair: pair[0]))
 
 
 @dataclass(frozen=True)
 class Part:
-    """What one process measured in one run, as it is on the disk."""
+    """The measurements of one process in one run, as they are on the disk."""
 
     path: Path
     reached: Reached
@@ -111,7 +111,7 @@ class Part:
         """Read a part.
 
         Raises:
-            EvaluationError: it is damaged.
+            EvaluationError: the part is damaged.
         """
         from safetensors import SafetensorError, safe_open
 
@@ -123,7 +123,7 @@ class Part:
             raise EvaluationError(f"{path} is damaged: remove {path.parent} to start afresh") from error
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """The lines that belong to the state, each after its record's number."""
+        """Yield the lines that belong to the state, each with its record's number."""
         path = self.path.with_suffix(".jsonl")
         remaining = self.reached.bytes
         if remaining == 0:
@@ -138,7 +138,7 @@ class Part:
 
 
 class PartWriter:
-    """Writes a part: lines as they come, the state now and then."""
+    """Writes a part: every line at once, the state at intervals."""
 
     def __init__(self, folder: Path, run: int, rank: int, processes: int) -> None:
         self._state_path = folder / f"{run}-{rank}.safetensors"
@@ -157,7 +157,7 @@ class PartWriter:
         self.reached.bytes += len(line)
 
     def save(self, counts: Mapping[str, Tensor]) -> None:
-        """Save the state, so that nothing before it is lost."""
+        """Save the state, so that nothing that was added is lost."""
         with naming(self._lines_path):
             self._lines.flush()
             os.fsync(self._lines.fileno())
@@ -171,6 +171,6 @@ class PartWriter:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file, replacing what is there once the new one is whole."""
+    """Write a JSON file. A file at the path is replaced once the new one is whole."""
     with replacing(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What is measured of one record, and the accumulators it goes into."""
+"""The measurement of one record, and the accumulators that add up all records."""
 
 import copy
 import math
@@ -16,7 +16,7 @@ from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
 from sgfast.metrics.privacy import token_ranks
 from sgfast.metrics.utility import sequence_utility_from_hidden
 
-# What follows from ranks, by the attack that reads them so.
+# The rates that follow from ranks, by the attack that they belong to.
 _RATES = {
     "nearest": ("nearest_neighbor_failure_rate", "mean_reconstruction_rank"),
     "farthest": ("max_rank_failure_rate",),
@@ -32,14 +32,14 @@ class Measurement:
         self.privacy = PrivacyMetrics(subject.table, beta=settings.beta)
 
     def counts(self) -> dict[str, Tensor]:
-        """The integers that make it up."""
+        """Return the integers of the accumulators."""
         return {
             "utility": self.utility.state_dict()["counts"],
             "ranks": self.privacy.state_dict()["counts"],
         }
 
     def add(self, counts: Mapping[str, Tensor]) -> None:
-        """Add those of another process or run."""
+        """Add the integers of another process or run."""
         for name, metric in (("utility", self.utility), ("ranks", self.privacy)):
             other = copy.copy(metric)
             other.load_state_dict({"counts": counts[name], "options": metric.state_dict()["options"]})
@@ -47,17 +47,17 @@ class Measurement:
 
 
 def max_length_of(settings: Settings, subject: Subject) -> int | None:
-    """Tokens kept of a record: as asked for, or as many as the model has positions."""
+    """Return the number of tokens kept of a record: the setting or, without it, the model's positions."""
     return subject.positions if settings.max_length is None else settings.max_length
 
 
 def budget_of(settings: Settings, subject: Subject) -> Budget:
-    """The budget over the subject's sizes."""
+    """Return the budget for the subject's sizes."""
     return Budget(settings.memory_budget, max(subject.vocabulary, len(subject.table)), subject.table.shape[1])
 
 
 class Measured(NamedTuple):
-    """What one record gave: values by name, the ranks of its tokens (T,) if asked for, its mean sigma."""
+    """The values of one record by name, the ranks of its tokens (T,) if asked for, and its mean sigma."""
 
     utility: dict[str, Tensor]
     ranks: Tensor | None
@@ -65,7 +65,7 @@ class Measured(NamedTuple):
 
 
 def measure_example(settings: Settings, subject: Subject, budget: Budget, example: Example) -> Measured:
-    """Measure one record, alone: what it gives depends on nothing else in the file."""
+    """Measure one record alone. Its values depend on nothing else in the file."""
     device = subject.table.device
     input_ids, noise_mask = example.input_ids.to(device), example.noise_mask.to(device)
     max_chunk_bytes = budget.chunk_bytes(len(input_ids))
@@ -94,7 +94,7 @@ def measure_example(settings: Settings, subject: Subject, budget: Budget, exampl
 def add_measured(
     settings: Settings, measurement: Measurement, example: Example, measured: Measured
 ) -> dict[str, float | int | str | None]:
-    """Add what a record gave to the accumulators; return its values, for people and programs to read."""
+    """Add a record's values to the accumulators, and return the values for people and programs to read."""
     measurement.utility.add(measured.utility)
     values = {name: value for name, value in measured.utility.items() if name != "attended_tokens"}
     if measured.ranks is not None:
@@ -113,17 +113,17 @@ def add_measured(
 
 
 def selected_rates(rates: Mapping[str, Any], attacks: tuple[str, ...]) -> dict[str, Any]:
-    """Of what follows from ranks, what the attacks asked for say."""
+    """Return the rates of the attacks that were asked for."""
     prefixes = tuple(prefix for name in attacks for prefix in _RATES.get(name, ()))
     return {name: value for name, value in rates.items() if prefixes and name.startswith(prefixes)}
 
 
 def number(value: Any) -> float | int | None:
-    """A number for JSON, None in place of what is none."""
+    """Return a number for JSON, and None for NaN and infinities."""
     plain = value.item() if isinstance(value, Tensor) else value
     return None if isinstance(plain, float) and not math.isfinite(plain) else plain
 
 
 def numbers(values: dict[str, Any]) -> dict[str, Any]:
-    """The same for all values of a dictionary, and of dictionaries in it."""
+    """Apply `number` to all values of a dictionary, and of dictionaries in it."""
     return {name: numbers(value) if isinstance(value, dict) else number(value) for name, value in values.items()}

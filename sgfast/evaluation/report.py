@@ -1,4 +1,4 @@
-"""The results of an evaluation as files: metrics.json, a line for each sequence, and whether it may be continued."""
+"""The result files of an evaluation (metrics.json, a line for each sequence), and the check that it may continue."""
 
 import hashlib
 import json
@@ -25,13 +25,13 @@ _PARQUET_ROWS = 4096
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
-    """The identity of an evaluation: its settings without the seed, and digests of data and transform.
+    """Return the identity of an evaluation: its settings without the seed, and digests of data and transform.
 
     Raises:
         EvaluationError: no such transform or data, no regular file, a file that is no transform, or a first record that
             cannot be used.
     """
-    # An empty file, or one of another kind, is refused before a digest reads all of it and before a model is loaded.
+    # An empty file or a file of another kind is refused before a digest reads it whole and before a model is loaded.
     try:
         with open_regular(settings.transform, wanted="text transform") as file:
             check_client_file(settings.transform)
@@ -43,10 +43,11 @@ def identity_of(settings: Settings) -> dict[str, Any]:
 
 
 def check_continues(settings: Settings, identity: dict[str, Any], resume: bool) -> bool:
-    """Check that an evaluation may write to its folder; return whether it is finished there already.
+    """Check that an evaluation may write to its folder; return True if the folder holds its finished results.
 
     Raises:
-        EvaluationError: there is one and ``resume`` is False, or it was of other data, settings or transform.
+        EvaluationError: the folder holds an evaluation and ``resume`` is False, or the evaluation had other data,
+            settings or another transform.
     """
     finished, progress = _read_json(settings.out / METRICS_FILE), Progress(settings.out)
     begun = progress.read_run()
@@ -85,7 +86,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 
 def write_results(settings: Settings, progress: Progress, run: dict[str, Any], measurement: Measurement) -> None:
-    """Write the values of all sequences, plots, and at last ``metrics.json``: then the state is no longer needed."""
+    """Write the values of all sequences, the plots, and last ``metrics.json``, which makes the state superfluous."""
     metrics, sequences = _metrics(settings, run, measurement), settings.out / SEQUENCES_FILE
     with replacing(sequences) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(progress.sequences())
@@ -99,10 +100,10 @@ def write_results(settings: Settings, progress: Progress, run: dict[str, Any], m
 
 
 def read_metrics(out: Path) -> dict[str, Any]:
-    """The content of a finished evaluation's ``metrics.json``.
+    """Read a finished evaluation's ``metrics.json``.
 
     Raises:
-        EvaluationError: there is none.
+        EvaluationError: there is no such file.
     """
     metrics = _read_json(out / METRICS_FILE)
     if not metrics:
@@ -135,7 +136,7 @@ def _metrics(settings: Settings, run: dict[str, Any], measurement: Measurement) 
 
 
 def rank_histogram(measurement: Measurement) -> dict[str, list[int]]:
-    """Tokens by rank: 0, 1, 2–3, 4–7, … up to the table's size. ``first_ranks`` are the bins' lower ends."""
+    """Count tokens by rank: 0, 1, 2–3, 4–7, … up to the table's size. ``first_ranks`` are the bins' lower ends."""
     counts = measurement.privacy.rank_counts(all_processes=False).cpu()
     first_ranks = [0, *(2**bits for bits in range((len(counts) - 1).bit_length()))]
     ends = [*first_ranks[1:], len(counts)]
@@ -144,7 +145,7 @@ def rank_histogram(measurement: Measurement) -> dict[str, list[int]]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that sgfast runs from, marked if files were changed; None if it is installed."""
+    """Return the commit of the checkout that sgfast runs from, marked if files were changed; None if installed."""
     folder = Path(sgfast.__file__).parent
     try:
         subprocess.run(["git", "ls-files", "--error-unmatch", "__init__.py"], cwd=folder, check=True, **_QUIET)
@@ -172,7 +173,7 @@ def check_parquet() -> None:
 
 
 def write_parquet(path: Path, sequences: Path) -> None:
-    """Copy the lines of ``sequences.jsonl`` into a Parquet file, some thousand at a time."""
+    """Copy the lines of ``sequences.jsonl`` into a Parquet file, a few thousand at a time."""
     import pyarrow
     import pyarrow.parquet
 

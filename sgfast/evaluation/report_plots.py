@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: how divergences and ranks are distributed, and utility against privacy."""
+"""Pictures of an evaluation: the distributions of divergences and ranks, and utility against privacy."""
 
 import bisect
 import json
@@ -16,7 +16,7 @@ _TITLES = {
     "next_token_utility/squared_hellinger_distance": "squared Hellinger distance",
     "next_token_agreement": "same likeliest next token",
 }
-# A weak transform's divergences are tiny, a strong one's large: they are drawn by their logarithms.
+# The divergences of weak transforms are tiny and of strong ones large, so the axis is logarithmic.
 _DECADES, _BINS_OF_A_DECADE = (-8, 3), 10
 _AGREEMENT, _AGREEMENT_BINS = "next_token_agreement", 40
 
@@ -52,7 +52,7 @@ def plot_divergences(path: Path, sequences: Path, means: Mapping[str, float | No
 
 
 def plot_ranks(path: Path, histogram: Mapping[str, Sequence[int]]) -> None:
-    """Write a PNG of where the true token stands among the table's rows by distance, beside what chance would give."""
+    """Write a PNG of the true tokens' ranks among the table's rows by distance, and of the ranks by chance."""
     first_ranks, tokens = histogram["first_ranks"], histogram["tokens"]
     size, total = histogram["table_size"][0], max(1, sum(tokens))
     ends = [*first_ranks[1:], size]
@@ -99,7 +99,7 @@ def plot_comparison(path: Path, results: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def strongest_attack(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
-    """The attack that failed least, and how often it failed; None if none was run.
+    """Return the attack that failed least and its failure rate; None if no attack was run.
 
     Example:
         >>> metrics = {"privacy": {"nearest_neighbor_failure_rate": 0.9}, "attacks": {"learned": {"failure_rate": 0.4}}}
@@ -125,7 +125,7 @@ def _edges(name: str) -> list[float]:
 
 
 def _histograms(sequences: Path) -> dict[str, list[int]]:
-    """How many sequences lie between one edge and the next; the first and the last bin take what lies beyond."""
+    """Count the sequences between neighbouring edges. The outer bins also count the values beyond their edges."""
     edges = {name: _edges(name) for name in _TITLES}
     counts = {name: [0] * (len(ends) - 1) for name, ends in edges.items()}
     with sequences.open(encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""One evaluation: survey the file, measure every record of it, then attack a sample; interrupted anywhere, resumed."""
+"""One evaluation: survey the file, measure every record, then attack a sample. It can be interrupted and resumed."""
 
 import json
 import math
@@ -24,24 +24,24 @@ from sgfast.evaluation.survey import Survey, check_survey, read_examples
 from sgfast.utils.interruption import noting_interruption
 from sgfast.utils.records import RecordError
 
-# A learned inversion needs texts to train on, to choose an epoch by, and to be measured on.
+# A learned inversion needs three texts: to train on, to choose an epoch by, and to be measured on.
 _LEAST_TEXTS = 3
 # Two measurements of one record under one seed may differ by this part of their size.
 _SAME_DRAW = 0.05
 
 
 class Watcher(Protocol):
-    """What is told how an evaluation gets on."""
+    """A protocol for objects that follow the progress of an evaluation."""
 
     def begin(self, stage: str, total: int, unit: str) -> None:
-        """A stage begins, with so many units to do; 0 if that is not known."""
+        """Begin a stage of this many units; 0 if the number is not known."""
 
     def advance(self, amount: int) -> None:
-        """So many units are done."""
+        """Count units that are done."""
 
 
 class InterruptedEvaluationError(Exception):
-    """Ctrl-C; what was measured is saved."""
+    """Ctrl-C interrupted the evaluation. The measurements are saved."""
 
 
 def evaluate(
@@ -57,20 +57,21 @@ def evaluate(
     """Evaluate one transform and write the results, together with all processes.
 
     Args:
-        settings: what to do; the folder must be free, or with ``resume`` hold the same evaluation
+        settings: settings of the evaluation. The folder must be free, or with ``resume`` hold the same evaluation
             (`sgfast.evaluation.report.check_continues`).
         subject: model and transform.
-        identity: of the evaluation, `sgfast.evaluation.report.identity_of`.
-        processes: this one among all.
-        watcher: told how it gets on.
-        resume: go on from what is in the folder, if anything.
-        attacks_are_chosen: an attack that cannot be run is an error; otherwise it is left out, and why is recorded.
+        identity: identity of the evaluation, from `sgfast.evaluation.report.identity_of`.
+        processes: this process and the number of all processes.
+        watcher: follows the progress.
+        resume: go on from the state in the folder, if there is one.
+        attacks_are_chosen: True makes an attack that cannot be run an error. False leaves it out and records the
+            reason.
 
     Raises:
-        EvaluationError: too small a budget, nothing to measure, an attack that cannot be run, or another seed than
-            that of what was measured before.
+        EvaluationError: the budget is too small, there is nothing to measure, an attack cannot be run, or earlier
+            measurements had another seed.
         RecordError: a record that cannot be read or tokenized.
-        InterruptedEvaluationError: by Ctrl-C.
+        InterruptedEvaluationError: Ctrl-C.
     """
     progress = Progress(settings.out)
     run = processes.gather(progress.read_run() if resume else None)[0]
@@ -97,7 +98,7 @@ def evaluate(
 
 
 def survey(settings: Settings, subject: Subject, processes: Processes, watcher: Watcher) -> Survey:
-    """Read and tokenize the whole file once, so that nothing about it comes as a surprise later.
+    """Read and tokenize the whole file once, so that every fault of the file shows before the measurements.
 
     Raises:
         RecordError: a record that cannot be read or tokenized, on every process.
@@ -129,10 +130,10 @@ def survey(settings: Settings, subject: Subject, processes: Processes, watcher: 
 def attacks_left_out(
     settings: Settings, subject: Subject, found: Survey, run: dict[str, Any], attacks_are_chosen: bool
 ) -> dict[str, str]:
-    """Which of the attacks cannot be run, and why.
+    """Return the attacks that cannot be run, and the reasons.
 
     Raises:
-        EvaluationError: there is one, and it was asked for.
+        EvaluationError: the user asked for an attack that cannot be run.
     """
     if "learned" not in settings.attacks or "learned" in run["attacks"]:
         return {}
@@ -152,10 +153,10 @@ def attacks_left_out(
 def check_seed(
     settings: Settings, subject: Subject, run: dict[str, Any], progress: Progress, processes: Processes
 ) -> None:
-    """Check that what was measured before had this seed, which no file holds: one record is measured again.
+    """Check the seed of earlier measurements. No file holds the seed, so one record is measured again.
 
     Raises:
-        EvaluationError: its figures are others; on every process.
+        EvaluationError: the record's figures differ; on every process.
     """
     before = None
     if processes.rank == 0 and run["device"] == subject.table.device.type:
@@ -166,7 +167,7 @@ def check_seed(
         example = next(read_examples(settings, wrapper, longest, lambda index: index == before["index"]))
         measured = measure_example(settings, subject, budget_of(settings, subject), example)
         now = add_measured(settings, Measurement(settings, subject), example, measured)
-        # Devices and budgets change the last digits; another draw of the noise changes the first ones.
+        # Devices and budgets change the last digits. Another draw of the noise changes the first digits.
         pairs = [(value, before[name]) for name, value in now.items() if isinstance(value, float)]
         differs = not all(math.isclose(one, other or 0.0, rel_tol=_SAME_DRAW, abs_tol=1e-6) for one, other in pairs)
     if any(processes.gather(differs)):
@@ -185,10 +186,10 @@ def measure_file(
 ) -> None:
     """Measure this process's share of the records that no part in the folder covers, into a new part.
 
-    Whatever ends it, what was measured is saved.
+    The measurements are saved whatever ends the function.
 
     Raises:
-        InterruptedEvaluationError: by Ctrl-C, after the record that it interrupts.
+        InterruptedEvaluationError: Ctrl-C, after the record that it interrupts.
     """
     before = [part.reached for part in progress.parts()]
     run = max(processes.gather(progress.next_run()))  # all have listed the folder before any of them writes
@@ -225,7 +226,7 @@ def measure_file(
 def attack_sample(
     settings: Settings, subject: Subject, found: Survey, run: dict[str, Any], progress: Progress, watcher: Watcher
 ) -> None:
-    """Run the attacks on the sample that have no result yet; each result is saved in the run's description."""
+    """Run the attacks on the sample that have no result yet. Each result is saved in the run's description."""
     attacks = SampleAttacks(settings, subject, found, budget_of(settings, subject), max_length_of(settings, subject))
     for name in settings.attacks:
         if name not in SAMPLE_ATTACKS or name in run["attacks"] or name in run["left_out"]:

@@ -1,4 +1,4 @@
-"""What one evaluation is asked to do, read from what a user typed."""
+"""The settings of one evaluation, read from the user's options."""
 
 import re
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from sgfast.utils.records import TextAs, TextUnit
 
-# By rank of the true token, for every transformed token; the others on a sample of the tokens, after the file.
+# Rank attacks run on every transformed token. The other attacks run on a sample of the tokens, after the file.
 RANK_ATTACKS = ("nearest", "farthest", "transformation")
 SAMPLE_ATTACKS = ("repeated", "learned", "information")
 ATTACKS = RANK_ATTACKS + SAMPLE_ATTACKS
@@ -26,7 +26,7 @@ class EvaluationError(ValueError):
 
 @dataclass(frozen=True)
 class Settings:
-    """One evaluation: what of which file is measured, and within which memory."""
+    """The settings of one evaluation: the files, the attacks, and the memory budget."""
 
     model: str | None
     transform: Path
@@ -46,9 +46,9 @@ class Settings:
     save_seconds: float = 10.0
 
     def compared(self) -> dict[str, Any]:
-        """The settings that the results depend on, without the seed, which no file stores.
+        """Return the settings that the results depend on, without the seed, which no file stores.
 
-        An evaluation is resumed under equal settings alone.
+        An evaluation resumes only under equal settings.
         """
         return {
             "model": self.model,
@@ -64,7 +64,7 @@ class Settings:
 
 
 def parse_bytes(text: str) -> int:
-    """Read a number of bytes with a unit.
+    """Parse a number of bytes with a unit.
 
     Raises:
         EvaluationError: not a positive number below 2^63 bytes, or an unknown unit.
@@ -84,7 +84,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_attacks(text: str) -> tuple[str, ...]:
-    """Read a comma list of attacks, ``all`` or ``none``, into the order of `ATTACKS`.
+    """Parse a comma list of attacks, ``all`` or ``none``, into the order of `ATTACKS`.
 
     Raises:
         EvaluationError: an unknown name.
@@ -102,14 +102,14 @@ def parse_attacks(text: str) -> tuple[str, ...]:
 
 
 def result_folders(transforms: Sequence[Path], out: Path) -> list[Path]:
-    """Where the results of each transform go: ``out``, or for several a folder in it, by the file's name.
+    """Return the folder for the results of each transform: ``out``, or for several a folder in it by the file's name.
 
     Raises:
         EvaluationError: two transforms have the same name.
     """
     if len(transforms) == 1:
         return [out]
-    # Training writes every transform under one name, each in its own folder.
+    # Training gives every transform the same file name, each in its own folder.
     stems = [transform.stem for transform in transforms]
     names = stems if len(set(stems)) == len(stems) else [transform.absolute().parent.name for transform in transforms]
     if len(set(names)) != len(names):

@@ -1,4 +1,4 @@
-"""What is evaluated: a model and a transform that was made for it."""
+"""The subject of an evaluation: a model and a transform that was made for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,14 +17,14 @@ from sgfast.model.decoder import backbone_of, causal_lm_of, embedding_scale_of, 
 from sgfast.noise_layer.seeds import mix_seed
 from sgfast.noise_layer.transformer_cloak import TransformerCloak
 
-# A table rounded to bfloat16 and back differs from itself by less.
+# The rounding of a table to bfloat16 and back changes it by less than this.
 _SAME_TABLE = 0.01
 _ROWS_COMPARED = 4096
 
 
 @dataclass(frozen=True)
 class Transformed:
-    """One sequence through the transform: (T, D) each, ``suppressed`` bool or None."""
+    """The values of one transformed sequence: (T, D) each, ``suppressed`` bool or None."""
 
     output: Tensor
     mean: Tensor
@@ -47,13 +47,13 @@ class Subject:
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
-        """Clean embeddings (T, D)."""
+        """Return the clean embeddings (T, D)."""
         embedded: Tensor = self._embedding(input_ids)
         return embedded
 
     @torch.no_grad()
     def transform(self, embeddings: Tensor, noise_mask: Tensor, seed: int) -> Transformed:
-        """Transform one sequence. The same seed gives the same noise: for evaluation only, never for what is sent."""
+        """Transform one sequence. The same seed gives the same noise: use this for evaluation, never for sending."""
         layer = self.noise_layer
         dtype = next(layer.parameters()).dtype
         ones = noise_mask.new_ones((1, len(noise_mask)), dtype=torch.int64)
@@ -68,16 +68,16 @@ class Subject:
 
     @torch.no_grad()
     def final_hidden(self, embeddings: Tensor) -> Tensor:
-        """What the model's head is applied to, (T, D), for one sequence of embeddings (T, D)."""
+        """Return the input of the model's head, (T, D), for one sequence of embeddings (T, D)."""
         dtype = next(self._backbone.parameters()).dtype
         hidden: Tensor = self._backbone(inputs_embeds=embeddings[None].to(dtype), use_cache=False).last_hidden_state
         return hidden[0]
 
 
 def record_noise_seed(seed: int, index: int, draw: int = 0) -> int:
-    """The seed of one draw for one record, by its place in the file: whichever process and run comes to it.
+    """Return the seed of one draw for one record. It depends on the record's place, not on the process and run.
 
-    Reproducible noise is for evaluation only. Whoever knows the seed can take the noise off again.
+    Reproducible noise is for evaluation only. Anyone who knows the seed can remove the noise.
 
     Example:
         >>> record_noise_seed(0, 1) == record_noise_seed(0, 2)
@@ -87,10 +87,10 @@ def record_noise_seed(seed: int, index: int, draw: int = 0) -> int:
 
 
 def load_model(settings: Settings, device: torch.device) -> Any:
-    """Load the model, once for all transforms.
+    """Load the model once for all transforms.
 
     Raises:
-        ValueError: it cannot be loaded, or has no backbone.
+        ValueError: the model cannot be loaded, or has no backbone.
     """
     model, _ = load_causal_lm(settings.model, getattr(torch, settings.precision))
     backbone_of(model)

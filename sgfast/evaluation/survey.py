@@ -1,4 +1,4 @@
-"""The file's records as tokens, and what is known of them before anything is computed."""
+"""The file's records as tokens, and a survey of them before anything is computed."""
 
 import heapq
 from collections.abc import Callable, Iterator
@@ -13,13 +13,13 @@ from sgfast.noise_layer.seeds import mix_seed
 from sgfast.training.data import encode_record
 from sgfast.utils.records import Record, RecordError, read_records
 
-# The sample is made of at least this many records, if there are as many.
+# The sample holds tokens of at least this many records, if the file has so many.
 _RECORDS_IN_SAMPLE = 8
 
 
 @dataclass(frozen=True)
 class Example:
-    """One record's tokens, (T,) each, and whether it was longer."""
+    """One record's tokens, (T,) each. ``truncated`` is True if the record was longer."""
 
     index: int
     record: Record
@@ -30,9 +30,9 @@ class Example:
 
 @dataclass(frozen=True, order=True)
 class Sampled:
-    """A record in the sample: its random priority, which one it is, how many of its transformed tokens are used.
+    """A record in the sample: its random priority, its number, and how many of its transformed tokens are used.
 
-    The priority follows from the seed, and the seed from the priority: it is not stored.
+    The priority is not stored, because the seed follows from it.
     """
 
     priority: int
@@ -42,19 +42,19 @@ class Sampled:
 
 @dataclass
 class Survey:
-    """What a file holds, in tokens, and the sample on which costly attacks run."""
+    """The number of a file's records and tokens, and the sample on which costly attacks run."""
 
     records: int = 0
     tokens: int = 0
     transformed_tokens: int = 0
     longest: int = 0
     truncated: int = 0
-    # A heap whose first is the first to go.
+    # A heap. Its first entry is the first to leave the sample.
     sample: list[Sampled] = field(default_factory=list)
     sampled_tokens: int = 0
 
     def add(self, example: Example, seed: int, attack_tokens: int) -> None:
-        """Count a record. The sample depends on which records there are, not on their order or number of parts."""
+        """Count a record. The sample depends on the set of records, not on their order or number of parts."""
         self.records += 1
         self.tokens += len(example.input_ids)
         self.longest = max(self.longest, len(example.input_ids))
@@ -76,20 +76,20 @@ class Survey:
             self._sample(sampled, attack_tokens)
 
     def _sample(self, sampled: Sampled, attack_tokens: int) -> None:
-        """Put a record into the sample, and drop those of the lowest priority while the others hold enough tokens."""
+        """Put a record into the sample. Records of the lowest priority leave while the others hold enough tokens."""
         heapq.heappush(self.sample, sampled)
         self.sampled_tokens += sampled.tokens
         while self.sampled_tokens - self.sample[0].tokens >= attack_tokens:
             self.sampled_tokens -= heapq.heappop(self.sample).tokens
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, for `from_json`, without what tells the seed: the order by priority."""
+        """Return plain values for `from_json`. The order by priority is left out, because it tells the seed."""
         sample = [{"index": one.index, "tokens": one.tokens} for one in sorted(self.sample, key=lambda one: one.index)]
         return asdict(self) | {"sample": sample}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Survey":
-        """Rebuild what `to_json` gave: a survey that is complete."""
+        """Rebuild a complete survey from the values of `to_json`."""
         return cls(**(values | {"sample": [Sampled(0, **sampled) for sampled in values["sample"]]}))
 
 
@@ -102,7 +102,7 @@ def read_examples(
     """Tokenize the wanted records of the file, one at a time.
 
     Raises:
-        RecordError: a record that cannot be read or tokenized; names file and line.
+        RecordError: a record cannot be read or tokenized; the message names file and line.
     """
     for index, record in enumerate(read_records(settings.data, text_unit=settings.text_unit)):
         if wanted(index):
@@ -124,7 +124,7 @@ def _tokenized(
 
 
 def check_survey(survey: Survey, settings: Settings) -> None:
-    """Check that there is something to measure.
+    """Check that the survey has found tokens to measure.
 
     Raises:
         EvaluationError: no token is transformed.

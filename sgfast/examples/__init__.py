@@ -1,1 +1,1 @@
-"""Small programs to copy from: ``python -m sgfast.examples.NAME``."""
+"""Small programs as examples: ``python -m sgfast.examples.NAME``."""

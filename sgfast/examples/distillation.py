@@ -3,8 +3,8 @@
     python -m sgfast.examples.distillation            # the loop
     python -m sgfast.examples.distillation --trainer  # the same with transformers.Trainer
 
-Both need a minute at most and no download. What changes against a loop that has no sgfast is one line: compare
-`plain_loss` with the call in `distil`.
+Both take a minute at most and need no download. Only one line differs from a loop without sgfast: compare `plain_loss`
+with the call in `distil`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ Batch = dict[str, Tensor]
 
 
 def plain_loss(student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, temperature: float = 2.0) -> Tensor:
-    """Before: Hinton's distillation loss as most loops have it, with several copies of the logits."""
+    """Compute Hinton's distillation loss as most loops have it, with several copies of the logits."""
     student_log_p = (student_logits / temperature).log_softmax(-1)
     teacher_log_p = (teacher_logits / temperature).log_softmax(-1)
     per_token = torch.nn.functional.kl_div(student_log_p, teacher_log_p, log_target=True, reduction="none").sum(-1)
@@ -47,7 +47,7 @@ def distil(
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
         with torch.no_grad():
             teacher_logits = teacher(**inputs).logits
-        # The logits at t predict token t + 1. After: `loss` is a DivergenceLoss, and the slices are read in place.
+        # The logits at t predict token t + 1. `loss` is a DivergenceLoss, which reads the slices in place.
         value = loss(student(**inputs).logits[:, :-1], teacher_logits[:, :-1], labels=batch["labels"][:, 1:])
         value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -59,7 +59,7 @@ def distil(
 def distil_with_trainer(
     student: Any, teacher: Any, examples: list[Batch], loss: DivergenceLoss, directory: str, **arguments: Any
 ) -> list[float]:
-    """The same with transformers.Trainer; return the loss of every step."""
+    """Train the student with transformers.Trainer; return the loss of every step."""
     import transformers
 
     settings = {"learning_rate": 3e-3, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "logging_steps": 1}
@@ -76,7 +76,7 @@ def distil_with_trainer(
 
 
 def tiny_model(layers: int, seed: int) -> Any:
-    """A Llama of width 64 with random weights."""
+    """Build a Llama of width 64 with random weights."""
     import transformers
 
     torch.manual_seed(seed)
@@ -93,7 +93,7 @@ def tiny_model(layers: int, seed: int) -> Any:
 
 
 def random_examples(count: int, length: int = 32, seed: int = 0) -> list[Batch]:
-    """Right-padded sequences of uneven lengths. Padding and the first quarter, the prompt, have no labels."""
+    """Draw right-padded sequences of uneven lengths. Padding and the first quarter, the prompt, have no labels."""
     generator = torch.Generator().manual_seed(seed)
     examples = []
     for _ in range(count):
@@ -106,7 +106,7 @@ def random_examples(count: int, length: int = 32, seed: int = 0) -> list[Batch]:
 
 
 def collate(examples: list[Batch]) -> Batch:
-    """One batch of equally long examples."""
+    """Stack equally long examples to a batch."""
     return {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
 
 

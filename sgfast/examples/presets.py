@@ -2,8 +2,9 @@
 
     python -m sgfast.examples.presets [--steps 30]
 
-A cross entropy between logits and two matches of hidden states, as one would configure TextBrewer. Prints the losses,
-and how far the student is from its teacher on held-out text before and after. Minutes on a CPU, no download.
+The loss is a cross entropy between logits and two matches of hidden states, configured as for TextBrewer. The program
+prints the losses, and the distance between student and teacher on held-out text before and after. It takes minutes on
+a CPU and needs no download.
 """
 
 import argparse
@@ -41,12 +42,12 @@ CONFIG = {
 
 
 class Distillation(nn.Module):
-    """A student and the loss of its distillation as one model, which is what Trainer and DDP are to see.
+    """A student and the loss of its distillation as one model for Trainer and DDP.
 
     Args:
         student: a causal language model.
-        teacher: another, frozen; it is no part of the state_dict.
-        loss: its projections are trained, saved and moved with the student.
+        teacher: a frozen causal language model; it is no part of the state_dict.
+        loss: the loss. Its projections are trained, saved and moved with the student.
     """
 
     def __init__(self, student: nn.Module, teacher: nn.Module, loss: DistillationLoss) -> None:
@@ -55,7 +56,7 @@ class Distillation(nn.Module):
         self._teacher = (teacher,)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        """``loss``, and the components under their names, for a batch of tokens (B, T)."""
+        """Return ``loss``, and the components under their names, for a batch of tokens (B, T)."""
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         with torch.no_grad():
             teacher = adaptor(batch, self._teacher[0](**batch, output_hidden_states=True))
@@ -64,7 +65,7 @@ class Distillation(nn.Module):
 
 
 def adaptor(batch: Mapping[str, Tensor], model_outputs: Any) -> dict[str, Any]:
-    """What TextBrewer asks of a model's outputs; the same for both models here."""
+    """Return TextBrewer's dictionary for a model's outputs. Both models use the same adaptor here."""
     return {
         "logits": model_outputs.logits,
         "logits_mask": batch["attention_mask"],
@@ -74,7 +75,7 @@ def adaptor(batch: Mapping[str, Tensor], model_outputs: Any) -> dict[str, Any]:
 
 
 def first_layers(teacher: nn.Module, layers: int) -> nn.Module:
-    """A copy of a Llama-like model that ends after its first layers, with the embeddings, final norm and head."""
+    """Copy the first layers of a Llama-like model, with the embeddings, final norm and head."""
     every = teacher.model.layers  # type: ignore[union-attr]
     teacher.model.layers = every[:layers]  # type: ignore[union-attr,index]
     student = copy.deepcopy(teacher)
@@ -84,7 +85,7 @@ def first_layers(teacher: nn.Module, layers: int) -> nn.Module:
 
 
 class Distance(NamedTuple):
-    """How far a student is from its teacher."""
+    """The distance between a student and its teacher."""
 
     kl: float  # mean KL(teacher‖student) over tokens, nats
     agreement: float  # share of tokens with the same most likely next token

@@ -2,9 +2,9 @@
 
 A small convolutional network learns scikit-learn's handwritten digits (8 × 8 pixels, 1797 images). It is then frozen,
 and two transforms are trained over it: `CloakNoiseLayerOneShot`, one mu and sigma for every pixel, and
-`PatchCloakNoiseLayer`, whose mu and sigma follow from the pixels of a patch. Printed for each: the accuracy on held-out
-images before and after, the mean sigma of the pixels that are kept, and the fraction that is suppressed. A picture
-shows held-out images beside what each transform makes of them.
+`PatchCloakNoiseLayer`, whose mu and sigma follow from the pixels of a patch. For each transform the program prints the
+accuracy on held-out images before and after, the mean sigma of the pixels that are kept, and the fraction of pixels
+that is suppressed. A picture shows held-out images beside each transform's outputs for them.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Result(NamedTuple):
 
 
 def load_images(seed: int) -> Images:
-    """scikit-learn's digits, shuffled and split."""
+    """Load scikit-learn's digits, shuffled and split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -63,7 +63,7 @@ def load_images(seed: int) -> Images:
 
 
 def train_base_model(images: Images) -> nn.Module:
-    """A network of two convolutions."""
+    """Train a network of two convolutions."""
     model = nn.Sequential(
         nn.Conv2d(1, 32, kernel_size=3, padding=1),
         nn.BatchNorm2d(32),
@@ -95,7 +95,7 @@ def _augment(batch: Tensor) -> Tensor:
 
 
 def _batches(images: Images) -> Sequence[Tensor]:
-    """All training indices in random order."""
+    """Yield batches of all training indices in random order."""
     return torch.split(torch.randperm(len(images.train)), BATCH_SIZE)
 
 
@@ -119,7 +119,7 @@ def train_transform(noisy_model: NoisyModel, images: Images, alpha: float | None
 
 @torch.no_grad()
 def accuracy(logits: Tensor, classes: Tensor) -> float:
-    """Fraction of images whose likeliest class is theirs."""
+    """Return the fraction of images whose likeliest class is the true one."""
     return (logits.argmax(-1) == classes).float().mean().item()
 
 
@@ -140,7 +140,7 @@ def draw(path: Path, images: Images, results: Sequence[Result], columns: int = 1
     """Write a PNG: a row of held-out images, and a row of each transform's outputs for them."""
     pyplot = load_pyplot()
     rows = [("original", images.held_out), *((result.name, result.transformed) for result in results)]
-    # Rounded: some versions of matplotlib cut a fraction of a pixel off, and 1.15 · 3 lies a rounding below 3.45.
+    # The height is rounded: some versions of matplotlib cut off a fraction of a pixel, and 1.15 · 3 is just below 3.45.
     figure, axes = pyplot.subplots(len(rows), columns, figsize=(columns, round(1.15 * len(rows), 2)), squeeze=False)
     for (name, pictures), row in zip(rows, axes, strict=True):
         for axis, picture in zip(row, pictures, strict=False):
@@ -160,11 +160,11 @@ def run(
     patch_size: int = PATCH_SIZE,
     seed: int = 0,
 ) -> tuple[float, list[Result]]:
-    """Train and measure everything, write the picture to ``out``; the clean accuracy and a result per transform.
+    """Train and measure everything, and write the picture. Return the clean accuracy and a result per transform.
 
     Raises:
         ValueError: an option out of range, before anything is trained.
-        OSError: likewise, ``out`` lies in no folder or is something else than a regular file.
+        OSError: ``out`` lies in no folder or is no regular file; also before anything is trained.
     """
     settings: dict[str, Any] = {"scale": SCALE, "percent_to_mask": percent_to_mask, "rhos_init": RHOS_INIT}
     layers: list[tuple[type[BaseNoiseLayer], dict[str, Any]]] = [

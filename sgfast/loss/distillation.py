@@ -138,9 +138,9 @@ def mutual_information_distillation_loss_factory(
         distillation_layer_l2_distance_loss_weight: pulls the layer's outputs together in relative distance.
         mutual_information_loss_weight: makes transformed texts hard to tell apart.
         inverse_l2_power_law_catalyst_loss_weight: as in `distillation_loss_factory`.
-        inverse_l2_power_law_characteristic_length: likewise.
-        inverse_l2_power_law_exponent_of_decay: likewise.
-        input_embedding_similarity_loss_weight: likewise.
+        inverse_l2_power_law_characteristic_length: as in `distillation_loss_factory`.
+        inverse_l2_power_law_exponent_of_decay: as in `distillation_loss_factory`.
+        input_embedding_similarity_loss_weight: as in `distillation_loss_factory`.
         combine_noise_masks_for_mutual_information_sub_batches: True compares two rows at the positions that are
             transformed in both; False at the positions that are transformed in the first and attended in the second.
 
@@ -238,8 +238,8 @@ def mutual_information_cross_entropy_distillation_factory(
         noisy_model: the model to train.
         mutual_information_loss_weight: makes transformed texts hard to tell apart.
         distillation_cross_entropy_loss_weight: as in `cross_entropy_distillation_factory`.
-        absolute_cosine_similarity_penalty_weight: likewise.
-        median_norm_penalty_weight: likewise.
+        absolute_cosine_similarity_penalty_weight: as in `cross_entropy_distillation_factory`.
+        median_norm_penalty_weight: as in `cross_entropy_distillation_factory`.
         combine_noise_masks_for_mutual_information_sub_batches: True compares two rows at the positions that are
             transformed in both; False at the positions that are transformed in the first and attended in the second.
 

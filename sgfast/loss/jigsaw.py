@@ -75,7 +75,7 @@ def jigsaw_loss_factory(
             component costs the memory of a second pass with a graph.
         inverse_l2_power_law_catalyst_loss_weight: pushes transformed embeddings away in distance.
         inverse_l2_power_law_characteristic_length: as in `sgfast.loss.distillation.distillation_loss_factory`.
-        inverse_l2_power_law_exponent_of_decay: likewise.
+        inverse_l2_power_law_exponent_of_decay: as in `sgfast.loss.distillation.distillation_loss_factory`.
 
     Returns:
         ``(loss, get_losses, get_hyperparameters)``, as `sgfast.loss.distillation` describes them, each callable once

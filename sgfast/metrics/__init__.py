@@ -1,4 +1,4 @@
-"""Metrics of what a transform costs and what it hides."""
+"""Metrics of a transform's utility and privacy."""
 
 from sgfast.metrics import privacy
 from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics

@@ -1,8 +1,8 @@
 """Utility and privacy over any number of batches, files and processes, in constant memory.
 
-What is kept are integers: exact sums (`sgfast.metrics.exact_sum`) of per-sequence values, and counts of tokens by
-rank. Addition of integers knows no order, so a result is the same to the last bit however the same sequences are cut
-into updates, processes and accumulators that are merged; it is rounded once, in ``compute``.
+The state is integers: exact sums (`sgfast.metrics.exact_sum`) of per-sequence values, and counts of tokens by rank.
+Addition of integers has no order, so a result is the same to the last bit however the sequences are cut into updates,
+processes and merged accumulators. The result is rounded once, in ``compute``.
 """
 
 from collections.abc import Sequence
@@ -32,11 +32,11 @@ class _Accumulator:
         self._counts = torch.zeros_like(self._counts)
 
     def merge(self, other: "_Accumulator") -> None:
-        """Add what another accumulator of the same options has seen, in place.
+        """Add the updates of another accumulator of the same options, in place.
 
         Raises:
             TypeError: ``other`` is of another class.
-            ValueError: its options differ.
+            ValueError: the options of ``other`` differ.
         """
         if type(other) is not type(self):
             raise TypeError(f"other must be a {type(self).__name__}; got {type(other).__name__}")
@@ -48,10 +48,10 @@ class _Accumulator:
         return {"counts": self._counts.clone(), "options": dict(self._options)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the place of the accumulator that ``state_dict`` is of.
+        """Replace this accumulator's counts by the counts of a ``state_dict``.
 
         Raises:
-            ValueError: it is of other options, or no such state.
+            ValueError: the state has other options, or is no such state.
         """
         if set(state_dict) != {"counts", "options"}:
             raise ValueError(f"state_dict must have the keys counts and options; got {sorted(state_dict)}")
@@ -71,11 +71,11 @@ class _Accumulator:
         self._counts = self._counts.to(counts.device) + counts
 
     def _total(self, all_processes: bool) -> Tensor:
-        """The counts of this process, or of all."""
+        """Return the counts of this process, or of all processes."""
         distributed = torch.distributed
         if not (all_processes and distributed.is_available() and distributed.is_initialized()):
             return self._counts
-        # A process without updates does not know where the others' counts lie: the backend does.
+        # A process without updates does not know the device of the others' counts. The backend knows it.
         device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else "cpu"
         total = self._counts.to(device, copy=True)
         distributed.all_reduce(total)
@@ -85,9 +85,9 @@ class _Accumulator:
 class UtilityMetrics(_Accumulator):
     """Next-token utility over a stream of sequences.
 
-    Every row of an update is a whole sequence. For any batches, order, padding, processes and merges the result is the
-    correctly rounded mean of the same per-sequence values; those change only as the float32 divergence of a token does
-    when it is computed in another chunk.
+    Every row of an update is a whole sequence. The result is the correctly rounded mean of per-sequence values,
+    whatever the batches, order, padding, processes and merges are. The per-sequence values change only if a token's
+    float32 divergence changes because it is computed in another chunk.
 
     Args:
         top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
@@ -113,7 +113,7 @@ class UtilityMetrics(_Accumulator):
             check_rank("top_k", top_k, None)
         self._max_chunk_bytes = validation.chunk_bytes(max_chunk_bytes)
         self._top_k = top_k
-        # A sum for each mean, then how many sequences, tokens and predicted tokens there were.
+        # A sum for each mean, then the numbers of sequences, tokens and predicted tokens.
         means = len(ATTENDED_MEANS) + len(PREDICTED_MEANS)
         super().__init__(torch.zeros(means * WIDTH + 3, dtype=torch.int64), {"top_k": top_k})
 
@@ -129,7 +129,7 @@ class UtilityMetrics(_Accumulator):
             input_ids: (..., T), the tokens, for perplexities; None for none.
 
         Returns:
-            The values of each sequence, as ``sgfast.metrics.utility.sequence_utility`` gives them.
+            The values of each sequence, as ``sgfast.metrics.utility.sequence_utility`` returns them.
 
         Raises:
             TypeError, ValueError: see ``sequence_utility``.
@@ -146,7 +146,7 @@ class UtilityMetrics(_Accumulator):
         return per_sequence
 
     def add(self, per_sequence: dict[str, Tensor]) -> None:
-        """Add sequences by their values: what ``sequence_utility`` or ``sequence_utility_from_hidden`` returned."""
+        """Add sequences by the values that ``sequence_utility`` or ``sequence_utility_from_hidden`` returned."""
         validation.check_tensors(**per_sequence)
         attended, predicted = (per_sequence[name].flatten() for name in ("attended_tokens", "predicted_tokens"))
         nothing = torch.zeros_like(per_sequence[ATTENDED_MEANS[0]]).flatten()
@@ -165,13 +165,13 @@ class UtilityMetrics(_Accumulator):
         """Return the metrics of all updates, with one transfer from the device.
 
         Args:
-            all_processes: under torch.distributed, of the updates of every process: each must call this, also one
-                without updates. False for this process's own.
+            all_processes: True adds up the updates of all processes under torch.distributed. Every process must call
+                this then, also a process without updates. False takes this process's updates alone.
 
         Returns:
             Means over sequences with an attended token: the keys of `UTILITY_DIVERGENCES` and
-            ``next_token_agreement``. Over all tokens whose next one is attended, exp of the mean cross-entropy:
-            ``clean_perplexity`` and ``noisy_perplexity``. NaN where there is nothing to take a mean of. Counts:
+            ``next_token_agreement``. Over all tokens whose next token is attended, exp of the mean cross-entropy:
+            ``clean_perplexity`` and ``noisy_perplexity``. A mean over nothing is NaN. Counts:
             ``sequences``, ``attended_tokens``, ``predicted_tokens``.
         """
         total = self._total(all_processes).tolist()
@@ -186,22 +186,22 @@ class UtilityMetrics(_Accumulator):
 
 
 class PrivacyMetrics(_Accumulator):
-    """How many transformed tokens a nearest-neighbour attack finds, and how far down its list the others are.
+    """Failure rates and ranks of a nearest-neighbour attack over a stream of transformed tokens.
 
-    It keeps how many tokens had each rank, V integers, from which all of these follow exactly. What the numbers prove
-    and what they do not is said by the functions of the same names in `sgfast.metrics.privacy`.
+    The state is the number of tokens of each rank, V integers, from which all rates follow exactly. The functions of
+    the same names in `sgfast.metrics.privacy` say what the rates prove and what they do not prove.
 
     Args:
         table: (V, D), the embedding table. It is not copied.
         metric: ``"l2"`` or ``"cosine"``.
         beta: the nearest-neighbour attack succeeds if the rank is below this.
         r: the max-rank attack takes the r-th farthest token.
-        k: the ranks from which a token counts as transformed; None for those of 10, 100 and 1000 that are ≤ V.
+        k: the ranks from which a token counts as transformed; None for 10, 100 and 1000, if they are ≤ V.
         max_chunk_bytes: bound on the search's temporaries; default 64 MiB.
 
     Raises:
         TypeError: the table is not a floating tensor, or a rank not an int.
-        ValueError: it is no table, a rank outside [1, V], or an unknown metric.
+        ValueError: the table has another shape, a rank is outside [1, V], or the metric is unknown.
 
     Example:
         >>> import torch
@@ -244,7 +244,8 @@ class PrivacyMetrics(_Accumulator):
             noise_mask: (...), 1 = count this token; None for all.
 
         Returns:
-            (...) int64, each counted token's rank, and −1 for the others: see `sgfast.metrics.privacy.token_ranks`.
+            (...) int64, the rank of each counted token, and −1 for other tokens: see
+            `sgfast.metrics.privacy.token_ranks`.
 
         Raises:
             TypeError, ValueError: see ``token_ranks``.
@@ -261,17 +262,17 @@ class PrivacyMetrics(_Accumulator):
         return ranks
 
     def add(self, ranks: Tensor) -> None:
-        """Add tokens by their ranks: what ``token_ranks`` returned."""
+        """Add tokens by the ranks that ``token_ranks`` returned."""
         validation.check_tensor("ranks", ranks)
         ranks = ranks.flatten()
-        # In place of an index of −1, which there is none of, the first with a weight of 0.
+        # A rank of −1 is no index. Rank 0 with a weight of 0 replaces it.
         counts = torch.zeros_like(self._counts, device=ranks.device)
         self._add(counts.scatter_add_(0, ranks.clamp(min=0), (ranks >= 0).to(torch.int64)))
 
     def per_sequence(self, ranks: Tensor) -> dict[str, Tensor]:
-        """Return what ``compute`` does for each sequence alone, from ranks (..., T): means (...) in float64.
+        """Return the metrics of ``compute`` for each sequence alone, from ranks (..., T): means (...) in float64.
 
-        NaN where no token is counted; ``transformed_tokens`` in int64. Nothing is added.
+        A sequence without a counted token has NaN. ``transformed_tokens`` is int64. The accumulator does not change.
         """
         validation.check_tensor("ranks", ranks)
         counted, ranks = ranks >= 0, ranks.clamp(min=0)
@@ -283,7 +284,7 @@ class PrivacyMetrics(_Accumulator):
         return means | {"transformed_tokens": tokens}
 
     def _values_by_rank(self, device: torch.device) -> dict[str, Tensor]:
-        """What a token of each rank counts in each mean, (V,) int64."""
+        """Return the contribution of a token of each rank to each mean, (V,) int64."""
         size = self._counts.shape[0]
         rank = torch.arange(size, device=device)
         values = {
@@ -297,15 +298,15 @@ class PrivacyMetrics(_Accumulator):
         return {name: value.to(torch.int64) for name, value in values.items()}
 
     def rank_counts(self, *, all_processes: bool = True) -> Tensor:
-        """Return how many tokens had each rank, (V,) int64; see ``compute`` for ``all_processes``."""
+        """Return the number of tokens of each rank, (V,) int64; see ``compute`` for ``all_processes``."""
         return self._total(all_processes).clone()
 
     def compute(self, *, all_processes: bool = True) -> dict[str, float]:
         """Return the metrics of all updates, with one transfer from the device.
 
         Args:
-            all_processes: under torch.distributed, of the updates of every process: each must call this, also one
-                without updates. False for this process's own.
+            all_processes: True adds up the updates of all processes under torch.distributed. Every process must call
+                this then, also a process without updates. False takes this process's updates alone.
 
         Returns:
             Over all counted tokens ``nearest_neighbor_failure_rate``, ``max_rank_failure_rate``,

@@ -1,13 +1,13 @@
-r"""Sums of floating numbers that no order of addition changes.
+r"""Exact sums of floating numbers: the order of addition changes nothing.
 
 A sum is kept as an integer multiple of 2⁻¹⁰⁷⁴, the smallest positive float64, in base 2³²:
 
     Σ values = Σ_i digit_i · 2^(32 i − 1074)
 
-Every finite float64 is such a multiple, integers add without rounding, and so the sum of any float64 numbers, split
-over any number of parts in any order, is the exact one; it is rounded once, when it is read. Infinities and NaN are
-counted beside it. The representation is a last dimension of ``WIDTH`` int64 numbers: two sums add by ``+``, and
-processes by an all-reduce.
+Every finite float64 is such a multiple, and integers add without rounding. The sum of any float64 numbers is therefore
+exact, however they are ordered and split into parts. The sum is rounded once, when it is read. Infinities and NaN are
+counted separately. The representation is a last dimension of ``WIDTH`` int64 numbers: two sums add by ``+``, and
+processes add theirs by an all-reduce.
 """
 
 import math
@@ -16,12 +16,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# 2098 bits from the smallest to the largest float64, and room to carry.
+# The smallest and the largest float64 are 2098 bits apart; the rest is room to carry.
 _DIGITS = 67
 _DIGIT_BITS = 32
 _LOW = 2**_DIGIT_BITS - 1
 _SMALLEST_EXPONENT = -1074
-# After the digits, how many values were NaN, +inf and −inf.
+# The numbers of NaN, +inf and −inf stand after the digits.
 WIDTH = _DIGITS + 3
 
 
@@ -30,12 +30,12 @@ def exact_sums(values: Tensor) -> Tensor:
     bits = values.detach().to(torch.float64).contiguous().view(torch.int64)
     exponent, fraction = (bits >> 52) & 0x7FF, bits & (2**52 - 1)
     special = exponent == 0x7FF
-    # A subnormal has no leading one, and the exponent of the smallest normal.
+    # A subnormal has no leading one, and it has the exponent of the smallest normal number.
     significand = torch.where(exponent > 0, fraction | 2**52, fraction)
     significand = torch.where(special, 0, torch.where(bits < 0, -significand, significand))
     position = (exponent - 1).clamp(min=0)
     digit, shift = position >> 5, position & (_DIGIT_BITS - 1)
-    # The 53 bits are shifted in two halves, each of which fits 64; >> of a negative number rounds down, as & needs.
+    # The 53 bits are shifted in two halves that fit 64 bits each. >> of a negative number rounds down, as & needs.
     low, high = (significand & _LOW) << shift, (significand >> _DIGIT_BITS) << shift
     sums = bits.new_zeros((*values.shape[:-1], WIDTH))
     for offset, part in enumerate((low & _LOW, (low >> _DIGIT_BITS) + (high & _LOW), high >> _DIGIT_BITS)):
@@ -47,7 +47,7 @@ def exact_sums(values: Tensor) -> Tensor:
 
 
 def carried(sums: Tensor) -> Tensor:
-    """The same sums with digits below 2³³, so that 2³⁰ of them add without overflow."""
+    """Return equal sums with digits below 2³³, so that 2³⁰ of them add without overflow."""
     digits = sums[..., :_DIGITS]
     carry = digits[..., :-1] >> _DIGIT_BITS
     sums = sums.clone()
@@ -57,10 +57,10 @@ def carried(sums: Tensor) -> Tensor:
 
 
 def to_float64(sums: Tensor) -> Tensor:
-    """Sums of non-negative values, (..., WIDTH) → (...), on their device: within 2⁻⁵⁰ relative, and reproducible."""
+    """Convert sums of non-negative values, (..., WIDTH) → (...), on their device: 2⁻⁵⁰ relative, reproducible."""
     digits = sums[..., :_DIGITS]
     terms = torch.where(digits == 0, 0.0, digits * _digit_weights(sums.device))
-    # By halving: how ``sum`` orders its terms depends on the shape.
+    # The terms are added by halving, because the order of ``sum`` depends on the shape.
     while (width := terms.shape[-1]) > 1:
         half = width // 2
         folded = terms[..., :half] + terms[..., half : 2 * half]
@@ -70,7 +70,7 @@ def to_float64(sums: Tensor) -> Tensor:
 
 
 def _digit_weights(device: torch.device) -> Tensor:
-    """2^(32 i − 1074) in float64, inf where that is too large; from their bits, as a list would stop a GPU's queue."""
+    """Return 2^(32 i − 1074) in float64, inf if too large. Made from bits, because a list would stop a GPU's queue."""
     position = _DIGIT_BITS * torch.arange(_DIGITS, device=device)
     exponent = (position - 51).clamp(max=0x7FF)
     # The first two are subnormal.
@@ -78,7 +78,7 @@ def _digit_weights(device: torch.device) -> Tensor:
 
 
 def quotient(sums: Sequence[int], count: int) -> float:
-    """One sum, read to the host, over an integer: correctly rounded; NaN for a count of 0."""
+    """Divide one sum, read to the host, by an integer: correctly rounded; NaN for a count of 0."""
     nans, positive, negative = sums[_DIGITS:]
     if count == 0 or nans or (positive and negative):
         return math.nan

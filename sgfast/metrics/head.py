@@ -1,4 +1,4 @@
-"""A causal language model's head on its own: from final hidden states to logits, a few rows at a time."""
+"""The head of a causal language model as a function from final hidden states to logits, a few rows at a time."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from sgfast.model.decoder import backbone_of, causal_lm_of
 
 
 class _BackboneOutput:
-    """A backbone's output of hidden states and nothing else, whatever a family's class for it has."""
+    """A backbone's output that holds hidden states and nothing else."""
 
     def __init__(self, last_hidden_state: Tensor) -> None:
         self.last_hidden_state = last_hidden_state
@@ -25,7 +25,7 @@ class _BackboneOutput:
 
 
 class _PassThrough(nn.Module):
-    """Stands for the backbone and gives back its input embeddings."""
+    """Replaces the backbone and returns its input embeddings."""
 
     def forward(self, *_: Any, inputs_embeds: Tensor, **__: Any) -> _BackboneOutput:
         return _BackboneOutput(inputs_embeds)
@@ -34,15 +34,15 @@ class _PassThrough(nn.Module):
 def language_model_head(base_model: Any) -> Callable[[Tensor], Tensor]:
     """Return the function from final hidden states (n, D), after the final norm, to logits (n, V).
 
-    It runs the model's own forward with the backbone left out, so that whatever a family does there (a bias, Gemma's
-    soft cap, Cohere's and Granite's scales, adapters on the head) is done as the model does it. The model shares its
-    modules with the function and is not changed.
+    The function runs the model's own forward without the backbone. The family's own steps (a bias, Gemma's soft cap,
+    Cohere's and Granite's scales, adapters on the head) therefore run as in the model. The model shares its modules
+    with the function and is not changed.
 
     Args:
         base_model: a Hugging Face causal language model, or a PEFT model around one.
 
     Raises:
-        ValueError: it has no backbone.
+        ValueError: the model has no backbone.
 
     Example:
         >>> import torch
@@ -64,7 +64,7 @@ def language_model_head(base_model: Any) -> Callable[[Tensor], Tensor]:
         raise ValueError(f"{type(causal_lm).__name__} does not hold its backbone as a direct submodule")
     without_backbone = copy.copy(causal_lm)
     without_backbone._modules = causal_lm._modules | {names[0]: _PassThrough()}
-    # An instance's own forward (accelerate puts one there) is bound to the model with its backbone.
+    # A forward in the instance (accelerate puts one there) is bound to the model with its backbone.
     without_backbone.__dict__.pop("forward", None)
 
     def head(hidden: Tensor) -> Tensor:

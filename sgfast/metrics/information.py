@@ -1,17 +1,18 @@
-r"""Bounds on what transformed embeddings tell about the text, when the transform's output is a mixture of Gaussians.
+r"""Bounds on the information that transformed embeddings hold about the text, for Gaussian transforms.
 
 Given the text C, uniform over N candidates, a transform emits X ~ p_C = N(m_C, diag σ_C²). With a distance D between
 components, Kolchinsky and Tracey ("Estimating mixture entropy with pairwise distances", Entropy 19, 2017) estimate
 
     I(X; C)  by  I_D = −(1/N) Σ_i ln (1/N) Σ_j exp(−D(p_i, p_j))
 
-With D = KL(p_i ‖ p_j) this is an upper bound, with a Chernoff distance C_α = −ln ∫ p_i^α p_j^(1−α) a lower bound, and
+With D = KL(p_i ‖ p_j) the estimate is an upper bound. With a Chernoff distance C_α = −ln ∫ p_i^α p_j^(1−α) it is a
+lower bound:
 
     0 ≤ I_C ≤ I(X; C) ≤ I_KL ≤ min(ln N, mean of all N² KL)
 
     C_α = ½ Σ_f [ α(1−α) (m_i − m_j)²/v + ln v − (1−α) ln σ_i² − α ln σ_j² ],   v = (1−α) σ_i² + α σ_j²
 
-C_½ is the Bhattacharyya distance. All in nats.
+C_½ is the Bhattacharyya distance. All values are in nats.
 """
 
 import math
@@ -26,10 +27,10 @@ from sgfast.ops.gaussian.chunks import feature_chunks
 
 _Real = TypeVar("_Real", float, Tensor)
 
-# Bytes for a feature of a Gaussian, or of a pair of them, and what they may come to.
+# Bytes of temporaries for a feature of a Gaussian or of a pair of Gaussians, and the bound on a chunk of them.
 _FEATURE_BYTES = 64
 _CHUNK_BYTES = 8 * 2**20
-# Of an interval of length at most 1, down to where neighbouring float64 numbers meet.
+# Halvings of an interval of length at most 1 until its ends are neighbouring float64 numbers.
 _HALVINGS = 64
 
 
@@ -48,22 +49,22 @@ def information_bounds(
 ) -> InformationBounds:
     """Bound the mutual information between X ~ N(mean[C], diag std[C]²) and C, uniform over the N rows.
 
-    The bounds are about these N candidates. ``kl_upper`` near 0 proves that nobody, whatever the method, can tell them
-    apart from one sample of X. ``kl_upper`` at ln N proves nothing: far components always give it.
-    ``bhattacharyya_lower`` and ``chernoff_lower`` prove that this much is revealed; at ln N, one sample identifies the
-    candidate. ``mean_pairwise_kl`` is the loosest upper bound and, unlike the others, does not saturate at ln N, which
-    is why the loss ``mutual_information`` is made of it. None of them speaks of candidates outside the N rows, of an
-    attacker with better prior knowledge, or of several samples of the same text.
+    The bounds are about these N candidates. ``kl_upper`` near 0 proves that no method can tell the candidates apart
+    from one sample of X. ``kl_upper`` at ln N proves nothing: distant components always give ln N.
+    ``bhattacharyya_lower`` and ``chernoff_lower`` prove that at least this much is revealed. At ln N one sample
+    identifies the candidate. ``mean_pairwise_kl`` is the loosest upper bound. Unlike the others it does not saturate at
+    ln N, and the loss ``mutual_information`` uses it for this reason. No bound covers candidates outside the N rows, an
+    attacker with better prior knowledge, or several samples of the same text.
 
     Args:
         mean: (N, T, D), a row for each candidate text, or (N, D), one for each candidate token; in float32, bfloat16,
             float16 or float64.
         std: of ``mean``'s shape, positive.
         mask: of ``mean``'s shape, with or without its last dimension, 1 = used. A candidate with nothing
-            selected is left out. Two candidates are compared on what both select: where masks differ, the four numbers
-            are estimates and no longer bounds.
-        alpha: the order of the Chernoff distance, in [0, 1]. 0.5 is best where variances are equal, and is then the
-            Bhattacharyya distance; 0 and 1 give 0.
+            selected is left out. Two candidates are compared on the features that both select. If masks differ, the
+            four numbers are estimates and not bounds.
+        alpha: the order of the Chernoff distance, in [0, 1]. 0.5 gives the Bhattacharyya distance and is the best
+            order for equal variances; 0 and 1 give 0.
 
     Returns:
         ``InformationBounds(mean_pairwise_kl, kl_upper, bhattacharyya_lower, chernoff_lower)``, scalars in float32
@@ -111,13 +112,13 @@ def information_bounds(
 
 
 def _information(distances: Tensor, weights: Tensor) -> Tensor:
-    """I_D = −Σ_i w_i ln Σ_j w_j exp(−D_ij), in [0, −Σ w ln w]."""
+    """Return I_D = −Σ_i w_i ln Σ_j w_j exp(−D_ij), in [0, −Σ w ln w]."""
     inner = torch.logsumexp(weights.log() - distances, dim=1)
     return (-torch.where(weights > 0, weights * inner, weights).sum()).clamp(min=0)
 
 
 def _chernoff_distances(mean: Tensor, std: Tensor, used: Tensor, alpha: float) -> Tensor:
-    """C_α of every pair (i, j), (N, N) in float64."""
+    """Return C_α of every pair (i, j), (N, N) in float64."""
     count = mean.shape[0]
     used = used if used.dim() == 3 else used[..., None].expand(mean.shape)
     distances = mean.new_zeros((count, count), dtype=torch.float64)
@@ -143,18 +144,18 @@ def _slices(count: int, step: int) -> list[slice]:
 
 
 def fano_error_bound(mutual_information: _Real, num_classes: int) -> _Real:
-    """Bound from below how often anyone who sees X errs about C, by Fano's inequality: 1 − (I + ln 2) / ln M, or 0.
+    """Return Fano's lower bound on the error rate of a guess at C from X: 1 − (I + ln 2) / ln M, or 0.
 
-    C is uniform over M classes. An upper bound on I(X; C) in nats, ``kl_upper`` for one, gives a proof; an estimate
-    from below proves nothing here. The bound is for one guess at one C of an attacker who knows no more than that C is
-    uniform. ``1 − pac_privacy_success_bound(I, 1 / M)`` is never weaker: it is Fano's inequality solved exactly.
+    C is uniform over M classes. An upper bound on I(X; C) in nats, for example ``kl_upper``, gives a proof. A lower
+    bound on I(X; C) proves nothing here. The result holds for one guess at one C by an attacker who knows only that C
+    is uniform. ``1 − pac_privacy_success_bound(I, 1 / M)`` is never weaker: it solves Fano's inequality exactly.
 
     Args:
         mutual_information: in nats, ≥ 0; a number or a tensor.
         num_classes: M, at least 2.
 
     Returns:
-        The bound, in [0, 1]: a float, or a float64 tensor of the given one's shape (rounded, it would bound nothing).
+        The bound, in [0, 1]: a float, or a float64 tensor of the given tensor's shape. (A rounded bound would be none.)
 
     Raises:
         ValueError: fewer than 2 classes, or a negative number.
@@ -174,20 +175,20 @@ def fano_error_bound(mutual_information: _Real, num_classes: int) -> _Real:
 
 
 def pac_privacy_success_bound(mutual_information: _Real, prior: float) -> _Real:
-    """Bound from above how often any attacker succeeds who would succeed with probability ``prior`` without seeing X.
+    """Return an upper bound on the success rate of attackers who succeed with probability ``prior`` without X.
 
-    The largest p with KL(Bernoulli(p) ‖ Bernoulli(prior)) = p ln(p/prior) + (1−p) ln((1−p)/(1−prior)) ≤ I (Xiao and
-    Devadas, "PAC Privacy", 2023). Success may mean anything that the text decides: the right token, a name. An upper
-    bound on the mutual information of X and the text, in nats, gives a proof; an estimate from below proves nothing
-    here. It holds for one sample of X: with n samples of the same text, I may be n times as large.
+    The bound is the largest p with KL(Bernoulli(p) ‖ Bernoulli(prior)) = p ln(p/prior) + (1−p) ln((1−p)/(1−prior)) ≤ I
+    (Xiao and Devadas, "PAC Privacy", 2023). Success may mean anything that the text decides: the right token, a name.
+    An upper bound on the mutual information of X and the text, in nats, gives a proof. A lower bound on it proves
+    nothing here. The result holds for one sample of X: with n samples of the same text, I may be n times as large.
 
     Args:
         mutual_information: in nats, ≥ 0; a number or a tensor.
         prior: in (0, 1); 1 / V for guessing a token of V uniformly.
 
     Returns:
-        The bound, in [prior, 1]: a float, or a float64 tensor of the given one's shape (rounded, it would bound
-        nothing).
+        The bound, in [prior, 1]: a float, or a float64 tensor of the given tensor's shape. (A rounded bound would be
+        none.)
 
     Raises:
         ValueError: a prior outside (0, 1), or a negative number.
@@ -204,19 +205,19 @@ def pac_privacy_success_bound(mutual_information: _Real, prior: float) -> _Real:
         low, high = torch.full_like(information, prior), torch.ones_like(information)
         for _ in range(_HALVINGS):
             middle = (low + high) / 2
-            # Written with log1p because near the prior the two terms cancel.
+            # log1p, because the two terms cancel near the prior.
             gain = middle * torch.log1p((middle - prior) / prior)
             loss = (1 - middle) * torch.log1p((prior - middle) / (1 - prior))
             within = gain + loss <= information
             low, high = torch.where(within, middle, low), torch.where(within, high, middle)
-        # Of the last interval the upper end, since this is an upper bound; a NaN is not a certainty.
+        # The upper end of the last interval, since this is an upper bound. A NaN stays NaN.
         return torch.where(information.isnan(), information, high)
 
     return _in_float64(bound, mutual_information)
 
 
 def _in_float64(bound: Callable[[Tensor], Tensor], mutual_information: _Real) -> _Real:
-    """Apply to a tensor, or to a number, which is checked."""
+    """Apply a function to a tensor or to a number in float64. A number is checked."""
     if isinstance(mutual_information, Tensor):
         validation.check_tensor("mutual_information", mutual_information)
         return bound(mutual_information.detach().to(torch.float64))

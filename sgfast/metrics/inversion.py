@@ -1,13 +1,14 @@
-r"""An attack that is trained: from pairs of a token and its transformed embedding, read tokens off unseen texts.
+r"""A trained attack: it learns from pairs of a token and its transformed embedding to read tokens of unseen texts.
 
 Anyone who can run a transform can make such pairs. The decoder scores every token v of the table E by
 
     score(v | x̃) = −‖g(x̃) − e_v‖² / (2 s²) + prior_v,   g(x̃) = A x̃ + c + MLP(x̃)
 
-It starts where a Gaussian model of the transform is right: prior_v is the log of v's smoothed frequency in the training
-text, c makes the mean error 0, s² is its mean square, and A is the identity or the ridge regression of x on x̃,
-whichever reads more of a validation part of the training text. From there all of it is trained by cross-entropy. Kept
-is what reads most of the validation part: an epoch's end, the start, or the frequencies alone (s = ∞).
+The decoder starts at the solution for a Gaussian transform. prior_v is the log of v's smoothed frequency in the
+training text, c makes the mean error 0, and s² is the mean square of the error. A is the identity or the ridge
+regression of x on x̃, whichever reads more of a validation part of the training text. Cross-entropy then trains all
+parameters. The attack keeps the state that reads most of the validation part: the end of an epoch, the start, or the
+frequencies alone (s = ∞).
 """
 
 from typing import NamedTuple
@@ -25,14 +26,14 @@ _CHUNK_BYTES = 64 * 2**20
 _BYTES_PER_SCORE = 16
 _VALIDATION_FRACTION = 0.1
 _SMALLEST_VARIANCE = 1e-6
-# So low that scores are the prior.
+# So low that the scores equal the prior.
 _NO_LOG_PRECISION = -30.0
-# Epochs without progress after which training ends.
+# Training ends after this number of epochs without progress.
 _PATIENCE = 3
 
 
 class InversionResult(NamedTuple):
-    """Failure rates on held-out text, fractions of its selected tokens, and what they rest on."""
+    """Failure rates on held-out text, as fractions of its selected tokens, and the numbers of tokens behind them."""
 
     failure_rate: float  # of the trained attack
     nearest_neighbor_failure_rate: float  # of the untrained one, on the same tokens
@@ -44,7 +45,7 @@ class InversionResult(NamedTuple):
 
 
 class _Decoder(nn.Module):
-    """``score``, over a table (V, D) that it does not own."""
+    """Computes ``score`` over a table (V, D) that the decoder does not own."""
 
     def __init__(self, table: Tensor, hidden_size: int, generator: torch.Generator) -> None:
         super().__init__()
@@ -64,44 +65,44 @@ class _Decoder(nn.Module):
 
     def forward(self, transformed: Tensor, table: Tensor, half_squares: Tensor) -> Tensor:
         guess = self.linear(transformed) + self.output(nn.functional.gelu(self.hidden(transformed)))
-        # Without ‖g‖², which is the same for all tokens.
+        # ‖g‖² is left out, because it is the same for all tokens.
         scores: Tensor = self.log_precision.exp() * (guess @ table.T - half_squares) + self.prior
         return scores
 
 
 class LearnedInversionAttack:
-    """Train a decoder from transformed embeddings to tokens, and measure it on text it was not trained on.
+    """Train a decoder from transformed embeddings to tokens, and measure it on text outside of its training.
 
-    A low failure rate proves that the text can be read by someone who can run the transform. A high one proves only
-    that this decoder, trained on this many tokens, fails: more pairs, several draws of the same text, or a decoder that
-    reads neighbouring tokens and knows the language may do better. It is no bound.
+    A low failure rate proves that someone who can run the transform can read the text. A high failure rate proves only
+    that this decoder, trained on this many tokens, fails. More pairs, several draws of the same text, or a decoder that
+    reads neighbouring tokens and knows the language may do better. The rate is no bound.
 
-    ``evaluate`` guards against the ways in which such an attack looks better than it is:
+    ``evaluate`` guards against errors that make such an attack look better than it is:
 
-    * Sequences, never single tokens, are held out, and equal ones stay on one side. Texts that overlap without being
-      equal (pieces of a document, boilerplate) are told apart only by ``groups``.
-    * The epoch is chosen on a part of the training text, the held-out text is used once.
-    * ``unigram_failure_rate`` is what the token frequencies alone give. What the attack learns from the embeddings is
-      the difference to it, not to 1.
-    * ``shuffled_failure_rate`` is that of an attack trained and measured on embeddings that were dealt out at random to
-      other tokens of the same part. It must not lie clearly below the unigram one: if it does, something other than
+    * Sequences are held out, never single tokens, and equal sequences stay on one side. Texts that overlap without
+      being equal (pieces of a document, boilerplate) stay on one side only if ``groups`` says so.
+    * The epoch is chosen on a part of the training text. The held-out text is used once.
+    * ``unigram_failure_rate`` is the failure rate of token frequencies alone. The attack's gain from the embeddings is
+      the difference to this rate, not to 1.
+    * ``shuffled_failure_rate`` is the failure rate of an attack that is trained and measured on embeddings dealt out at
+      random to other tokens of the same part. If this rate lies clearly below the unigram rate, something other than
       the embedding gives the tokens away.
 
     Args:
         table: (V, D), the embedding table, which the attacker knows.
-        hidden_size: of the MLP; None for 2 D.
-        epochs: most passes over the training text, each of some 4 V D multiplications a token; it ends before where
-            three of them read no more of the validation part. 0 for the closed-form start alone.
-        batch_size: tokens a step.
-        learning_rate: Adam's, for embeddings scaled to a mean square of 1.
-        held_out_fraction: of the tokens, in (0, 1).
-        seed: of the split, the order of batches and the MLP. The same seed gives the same numbers on one machine.
-        max_chunk_bytes: bound on the scores at once, with their gradients; at least one token's. Default 64 MiB. The
-            selected embeddings and the table are copied in float32 besides.
+        hidden_size: width of the MLP; None for 2 D.
+        epochs: largest number of passes over the training text, each of about 4 V D multiplications per token. Training
+            ends earlier after three passes without progress on the validation part. 0 for the closed-form start alone.
+        batch_size: tokens per step.
+        learning_rate: learning rate of Adam, for embeddings scaled to a mean square of 1.
+        held_out_fraction: fraction of the tokens to hold out, in (0, 1).
+        seed: seed of the split, the order of batches and the MLP. The same seed gives the same numbers on one machine.
+        max_chunk_bytes: bound on a chunk of scores with their gradients, at least one token's. Default 64 MiB. The
+            float32 copies of the selected embeddings and of the table are not part of this bound.
 
     Raises:
         TypeError: the table is not a floating tensor, or an option of another type.
-        ValueError: it is no table, or an option out of range.
+        ValueError: the table has another shape, or an option is out of range.
 
     Example:
         >>> import torch
@@ -153,17 +154,17 @@ class LearnedInversionAttack:
     def evaluate(
         self, transformed: Tensor, input_ids: Tensor, noise_mask: Tensor | None = None, groups: Tensor | None = None
     ) -> InversionResult:
-        """Train on a part of the sequences, and on the others count the tokens that the attack fails to read.
+        """Train on a part of the sequences, and count the tokens of the others that the attack fails to read.
 
         Args:
             transformed: (B, T, D) transformed embeddings of B sequences.
             input_ids: (B, T), the true tokens.
             noise_mask: (B, T), 1 = a transformed token; None for all.
-            groups: (B,) integers: sequences of one group, of one document for instance, are never on both sides; None
-                for groups of equal sequences.
+            groups: (B,) integers. Sequences of one group, for instance of one document, are never on both sides. None
+                makes groups of equal sequences.
 
         Returns:
-            An `InversionResult`. The attack trained for ``failure_rate`` is the one that ``predict`` then uses.
+            An `InversionResult`. ``predict`` then uses the attack that was trained for ``failure_rate``.
 
         Raises:
             TypeError: an argument's type.
@@ -203,12 +204,12 @@ class LearnedInversionAttack:
     def fit(
         self, transformed: Tensor, input_ids: Tensor, noise_mask: Tensor | None = None, groups: Tensor | None = None
     ) -> None:
-        """Train on all of the sequences; see ``evaluate`` for the arguments and errors. Two groups are enough."""
+        """Train on all sequences; see ``evaluate`` for the arguments and errors. Two groups are enough."""
         embeddings, tokens, _, group = self._selected(transformed, input_ids, noise_mask, groups)
         self._fit(embeddings, tokens, group)
 
     def predict(self, transformed: Tensor) -> Tensor:
-        """Read tokens (...), int64, off transformed embeddings (..., D).
+        """Read tokens (...), int64, from transformed embeddings (..., D).
 
         Raises:
             RuntimeError: the attack was not trained.
@@ -232,7 +233,7 @@ class LearnedInversionAttack:
     def _selected(
         self, transformed: Tensor, input_ids: Tensor, noise_mask: Tensor | None, groups: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Selected tokens' scaled embeddings (n, D), ids, sequences and groups (n,) each."""
+        """Return the selected tokens' scaled embeddings (n, D), and their ids, sequences and groups, (n,) each."""
         self._check_width(transformed)
         if transformed.dim() != 3:
             raise ValueError(f"transformed must have shape (B, T, D); got {tuple(transformed.shape)}")
@@ -283,7 +284,7 @@ class LearnedInversionAttack:
         validation_embeddings: Tensor,
         validation_tokens: Tensor,
     ) -> tuple[int, dict[str, Tensor]]:
-        """Put the decoder at its start; return how many validation tokens that or the prior reads, and which."""
+        """Put the decoder at its start. Return the tokens that the start or the prior reads, and its state."""
         size, width = self._table.shape
         frequencies = torch.bincount(tokens, minlength=size) + 1
         decoder.prior.copy_((frequencies / frequencies.sum()).log())
@@ -292,7 +293,7 @@ class LearnedInversionAttack:
         residual = (clean - clean_mean) - (embeddings - mean)
         variance = residual.square().mean().clamp(min=_SMALLEST_VARIANCE)
         centered = (embeddings - mean).to(torch.float64)
-        # Entries of A − I are taken for N(0, 1/D), as those of a random rotation are.
+        # The prior of the entries of A − I is N(0, 1/D), as for a random rotation.
         penalty = width * variance.to(torch.float64) * torch.eye(width, dtype=torch.float64, device=mean.device)
         change = torch.linalg.solve(centered.T @ centered + penalty, centered.T @ residual.to(torch.float64))
         regression = torch.eye(width, device=mean.device) + change.T.to(torch.float32)
@@ -304,7 +305,7 @@ class LearnedInversionAttack:
             decoder.log_precision.copy_(-remaining.log())
             found.append((self._count_read(validation_embeddings, validation_tokens), _copy_of(decoder)))
         start = max(found, key=lambda one: one[0])
-        # From the prior alone, where the gradient of everything else is 0, no training could begin.
+        # Training cannot begin at the prior alone: the gradient of everything else is 0 there.
         decoder.log_precision.fill_(_NO_LOG_PRECISION)
         prior = (self._count_read(validation_embeddings, validation_tokens), _copy_of(decoder))
         decoder.load_state_dict(start[1])
@@ -336,7 +337,7 @@ class LearnedInversionAttack:
 
 
 def _groups_of_equal_sequences(input_ids: Tensor, selected: Tensor) -> Tensor:
-    """A number for each row; the same for rows that select the same tokens in the same order."""
+    """Return a number for each row, equal for rows that select the same tokens in the same order."""
     known: dict[tuple[int, ...], int] = {}
     rows = zip(input_ids.tolist(), selected.tolist(), strict=True)
     keys = [tuple(token for token, used in zip(*row, strict=True) if used) for row in rows]
@@ -344,7 +345,7 @@ def _groups_of_equal_sequences(input_ids: Tensor, selected: Tensor) -> Tensor:
 
 
 def _held_out(group: Tensor, fraction: float, generator: torch.Generator, least: int) -> Tensor:
-    """Which tokens to hold out: those of random whole groups, the fewest that make up the fraction, never all."""
+    """Choose the tokens to hold out: random whole groups, the fewest that reach the fraction, never all groups."""
     found, index, tokens = torch.unique(group, return_inverse=True, return_counts=True)
     if len(found) < least:
         raise ValueError(f"at least {least} different sequences with a selected token are needed; got {len(found)}")

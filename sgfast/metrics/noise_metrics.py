@@ -1,6 +1,6 @@
-r"""How strong a transform is beside what it hides: norms and angles of its components, per position.
+r"""The strength of a transform beside its input: norms and angles of its components, per position.
 
-For an input x and what the last forward added to it, mean shift µ and noise σε, over one dimension:
+For an input x and the two parts that the last forward added, mean shift µ and noise σε, over one dimension:
 
     input_norm                  ‖x‖
     mean_norm                   ‖µ‖
@@ -13,8 +13,8 @@ For an input x and what the last forward added to it, mean shift µ and noise σ
     noise_domination_ratio      ‖µ + σε‖ / ‖x‖
     noise_cosine_similarity     cos(x, µ + σε)
 
-"percent" is a fraction in [0, 1], and 0 where both of its norms are 0 (our choice); ratios are what the division gives,
-inf or NaN included; the cosine with a zero vector is 0. Suppressed features count with the noise drawn for them.
+"percent" is a fraction in [0, 1], and 0 if both of its norms are 0 (our choice). Ratios are the result of the division,
+which may be inf or NaN. The cosine with a zero vector is 0. Suppressed features count with the noise drawn for them.
 """
 
 from collections.abc import Callable
@@ -34,18 +34,18 @@ if TYPE_CHECKING:
 def get_noise_metrics_factory(noise_layer: "BaseNoiseLayer", dim: int = -1) -> Callable[[], dict[str, Tensor]]:
     """Create a function that measures the components of a noise layer's most recent forward.
 
-    The module's docstring has the formulas. The function may be called any number of times; without a forward before
-    it, it raises RuntimeError.
+    The module's docstring has the formulas. The function may be called any number of times. It raises RuntimeError if
+    the layer has had no forward.
 
     Args:
         noise_layer: the layer to observe.
-        dim: the dimension of norms and cosines, negative.
+        dim: the negative dimension of norms and cosines.
 
     Returns:
-        A function of no arguments that returns the ten quantities by name. Each is flat: its values at the positions
-        (the input's shape without ``dim``) that the noise mask selects, in their order; all positions without a mask.
-        A mask of the shape ``input.shape[:n]`` covers the leading dimensions, any other broadcasts against the
-        positions. Detached, float32 (float64 if the layer works in it).
+        A function of no arguments that returns the ten quantities by name. Each quantity is flat: it has the values at
+        the positions (the input's shape without ``dim``) that the noise mask selects, in their order. Without a mask it
+        has all positions. A mask of the shape ``input.shape[:n]`` covers the leading dimensions; a mask of another
+        shape broadcasts against the positions. The values are detached, float32 (float64 if the layer uses float64).
 
     Raises:
         TypeError: ``dim`` is not an int.
@@ -70,7 +70,7 @@ def get_noise_metrics_factory(noise_layer: "BaseNoiseLayer", dim: int = -1) -> C
 
     @torch.no_grad()
     def get_noise_metrics() -> dict[str, Tensor]:
-        # `noise` may be regenerated at each access: read it once.
+        # `noise` is read once, because each access may regenerate it.
         input, mean, noise = noise_layer.input, noise_layer.mean, noise_layer.noise
         if input is None or mean is None or noise is None:
             raise RuntimeError("noise metrics need a forward of the noise layer before they are asked for")
@@ -87,7 +87,7 @@ def get_noise_metrics_factory(noise_layer: "BaseNoiseLayer", dim: int = -1) -> C
 
 
 def _measure(x: Tensor, mean: Tensor, noise: Tensor) -> dict[str, Tensor]:
-    """The ten quantities of (positions, features)."""
+    """Compute the ten quantities of (positions, features)."""
     shifted_noise = mean + noise
     input_norm, mean_norm, noise_norm, shifted_norm = (
         torch.linalg.vector_norm(component, dim=-1) for component in (x, mean, noise, shifted_noise)
@@ -107,13 +107,13 @@ def _measure(x: Tensor, mean: Tensor, noise: Tensor) -> dict[str, Tensor]:
 
 
 def _share(part: Tensor, rest: Tensor) -> Tensor:
-    """part / (part + rest), and 0 where both are 0."""
+    """Return part / (part + rest), and 0 where both are 0."""
     total = part + rest
     return torch.where(total == 0, 0, part / total)
 
 
 def _selected_positions(noise_mask: Tensor | None, input: Tensor, dim: int) -> Tensor:
-    """The mask as bool, of the input's shape without ``dim``."""
+    """Return the mask as bool, of the input's shape without ``dim``."""
     shape = [*input.shape[:dim], *input.shape[input.dim() + dim + 1 :]]
     if noise_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=input.device)

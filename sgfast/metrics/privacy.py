@@ -1,9 +1,10 @@
-"""What an attacker who sees transformed embeddings and knows the embedding table can read.
+"""Attacks on transformed embeddings by an attacker who knows the embedding table.
 
-The attacks here use the rank of the true token: how many of the table's V rows are nearer to its transformed embedding,
-equal distances by index, 0 = the nearest. A fixed attack that fails proves only that this attack fails. The
-`LearnedInversionAttack` adapts to the transform and is harder to fail; bounds on the information that embeddings carry
-(`information_bounds`, `fano_error_bound`, `pac_privacy_success_bound`) hold for every attack, within their assumptions.
+The attacks here use the rank of the true token: the number of the table's V rows that are nearer to its transformed
+embedding. Equal distances are ordered by index, and 0 is the nearest. A fixed attack that fails proves only that this
+attack fails. The `LearnedInversionAttack` adapts to the transform and is the harder test. Bounds on the information
+that embeddings carry (`information_bounds`, `fano_error_bound`, `pac_privacy_success_bound`) hold for every attack,
+within their assumptions.
 """
 
 from collections.abc import Iterable
@@ -52,19 +53,19 @@ def token_ranks(
     max_chunk_bytes: int | None = None,
     impl: dispatch.Implementation | None = None,
 ) -> Tensor:
-    """Count, for every selected token, the table rows that come before it: 0 = it is the nearest.
+    """Count, for every selected token, the table rows that come before its own. 0 means that its own is the nearest.
 
     Args:
         transformed: (..., D) transformed embeddings, float32, bfloat16, float16 or float64.
         table: (V, D), the embedding table.
         input_ids: (...) integers, the true tokens.
-        noise_mask: (...), 1 = count this token; None for all. What lies at other positions has no effect.
+        noise_mask: (...), 1 = count this token; None for all. Values at other positions have no effect.
         metric: ``"l2"`` or ``"cosine"``.
         max_chunk_bytes: bound on temporaries; default 64 MiB. See ``sgfast.ops.embedding_ranks``.
         impl: see ``sgfast.ops.dispatch``.
 
     Returns:
-        (...) int64 in [0, V), and −1 where a token is not selected.
+        (...) int64 in [0, V), and −1 for tokens that are not selected.
 
     Raises:
         TypeError: an argument's type.
@@ -113,7 +114,7 @@ def check_rank(name: str, rank: int, size: int | None) -> None:
 
 
 def _rate(event: Tensor, ranks: Tensor) -> Tensor:
-    """Fraction of the selected tokens with the event, float32; NaN without any."""
+    """Return the fraction of the selected tokens with the event, float32; NaN without a selected token."""
     selected = ranks >= 0
     return ((event & selected).sum().to(torch.float64) / selected.sum()).to(torch.float32)
 
@@ -140,8 +141,8 @@ def nearest_neighbor_failure_rate(
         P(rank ≥ beta)
 
     The attack replaces every embedding by its nearest token (beta = 1), or by a shortlist that a language model could
-    choose from. A low rate proves that the text can be read. A high rate says that this attack fails. It does not say
-    that a stronger one (a learned inversion, averaging over repeated queries) would.
+    choose from. A low rate proves that the text can be read. A high rate says that this attack fails. It says nothing
+    about stronger attacks (a learned inversion, averages over repeated queries).
 
     Args:
         transformed: (..., D) transformed embeddings.
@@ -184,10 +185,10 @@ def max_rank_failure_rate(
 
         P(rank ≠ V − r)
 
-    A transform that turns embeddings around leaves the nearest-neighbour attack with nothing, and the token in the last
-    place. This attack looks there. A low rate proves that the text can be read. A high one says only that tokens do not
-    sit at this very end of the list; the whole picture is the histogram of ranks
-    (`sgfast.metrics.PrivacyMetrics.rank_counts`).
+    If a transform turns embeddings around, the nearest-neighbour attack fails, and the true token is in the last place.
+    This attack looks at the last place. A low rate proves that the text can be read. A high rate says only that tokens
+    are not at this end of the list. The histogram of ranks (`sgfast.metrics.PrivacyMetrics.rank_counts`) shows all
+    places.
 
     Args:
         transformed: (..., D) transformed embeddings.
@@ -228,13 +229,14 @@ def token_transformation_rate(
     metric: Metric = "l2",
     max_chunk_bytes: int | None = None,
 ) -> Tensor:
-    """Fraction of selected tokens whose true token is not among the ``k`` nearest, nor the ``k`` farthest either.
+    """Fraction of selected tokens whose true token is not among the ``k`` nearest rows (symmetric: nor ``k`` farthest).
 
         P(rank ≥ k),   symmetric: P(k ≤ rank < V − k)
 
-    The symmetric form counts a token only if it hides from an attacker who reads the list from its end too. With k = 1
-    the first is the nearest-neighbour failure rate. A low rate proves that a shortlist of k (2k) tokens holds the true
-    one; a high rate bounds neither attackers with longer lists nor those with a language model or a trained inversion.
+    The symmetric form counts a token only if an attacker who also reads the list from its end does not find it. With
+    k = 1 the plain form is the nearest-neighbour failure rate. A low rate proves that a shortlist of k tokens
+    (symmetric: 2k) holds the true token. A high rate does not bound attackers with longer lists, a language model or a
+    trained inversion.
 
     Args:
         transformed: (..., D) transformed embeddings.
@@ -276,9 +278,9 @@ def mean_reconstruction_rank(
 ) -> Tensor:
     """Mean 0-based rank of the true token among the rows nearest to its transformed embedding.
 
-    0 if every token is the nearest, (V − 1)/2 if ranks are as of random rows, V − 1 if every token is the farthest,
-    which hides as little as 0. It is a mean: a few tokens far down the list hide many that are read at sight, so it
-    proves nothing on its own.
+    The mean is 0 if every token is the nearest, (V − 1)/2 for the ranks of random rows, and V − 1 if every token is the
+    farthest. V − 1 hides as little as 0. A few tokens far down the list can outweigh many tokens that the attack reads,
+    so the mean proves nothing on its own.
 
     Args:
         transformed: (..., D) transformed embeddings.
@@ -316,23 +318,23 @@ def repeated_query_attack(
     beta: int = 1,
     max_chunk_bytes: int | None = None,
 ) -> dict[int, Tensor]:
-    """Nearest-neighbour failure rates of an attacker who sees the same text transformed many times, and averages.
+    """Nearest-neighbour failure rates of an attacker who averages many transforms of the same text.
 
-    The mean of n draws x + µ + σε has the noise σ/√n: what noise alone hides is read with enough draws, what the mean
-    shift hides is not. A rate that falls with n proves that the transform must not be applied to one text twice (fresh
-    noise does not help, a fixed seed per text would). A rate that stays high says that this attack fails; an attacker
-    who has learned the mean shift subtracts it first (`LearnedInversionAttack` on the means).
+    The mean of n draws x + µ + σε has the noise σ/√n. Enough draws therefore undo the noise, but not the mean shift. A
+    rate that falls with n proves that the transform must not be applied to one text twice (fresh noise does not help, a
+    fixed seed per text would). A rate that stays high says that this attack fails. An attacker who has learned the mean
+    shift subtracts the shift first (`LearnedInversionAttack` on the means).
 
     Args:
         transformed: (R, ..., D), R independent draws of the transform of the same embeddings, or an iterable of R
-            tensors (..., D): they are added up one by one.
+            tensors (..., D), which are added up one by one.
         table: (V, D), the embedding table.
         input_ids: (...), the true tokens.
         noise_mask: (...), 1 = count this token; None for all.
         metric: ``"l2"`` or ``"cosine"``.
         beta: the attack succeeds if the token's 0-based rank is below this.
-        max_chunk_bytes: bound on the search's temporaries, default 64 MiB; beside them are the sum of the draws in
-            float64 and its mean.
+        max_chunk_bytes: bound on the search's temporaries, default 64 MiB. The sum of the draws in float64 and the mean
+            are not part of this bound.
 
     Returns:
         n → the failure rate for the mean of the first n draws, a float32 scalar (NaN if no token is selected), for

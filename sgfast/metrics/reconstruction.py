@@ -1,4 +1,4 @@
-"""How much of a text an attacker's reconstruction gets wrong."""
+"""The fraction of a text that an attacker's reconstruction gets wrong."""
 
 import torch
 from torch import Tensor
@@ -13,11 +13,11 @@ def percentage_changed_ids(input_ids: Tensor, reconstructed_ids: Tensor, noise_m
 
     Args:
         input_ids: (..., T) integers, the true token ids.
-        reconstructed_ids: (..., T) integers, what was read off the transformed embeddings.
-        noise_mask: (..., T), nonzero where a token was transformed. Only these count.
+        reconstructed_ids: (..., T) integers, the tokens that were read from the transformed embeddings.
+        noise_mask: (..., T), nonzero where a token was transformed. Only transformed tokens count.
 
     Returns:
-        (...) float32 in [0, 1] (a fraction, whatever its documented name says); NaN where nothing was transformed.
+        (...) float32 in [0, 1], a fraction in spite of its documented name; NaN if nothing was transformed.
 
     Raises:
         ValueError: shapes or devices differ, or there is no dimension.

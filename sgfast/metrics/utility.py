@@ -1,13 +1,13 @@
-"""How much of the model's next-token distribution survives the transform.
+"""Utility of a transform: the similarity of the model's noisy and clean next-token distributions.
 
-Per token, between the noisy and the clean distribution of the next one: the four divergences of `UTILITY_DIVERGENCES`,
-in nats, and whether both agree on the likeliest token. A sequence's value is the mean over its attended tokens, and the
-metric is the mean over the sequences that have one:
+Every token has the four divergences of `UTILITY_DIVERGENCES` between its noisy and its clean next-token distribution,
+in nats, and 1 or 0 for agreement on the likeliest token. A sequence's value is the mean over its attended tokens. The
+metric is the mean over the sequences with an attended token:
 
     D_b = Σ_t a_bt D_bt / Σ_t a_bt,   metric = mean of D_b over the b with Σ_t a_bt > 0
 
-Sums are exact (`sgfast.metrics.exact_sum`): how sequences are batched, ordered, padded and split changes nothing but
-the last float32 digits of D_bt.
+Sums are exact (`sgfast.metrics.exact_sum`): batches, order, padding and splits change only the last float32 digits of
+D_bt.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ _COPIES_OF_LOGITS = 2
 
 
 def get_top_k_support_mask(noisy_logits: Tensor, clean_logits: Tensor, num_logits: int) -> Tensor:
-    """Boolean mask of the union of both sides' top-``num_logits`` indices at every position.
+    """Return the mask of the union of both sides' top-``num_logits`` indices at every position.
 
     Args:
         noisy_logits: (..., V) floating.
@@ -75,16 +75,16 @@ def get_utility_metrics_factory(
     max_batch_size: int | None = None,
     max_sequence_length: int | None = None,
 ) -> Callable[[], dict[str, Tensor]]:
-    """Create a function that measures how far the last forward's noisy logits are from the clean ones.
+    """Create a function that measures the divergences between the last forward's noisy and clean logits.
 
-    Four divergences (`sgfast.ops.divergences`: Jeffreys, Jensen–Shannon, total variation, squared Hellinger; nats),
-    averaged over the attended tokens of each sequence, then over the sequences that have one. All sequences empty
-    gives NaN. The logits are read where they lie, a few rows at a time: beyond them, memory is bounded whatever the
-    sizes are (25 MiB for both sides of [4, 2048, 151936] in bfloat16, and 145 MiB of PyTorch's own at its first use).
-    Splitting changes the result by less than 1e-6 of it.
+    The function computes four divergences (`sgfast.ops.divergences`: Jeffreys, Jensen–Shannon, total variation, squared
+    Hellinger; nats). Each is averaged over the attended tokens of each sequence, then over the sequences with an
+    attended token. The result is NaN if there is no such sequence. The logits are read in place, a few rows at a time.
+    Further memory is bounded for all sizes: 25 MiB for both sides of [4, 2048, 151936] in bfloat16, and 145 MiB of
+    PyTorch's own at its first use. Splitting changes the result by less than 1e-6 relative.
 
     Args:
-        noisy_model: while the returned function is alive, its forwards run to the logits.
+        noisy_model: the model to measure. Its forwards run to the logits while the returned function is alive.
         num_logits: restrict each divergence to the terms in the union of both sides' top-k; None for all.
         max_batch_size: rows computed at once; None for all.
         max_sequence_length: positions computed at once; None for all.
@@ -128,7 +128,7 @@ def token_divergences(
     max_batch_size: int | None = None,
     max_sequence_length: int | None = None,
 ) -> dict[str, Tensor]:
-    """The four divergences per token, (B, T), under their keys; 0 where not attended."""
+    """Return the four divergences per token, (B, T), under their keys; 0 for tokens that are not attended."""
     sizes = max_batch_size, max_sequence_length
     blocks = [split_2d(tensor, *sizes) for tensor in (noisy_logits, clean_logits, attention_mask)]
     rows = [
@@ -147,7 +147,7 @@ def token_divergences(
 
 
 def mean_over_sequences(values: Tensor, attention_mask: Tensor) -> Tensor:
-    """Mean over attended tokens of each sequence, then over sequences that have one; NaN if none has."""
+    """Average over the attended tokens of each sequence, then over the sequences with one; NaN without any."""
     validation.check_tensors(values=values, attention_mask=attention_mask)
     attended = validation.as_bool("attention_mask", attention_mask)
     means = _sequence_means(values, attended)
@@ -157,7 +157,7 @@ def mean_over_sequences(values: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def _sequence_means(values: Tensor, selected: Tensor) -> Tensor:
-    """Means of non-negative values over the selected tokens of each sequence, in float64; NaN if there are none."""
+    """Average non-negative values over the selected tokens of each sequence, in float64; NaN without any."""
     return to_float64(exact_sums(torch.where(selected, values, 0))) / selected.sum(-1)
 
 
@@ -171,28 +171,28 @@ def sequence_utility(
     top_k: int | None = None,
     max_chunk_bytes: int | None = None,
 ) -> dict[str, Tensor]:
-    """Measure how far each sequence's noisy next-token distributions are from the clean ones.
+    """Measure the divergences between each sequence's noisy and clean next-token distributions.
 
-    What is near 0 here shows that the model's predictions survive on this text. It says nothing about privacy, and of
-    other texts only what a sample says.
+    Values near 0 show that the model's predictions survive on this text. They say nothing about privacy. The text is
+    only a sample of other texts.
 
     Args:
         noisy_logits: (..., T, V), float32, bfloat16, float16 or float64.
         clean_logits: of the same shape.
         attention_mask: (..., T), 1 = real token. Other positions are not read.
-        input_ids: (..., T) integers, the tokens: adds the cross-entropies.
+        input_ids: (..., T) integers, the tokens. They add the cross-entropies to the result.
         top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
         max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
 
     Returns:
-        By name, values of shape (...) on the logits' device. In float64, means over a sequence's tokens:
+        Values of shape (...) by name, on the logits' device. Means over a sequence's tokens, in float64:
 
         * the keys of `UTILITY_DIVERGENCES`, in nats, and ``next_token_agreement``, the fraction of tokens for which
-          both sides have the same likeliest next token (ties: the lower index); NaN where no token is attended;
+          both sides have the same likeliest next token (ties: the lower index); NaN if no token is attended;
         * with ``input_ids``, ``clean_cross_entropy`` and ``noisy_cross_entropy``, −log p(next token) in nats over the
-          tokens whose next one is attended too; NaN where there are none. exp of it is the perplexity.
+          tokens whose next token is attended too; NaN if there are none. The perplexity is exp of this value.
 
-        In int64, how many tokens these are means over: ``attended_tokens`` and ``predicted_tokens``.
+        The numbers of tokens in these means, in int64: ``attended_tokens`` and ``predicted_tokens``.
 
     Raises:
         TypeError: an argument's type.
@@ -221,19 +221,19 @@ def sequence_utility_from_hidden(
     top_k: int | None = None,
     max_chunk_bytes: int | None = None,
 ) -> dict[str, Tensor]:
-    """Measure what ``sequence_utility`` does, from final hidden states: the logits never exist as a whole.
+    """Measure the values of ``sequence_utility`` from final hidden states. The logits never exist as a whole.
 
     Args:
-        noisy_hidden: (..., T, D), what the model's head is applied to (after the final norm).
+        noisy_hidden: (..., T, D), the input of the model's head (after the final norm).
         clean_hidden: of the same shape.
-        head: from (n, D) hidden states to (n, V) logits: `sgfast.metrics.head.language_model_head(model)`, or any
-            function of rows.
+        head: function from (n, D) hidden states to (n, V) logits: `sgfast.metrics.head.language_model_head(model)`, or
+            any function of rows.
         attention_mask: (..., T), 1 = real token.
         input_ids: see ``sequence_utility``.
         top_k: see ``sequence_utility``.
-        max_chunk_bytes: bound on all temporaries, the logits included; default 256 MiB. At least one token's logits
-            and their temporaries exist at once, some 128 bytes per vocabulary entry. With more at once, products
-            with the head's weight take less time.
+        max_chunk_bytes: bound on all temporaries with the logits; default 256 MiB. At least one token's logits and
+            their temporaries exist at once, about 128 bytes per vocabulary entry. Larger chunks make the products with
+            the head's weight faster.
 
     Returns:
         See ``sequence_utility``.
@@ -252,7 +252,7 @@ def sequence_utility_from_hidden(
     """
     attended, labels = _check_sequences("noisy_hidden", noisy_hidden, clean_hidden, attention_mask, input_ids)
     max_bytes = _HIDDEN_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
-    # A third for the logits, one for the divergences, and one for what matrix products and the allocator take.
+    # A third each for the logits, for the divergences, and for matrix products and the allocator.
     third = max(1, max_bytes // 3)
     probe = head(noisy_hidden.new_zeros((1, noisy_hidden.shape[-1])))
     row_bytes = 2 * _COPIES_OF_LOGITS * probe.numel() * probe.element_size()
@@ -281,7 +281,7 @@ def sequence_utility_from_hidden(
 def _check_sequences(
     name: str, noisy: Tensor, clean: Tensor, attention_mask: Tensor, input_ids: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Return which tokens are attended and, for each, the next one (`_IGNORED` where that is not)."""
+    """Return the mask of attended tokens and, for each token, the next token (`_IGNORED` if it is not attended)."""
     validation.check_pair(name, noisy, name.replace("noisy", "clean"), clean)
     if noisy.dim() < 2:
         raise ValueError(f"{name} must have shape (..., T, {name[6].upper()}); got {tuple(noisy.shape)}")
@@ -317,7 +317,7 @@ def _token_utility(
     top_k: int | None,
     max_chunk_bytes: int | None,
 ) -> dict[str, Tensor]:
-    """Divergences, agreement and cross-entropies per token; of tokens that are not attended, anything."""
+    """Compute divergences, agreement and cross-entropies per token. Tokens that are not attended have any value."""
     kinds = tuple(UTILITY_DIVERGENCES.values())
     values = divergences(
         noisy_logits,

@@ -1,4 +1,4 @@
-"""How far a token's embedding is from the border of its Voronoi cell, where another token becomes the nearest one."""
+"""Distances of embeddings to the borders of their Voronoi cells, where another token becomes the nearest."""
 
 import math
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, nearest_embeddings, validation
 
-# Rows that are looked up before progress is reported.
+# The number of rows that are searched between two reports of progress.
 _QUERIES = 2048
 
 
@@ -23,12 +23,12 @@ def compute_percentile_voronoi_l2_distance(
 ) -> float:
     """Compute a percentile of ``voronoi_l2_distances``, interpolated linearly.
 
-    Its 5th percentile is the documented recommendation for ``inverse_l2_power_law_characteristic_length``: the catalyst
+    The documented recommendation for ``inverse_l2_power_law_characteristic_length`` is the 5th percentile. The catalyst
     then acts on embeddings that have hardly left their cell.
 
     Args:
         weight: see ``voronoi_l2_distances``.
-        percentile: in [0, 100].
+        percentile: the percentile, in [0, 100].
         half: see ``voronoi_l2_distances``.
         max_chunk_bytes: see ``voronoi_l2_distances``.
         on_progress: see ``voronoi_l2_distances``.
@@ -52,7 +52,7 @@ def compute_percentile_voronoi_l2_distance(
 
 
 def percentile_of(values: Tensor, percentile: float) -> float:
-    """Return a percentile of finite values, interpolated linearly between the two it falls between."""
+    """Return a percentile of finite values, interpolated linearly between its two neighbours."""
     ordered = values.flatten().to(torch.float64).sort().values
     position = percentile / 100 * (ordered.numel() - 1)
     below = math.floor(position)
@@ -70,14 +70,14 @@ def voronoi_l2_distances(
 ) -> Tensor:
     """Compute the distance of every embedding to the border of its Voronoi cell: ½ min over j ≠ i of ‖e_i − e_j‖₂.
 
-    Of equal rows one is kept, and rows of zeros (tokens that training never touched) are dropped: they would make the
+    Duplicate rows and rows of zeros (tokens that training never touched) are dropped, because they would make the
     distance 0. Distances are exact (``nearest_embeddings``).
 
     Args:
         weight: (V, D), the embedding table, float32, bfloat16, float16 or float64.
-        half: False gives the distance to the nearest other row itself.
-        max_chunk_bytes: bound on temporaries of the search, see ``nearest_embeddings``. Finding equal rows takes up to
-            three copies of the table besides.
+        half: False returns the distance to the nearest other row.
+        max_chunk_bytes: bound on temporaries of the search, see ``nearest_embeddings``. The search for equal rows takes
+            up to three more copies of the table.
         on_progress: called with (rows done, rows to do) a few dozen times.
         impl: see ``sgfast.ops.dispatch``.
 
@@ -87,7 +87,7 @@ def voronoi_l2_distances(
 
     Raises:
         TypeError: the weight is not a floating tensor.
-        ValueError: it is no table, holds NaN or infinity, or fewer than two distinct rows.
+        ValueError: the weight has another shape, holds NaN or infinity, or has fewer than two distinct rows.
 
     Example:
         >>> import torch

@@ -1,1 +1,1 @@
-"""What ``sgfast train`` is made of: settings, data, models, and the record of a run."""
+"""The parts of ``sgfast train``: settings, data, models, the training itself, and the record of a run."""

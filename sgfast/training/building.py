@@ -1,4 +1,4 @@
-"""From settings to what is trained: models, loss, tokenizer and the client that will be saved."""
+"""The objects of a run, built from its settings: models, loss, tokenizer and the client that will be saved."""
 
 from typing import Any, NamedTuple
 
@@ -15,14 +15,14 @@ from sgfast.noise_layer.transformer_cloak import TransformerCloak
 from sgfast.training.configuration import Configuration, ConfigurationError, LoraOptions
 from sgfast.training.objectives import FACTORIES
 
-# Sigma's range, in standard deviations of the model's embedding features, and where in it the training begins.
+# The range of sigma, in standard deviations of the model's embedding features, and the rho at which training begins.
 _RELATIVE_SCALE = (0.01, 10.0)
 _RHOS_INIT = -2.0
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Models(NamedTuple):
-    """What a run trains: the model under noise and, for jigsaw, the student with adapters over the same base."""
+    """The models of a run: the model under noise and, for jigsaw, the student with adapters over the same base."""
 
     noisy_model: NoiseMaskedNoisyTransformerModel
     student: PeftNoiseMaskedNoisyTransformerModel | None
@@ -81,7 +81,7 @@ def models_over(
 
 
 def build_loss(models: Models, name: str, options: dict[str, Any]) -> LossFunctions:
-    """The three functions of a loss by name, over one model or, for jigsaw, over teacher and student.
+    """Build the three functions of a loss by name, over one model or, for jigsaw, over teacher and student.
 
     Raises:
         ValueError: options that the factory or the model refuses.

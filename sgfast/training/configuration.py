@@ -1,7 +1,7 @@
-"""The settings of a training run: from a small YAML file and overrides to checked values.
+"""The settings of a training run: checked values from a small YAML file and overrides.
 
-Every error is one line that names where a setting came from, what came, and what is allowed. What each setting may
-be is read off the type hints: of `Configuration`, of `TransformerCloak` and of the loss factories.
+Every error is one line that names the origin of a setting, the given value, and the allowed values. The type hints of
+`Configuration`, `TransformerCloak` and the loss factories say which values a setting may have.
 """
 
 import dataclasses
@@ -25,17 +25,17 @@ from sgfast.utils.records import TextAs, TextUnit
 
 Precision = Literal["float32", "bfloat16"]
 
-# What the model decides, and what no file may hold.
+# The model decides the first two. No file may hold the third.
 _NOT_SETTINGS_OF_THE_LAYER = ("config_path", "transformer_type", "seed")
 _OLDER_NAME = "distillation_layer_distance_loss_weight"
 _CURRENT_NAME = "distillation_layer_cosine_distance_loss_weight"
 _DEFAULT_LOSS = "distillation"
 _POSITIVE = ("learning_rate", "max_gradient_norm")
 _AT_LEAST_ONE = ("steps", "batch_size", "accumulation", "max_length", "save_steps")
-# Beyond any machine; without an end, what is counted up to them would be.
+# Beyond any machine. Without a bound, a loop up to the number would not end.
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_RANK = 2**12
-# Of PEFT's module names, which are short, an expression may go over the text more than once.
+# PEFT's module names are short, so an expression may read the text more than once.
 _MOST_LOOPS = 3
 _LONGEST_SHOWN = 100
 # Settings inside settings inside settings.
@@ -83,7 +83,7 @@ class Configuration:
 
     @property
     def loss_name(self) -> str:
-        """Which of `FACTORIES` is used."""
+        """The key of `FACTORIES` of the loss."""
         return str(self.loss["name"])
 
     @property
@@ -93,10 +93,10 @@ class Configuration:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping that a YAML file holds, an empty one if it holds nothing.
+    """Read the mapping in a YAML file, an empty one if the file holds nothing.
 
     Raises:
-        ConfigurationError: what `sgfast.training.yaml_settings` refuses, or something else than a mapping.
+        ConfigurationError: `sgfast.training.yaml_settings` refuses the file, or the file holds no mapping.
     """
     try:
         content = read_yaml_file(path)
@@ -110,10 +110,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Settings with others put in their place; ``loss.alpha`` means ``alpha`` inside ``loss``.
+    """Return settings with some values replaced; ``loss.alpha`` means ``alpha`` inside ``loss``.
 
     Raises:
-        ConfigurationError: something that is no mapping is addressed as one.
+        ConfigurationError: a value that is no mapping is addressed as a mapping.
 
     Example:
         >>> with_overrides({"steps": 10, "loss": {"name": "jigsaw"}}, [("loss.alpha", 0.3), ("steps", 20)])
@@ -135,10 +135,10 @@ def with_overrides(settings: Mapping[str, Any], overrides: Iterable[tuple[str, A
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """One ``key=value`` of the command line, the value as YAML.
+    """Parse one ``key=value`` of the command line, the value as YAML.
 
     Raises:
-        ConfigurationError: no ``key=value``.
+        ConfigurationError: the text is no ``key=value``.
 
     Example:
         >>> parse_override("noise_layer.scale=[1e-3, 1.0]")
@@ -154,7 +154,7 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def configuration_from(settings: Mapping[str, Any]) -> Configuration:
-    """Check settings and fill in the defaults, the loss's weights among them. A key without a value has its default.
+    """Check settings and fill in the defaults, also of the loss's weights. A key without a value has its default.
 
     Raises:
         ConfigurationError: an unknown key (the message names the closest valid one), a value of another type or out
@@ -179,21 +179,21 @@ def configuration_from(settings: Mapping[str, Any]) -> Configuration:
 
 
 def settings_of(configuration: Configuration) -> dict[str, Any]:
-    """A configuration as JSON types, for the record of a run: all but the seed, which no artefact holds."""
+    """Return a configuration as JSON types for the record of a run, without the seed, which no artefact holds."""
     values = dataclasses.asdict(configuration)
     del values["seed"]
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def noise_layer_hints() -> dict[str, Any]:
-    """The type of each setting of the noise layer."""
+    """Return the type of each setting of the noise layer."""
     hints = typing.get_type_hints(TransformerCloak.__init__)
     names = list(inspect.signature(TransformerCloak).parameters)
     return {name: hints[name] for name in names if name not in _NOT_SETTINGS_OF_THE_LAYER}
 
 
 def loss_hints(factory: Callable[..., Any]) -> dict[str, Any]:
-    """The type of each option of a loss factory."""
+    """Return the type of each option of a loss factory."""
     hints = typing.get_type_hints(factory)
     return {name: hints[name] for name in inspect.signature(factory).parameters if name not in MODEL_ARGUMENTS}
 
@@ -263,7 +263,7 @@ def _check_modules(pattern: str) -> None:
 def _checked_values(
     given: Mapping[Any, Any], hints: Mapping[str, Any], where: str, of_what: str = ""
 ) -> dict[str, Any]:
-    """Each value brought to its hint's type. Null is a key without a value, unless it is one of the key's values."""
+    """Bring each value to its hint's type. Null is a key without a value, unless the hint allows None."""
     prefix = f"{where}." if where else ""
     for key in given:
         if key not in hints:
@@ -280,7 +280,7 @@ def _checked_values(
 
 
 def _brought_to(hint: Any, value: Any, name: str) -> Any:
-    """``value`` as the type that ``hint`` says, if it is one."""
+    """Return ``value`` as the type of ``hint``, or raise ConfigurationError."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for choice in choices:
         matched, brought = _match(choice, value, name)
@@ -291,7 +291,7 @@ def _brought_to(hint: Any, value: Any, name: str) -> Any:
 
 
 def _match(hint: Any, value: Any, name: str) -> tuple[bool, Any]:
-    """Whether a value is of one type that is no union, and the value as that type."""
+    """Return True and the value as the hint's type if the value fits, else False. The hint is no union."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin is float:
         number = _number(value)
@@ -330,7 +330,7 @@ def _path(value: Any, name: str) -> tuple[bool, Path | None]:
 
 
 def _number(value: Any) -> float | None:
-    """A finite number. YAML 1.1 takes 1e-3 for a string."""
+    """Return a finite number, or None. A string may hold a number, because YAML 1.1 takes 1e-3 for a string."""
     if isinstance(value, str):
         try:
             value = float(value)

@@ -39,7 +39,7 @@ class TokenizedRecords(Dataset[dict[str, Tensor]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """``input_ids, attention_mask, noise_mask, loss_mask``, each (T,)."""
+        """Return ``input_ids, attention_mask, noise_mask, loss_mask``, each (T,)."""
         record = self.records[index]
         try:
             rows = encode_record(

@@ -14,7 +14,7 @@ _TITLES = {"loss": "loss, weighted sum", "mean_sigma": "mean sigma"}
 
 
 def plot_history(path: Path, history: Sequence[Mapping[str, float]]) -> None:
-    """Write a PNG with a panel for the loss, for each component, unweighted, and for the mean sigma."""
+    """Write a PNG with a panel for the loss, for each unweighted component, and for the mean sigma."""
     pyplot = load_pyplot()
     names = components_in(history)
     rows = -(-len(names) // _COLUMNS)
@@ -45,7 +45,7 @@ def draw_curve(
 
 
 def smoothed(values: Sequence[float]) -> list[float]:
-    """Running means over a twentieth of the values, shorter at the beginning.
+    """Return running means over a twentieth of the values, over fewer values at the beginning.
 
     Example:
         >>> smoothed([4.0, 2.0])

@@ -20,7 +20,7 @@ FACTORIES: dict[str, Callable[..., Any]] = {
 }
 # The run provides these arguments of a factory. The factory's other arguments are settings.
 MODEL_ARGUMENTS = ("noisy_model", "noisy_teacher_model", "noisy_student_model", "return")
-# Found on SmolLM2-135M-Instruct (benchmarks/training_curves.py); layer 5 is a shallow one of any real model.
+# Weights found on SmolLM2-135M-Instruct (benchmarks/training_curves.py). Layer 5 is shallow in any real model.
 _LAYER_DISTILLATION = {
     "distillation_layer_index": 5,
     "alpha": 0.5,

@@ -1,6 +1,6 @@
-"""The record of a run, ``training.json``: its settings, versions and history, and whether a run may be continued.
+"""The record of a run, ``training.json`` (settings, versions, history), and the check that a run may continue.
 
-It holds no seed: under the seed of a run, the noise that hid its texts could be drawn again.
+The record holds no seed: with the seed of a run, anyone could draw again the noise that hid its texts.
 """
 
 import json
@@ -16,12 +16,12 @@ from sgfast.utils.files import replacing
 RECORD_FILE, CHECKPOINTS = "training.json", "checkpoints"
 # A run may be continued elsewhere and for longer. The same data may lie in another place: its digest is compared.
 _FREE_TO_CHANGE = ("out", "data", "steps", "save_steps")
-# What the trainer logs besides the loss and its components.
+# Values that the trainer logs besides the loss and its components.
 _BOOKKEEPING = ("step", "epoch", "grad_norm", "learning_rate")
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
+    """Return the versions of the packages that a run's numbers depend on."""
     import torch
     import transformers
 
@@ -29,12 +29,12 @@ def versions() -> dict[str, str]:
 
 
 def check_continues(configuration: Configuration, digest: str, resume: bool) -> None:
-    """Check that a run may write to its folder: an unused one or, to resume, that of a run like it.
+    """Check that a run may write to its folder: an unused folder or, to resume, the folder of a run like it.
 
-    A run that came to no step does not count.
+    A run without a finished step does not count.
 
     Raises:
-        ConfigurationError: there is a run and ``resume`` is False, or it had other settings or other data.
+        ConfigurationError: the folder holds a run and ``resume`` is False, or the run had other settings or data.
     """
     path, saved = configuration.out / RECORD_FILE, checkpoints(configuration.out / CHECKPOINTS)
     if not path.exists() and not saved:
@@ -73,11 +73,11 @@ def write_record(
     """Write ``training.json``.
 
     Args:
-        configuration: of the run.
+        configuration: settings of the run.
         data: the number of records and the file's digest, as ``sha256``.
-        scale: the range of sigma that the noise layer has.
-        history: of every step.
-        finished: whether all steps were taken.
+        scale: the noise layer's range of sigma.
+        history: the values of every step.
+        finished: True if all steps were taken.
     """
     content = {
         "settings": settings_of(configuration),
@@ -85,7 +85,7 @@ def write_record(
         "data": dict(data),
         "versions": versions(),
         "finished": finished,
-        # JSON has no NaN, which the mean sigma of no token is.
+        # JSON has no NaN. The mean sigma is NaN if no token is transformed.
         "history": [
             {name: value if math.isfinite(value) else None for name, value in step.items()} for step in history
         ],
@@ -95,13 +95,13 @@ def write_record(
 
 
 def components_in(history: Sequence[Mapping[str, float]]) -> list[str]:
-    """What to show of a history: the loss, its components, sigma."""
+    """Return the names of the values to show of a history: the loss, its components, the mean sigma."""
     names = sorted(set(history[0]) - {*_BOOKKEEPING, "loss", "mean_sigma"}) if history else []
     return ["loss", *names, "mean_sigma"] if history else []
 
 
 def ends(history: Sequence[Mapping[str, float]], name: str) -> tuple[float, float]:
-    """A value's means over the first and over the last tenth of the steps."""
+    """Return a value's means over the first and over the last tenth of the steps."""
     count = math.ceil(len(history) / 10)
     first, last = ([step[name] for step in part] for part in (history[:count], history[-count:]))
     return math.fsum(first) / count, math.fsum(last) / count

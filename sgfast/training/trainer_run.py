@@ -1,4 +1,4 @@
-"""One training run on `SgtTrainer`: a step at a time into a history, stopped cleanly, resumed where it stopped."""
+"""One training run on `SgtTrainer`. It records a history, stops cleanly at Ctrl-C, and resumes where it stopped."""
 
 import math
 import signal
@@ -37,13 +37,13 @@ def train(
     """Train until all steps are taken or until the end of the step that the first Ctrl-C interrupts.
 
     Args:
-        configuration: of the run.
-        models: what to train, changed in place.
-        loss: built over the models.
+        configuration: settings of the run.
+        models: the models to train, changed in place.
+        loss: the loss over the models.
         examples: the data.
         resume: go on from the newest whole checkpoint in the run's folder, if there is one.
         keep_checkpoints: save every ``save_steps`` and at the end, also at an interrupted one; False saves nothing.
-        on_step: called with the number of every step that is taken now, and its values.
+        on_step: called after every step of this run with the step's number and values.
 
     Returns:
         The history, a dictionary of values for every step since the run began, and True if all steps were taken.
@@ -92,7 +92,7 @@ def _training_arguments(configuration: Configuration, keep_checkpoints: bool) ->
         bf16=configuration.precision == "bfloat16",
         use_cpu=on_cpu,
         seed=configuration.seed,
-        # Losses of mutual information compare the halves of a batch; a last one may be odd.
+        # Losses of mutual information compare the halves of a batch, and the last batch may be odd.
         dataloader_drop_last=True,
         dataloader_pin_memory=not on_cpu,
         logging_steps=1,
@@ -141,7 +141,7 @@ class _Watch(transformers.TrainerCallback):  # type: ignore[misc]
             return
         if not math.isfinite(logs["loss"]):
             raise ValueError(f"the loss is {logs['loss']} at step {state.global_step}: try a lower learning_rate")
-        # In the trainer's own log, which a checkpoint holds: a resumed run has its whole history.
+        # The value goes into the trainer's log. A checkpoint holds this log, so a resumed run has its whole history.
         state.log_history[-1]["mean_sigma"] = self._mean_sigma()
         self.on_step(state.global_step, state.log_history[-1])
 

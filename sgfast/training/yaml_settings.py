@@ -10,18 +10,18 @@ from sgfast.utils.input_files import open_regular
 
 # Settings take a kilobyte or two. PyYAML reads some 100 kB a second.
 _LARGEST_TEXT = 2**16
-# Once each alias is replaced by what it stands for: aliases of aliases double at each step.
+# The number of values with every alias replaced by its target. Aliases of aliases double the number at each step.
 _MOST_NODES = 10_000
 _DEEPEST = 20
-# What PyYAML raises where a tag such as ``!!timestamp`` is written before something else.
+# PyYAML raises these if a tag such as ``!!timestamp`` stands before a value of another form.
 _OF_A_TAG = (AttributeError, IndexError, KeyError, TypeError)
 
 
 def read_yaml_file(path: Path) -> Any:
-    """The value that a YAML file holds.
+    """Read the value of a YAML file.
 
     Raises:
-        ValueError: no such file, no regular one, or what `parse_yaml` refuses; the message names file and line.
+        ValueError: no such file, no regular file, or `parse_yaml` refuses the text; the message names file and line.
     """
     with open_regular(path, wanted="file of settings") as file:
         content = file.read(_LARGEST_TEXT + 1)
@@ -29,15 +29,15 @@ def read_yaml_file(path: Path) -> Any:
 
 
 def parse_yaml(text: str | bytes, where: str) -> Any:
-    """The value of a YAML text.
+    """Parse a YAML text.
 
     Args:
         text: one document.
-        where: what to call it in an error.
+        where: name of the text in an error.
 
     Raises:
         ValueError: no YAML, a tag that is not plain YAML's, a key that occurs twice, nested too deeply, an alias inside
-            what it stands for, or more than 64 kB or 10,000 values, aliases written out.
+            its target, or more than 64 kB or, with aliases written out, 10,000 values.
     """
     if len(text) > _LARGEST_TEXT:
         raise ValueError(f"{where}: settings of more than {_LARGEST_TEXT} bytes are not read")
@@ -61,7 +61,10 @@ def parse_yaml(text: str | bytes, where: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, with an error for equal keys (it keeps the last) and for many brackets (it is slow)."""
+    """PyYAML's safe loader, with errors for equal keys and for deep brackets.
+
+    PyYAML itself keeps the last of equal keys, and reads deep brackets slowly.
+    """
 
     def fetch_flow_collection_start(self, token_class: Any) -> None:
         if self.flow_level >= _DEEPEST:
@@ -85,7 +88,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _check_size(node: yaml.Node, sizes: dict[int, int], inside: set[int]) -> int:
-    """The number of values under a node, with each alias counted as what it stands for."""
+    """Return the number of values under a node, with each alias counted as its target."""
     if id(node) in sizes:
         return sizes[id(node)]
     if id(node) in inside:
