@@ -1,4 +1,4 @@
-"""``sgfast demo``: the main job, told step by step."""
+"""Command ``sgfast demo``: training, measuring and using a transform, with a report of each step."""
 
 import json
 import subprocess
@@ -69,7 +69,7 @@ def run_demo(
     alpha: float,
     prompt: str,
 ) -> None:
-    """Run it; wrong input raises ValueError before anything is written, Ctrl-C keeps the transform trained so far."""
+    """Run the demo. Wrong input raises ValueError before any file is written. Ctrl-C saves the transform so far."""
     with one_writer(out):
         for name in _WRITTEN:
             check_output_file(out / name)
@@ -149,7 +149,7 @@ def _under_noise(base_model: Any) -> NoiseMaskedNoisyTransformerModel:
 
 
 def _follow(console: Console, training: Iterator[Step], steps: int) -> tuple[list[Step], bool]:
-    """Show the training; return the steps taken, and whether they are all of them."""
+    """Run and show the training. Return the finished steps, and whether the training finished all steps."""
     history: list[Step] = []
     columns = (
         BarColumn(bar_width=10),
@@ -205,7 +205,7 @@ def _attacker_reads(client: StainedGlassTransformForText, prompt: str, embedding
 
 
 def _transform_elsewhere(transform_path: Path, prompt: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a client process, which has the file and nothing else, would send."""
+    """Return the embeddings and the attention mask of a client process that has only the saved file."""
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:

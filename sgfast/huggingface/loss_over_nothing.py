@@ -55,13 +55,13 @@ class LossOverNothing:
             )
         elif not counted:
             warnings.warn(
-                "the utility terms of the loss are over nothing: no attended token had loss_mask=1 "
+                "the utility terms of the loss are over nothing: no attended token has loss_mask=1 "
                 "in the steps so far (with ignore_prompt_loss=True, only assistant turns within max_length count)",
                 stacklevel=4,
             )
         if not transformed:
             warnings.warn(
-                "the privacy terms of the loss are over nothing: no attended token had noise_mask=1 "
+                "the privacy terms of the loss are over nothing: no attended token has noise_mask=1 "
                 "in the steps so far",
                 stacklevel=4,
             )

@@ -317,7 +317,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             input_ids: (B, T).
             attention_mask: as in `forward`.
             noise_mask: as in `forward`.
-            seed: seed of the noise. None draws a new one.
+            seed: seed of the noise. None takes the noise layer's own seed.
 
         Raises:
             ValueError: ``target_layer`` is not the input embedding, or a mask has another shape.

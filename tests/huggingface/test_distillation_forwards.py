@@ -263,7 +263,7 @@ def test_outputs_of_several_forwards_or_of_none_are_refused(with_graph):
         with pytest.raises(RuntimeError, match=message):
             compute_loss(gathered, torch.cat([first, second]))
         other = copy.deepcopy(student)
-        with pytest.raises(RuntimeError, match="as the model returned them"):
+        with pytest.raises(RuntimeError, match="must be what a forward of the student returned"):
             compute_loss(other(first), first)  # of another model
     with pytest.raises(RuntimeError, match="no forward is known"):
         compute_loss({"logits": torch.randn(2, 6, VOCABULARY)}, first)

@@ -184,7 +184,7 @@ def test_a_state_space_student():
     value = compute_loss(outputs, input_ids)
     assert value.item() == pytest.approx(plain_loss(*logits, input_ids[:, 1:]), rel=1e-5)
     outputs = student(input_ids[:, :1], cache_params=outputs.cache_params, use_cache=False)
-    with pytest.raises(ValueError, match="called with cache_params"):
+    with pytest.raises(ValueError, match="without a cache; got cache_params"):
         compute_loss(outputs, input_ids[:, :1])
 
 

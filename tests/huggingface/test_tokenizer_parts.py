@@ -253,7 +253,7 @@ ONCE_IN_A_NODE = 256 ^ ord("a")
         ({"truncation": {"max_length": 5}}, "truncation must be null"),
         ({"padding": {"strategy": {"Fixed": 10**9}}}, "padding must be null"),
         ({"model": {"type": "WordPiece", "vocab": WORDS, "max_input_chars_per_word": 10**9}}, "max_input_chars"),
-        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["", 0.0]]}}, "or empty"),
+        ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["", 0.0]]}}, "or are empty"),
         ({"model": {"type": "Unigram", "unk_id": 0, "vocab": [["a", "0"]]}}, "not finite numbers"),
         ({"model": {"type": "BPE", "vocab": {"a": "0"}, "merges": []}}, "not an object of ids"),
         ({"model": {"type": "BPE", "vocab": {"a" * 1025: 0}, "merges": []}}, "token of more than 1024"),

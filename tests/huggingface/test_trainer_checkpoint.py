@@ -201,7 +201,7 @@ def test_foreign_and_damaged_files(tmp_path):
     with pytest.raises(ValueError, match=r"is no checkpoint of this trainer: it has no noise_layer\.safetensors"):
         load_trained(noisy_model, tmp_path)
     save_trained(deeper, trained_state(deeper), tmp_path)
-    with pytest.raises(ValueError, match="another architecture than the model: it differs in mean_estimator"):
+    with pytest.raises(ValueError, match="another architecture than the model: they differ in mean_estimator"):
         load_trained(noisy_model, tmp_path)
     path = tmp_path / "noise_layer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
