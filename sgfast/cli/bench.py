@@ -75,7 +75,7 @@ def run_bench(
     sizes = {
         name: _DEFAULT_AXES[family][name] if text is None else parse_sizes(name, text) for name, text in axes.items()
     }
-    # If the user gives sizes, only these sizes are measured, without sweeps over the other axes.
+    # If the user gives sizes, only the given axes vary. One given size is a single measurement, not a sweep.
     base = {name: sweeps.base_of(sizes[name], wanted) for name, wanted in _BASES[family].items()}
     asked = {name: sizes[name] for name, text in axes.items() if text is not None}
     planned = sweeps.points(asked or sizes, base)
