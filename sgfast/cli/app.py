@@ -33,7 +33,7 @@ def demo(
         str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
     ] = None,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="One seed gives the same numbers on one machine.")
+        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same numbers on one machine.")
     ] = 0,
     data: Annotated[
         Path | None, typer.Option(help="UTF-8 text for training and measuring; default: Python's documentation.")
@@ -71,10 +71,12 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Number of optimizer steps.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Records of a micro-batch on each device.")] = None,
     accumulation: Annotated[int | None, typer.Option(help="Micro-batches of an optimizer step.")] = None,
-    max_length: Annotated[int | None, typer.Option(help="Most tokens of a record; the rest is cut.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens of a record; the rest is cut.")
+    ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of AdamW after the warm-up.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="One seed gives the same numbers on one machine.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same numbers on one machine.")] = None,
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting: --set loss.alpha=0.3")
     ] = None,
@@ -114,7 +116,7 @@ def evaluate(
         typer.Option(min=1, max=MOST, help="Restrict divergences to the K largest logits of each side; default: all."),
     ] = None,
     memory_budget: Annotated[
-        str, typer.Option(help="Most resident bytes beyond the loaded model and one pass through its body.")
+        str, typer.Option(help="Limit of resident bytes beyond the loaded model and one pass through its body.")
     ] = "2GiB",
     attacks: Annotated[
         str | None,
@@ -131,14 +133,15 @@ def evaluate(
         int, typer.Option(min=8, max=MOST, help="Tokens sampled for the attacks repeated, learned and information.")
     ] = 4096,
     seed: Annotated[
-        int, typer.Option(min=0, max=2**63 - 1, help="One seed gives the same numbers on one machine.")
+        int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same numbers on one machine.")
     ] = 0,
     text_unit: Annotated[TextUnit, typer.Option(help="Unit of a record in a text file.")] = "line",
     text_as: Annotated[
         TextAs, typer.Option(help="Take a text as a user's message, or plain, without a chat template.")
     ] = "message",
     max_length: Annotated[
-        int | None, typer.Option(min=1, max=MOST, help="Most tokens of a record; default: the model's positions.")
+        int | None,
+        typer.Option(min=1, max=MOST, help="Maximum number of tokens of a record; default: the model's positions."),
     ] = None,
     precision: Annotated[Precision, typer.Option(help="Dtype of the model's weights.")] = "float32",
     parquet: Annotated[bool, typer.Option("--parquet", help="Also write sequences.parquet (needs pyarrow).")] = False,
@@ -188,7 +191,7 @@ def transform(
     seed: Annotated[
         int | None,
         typer.Option(
-            min=0, max=2**64 - 1, help="One seed repeats an output; default: fresh randomness.", show_default=False
+            min=0, max=2**64 - 1, help="The same seed repeats an output; default: fresh randomness.", show_default=False
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if the file exists.")] = False,

@@ -19,9 +19,9 @@ _LOCK_FILE = ".sgfast-lock"
 def one_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
     """Lock a folder for this run while the block runs, and make the folder if it does not exist.
 
-    The lock ends with its process, also after ``kill -9``. If a run has several processes (``torch.distributed``), the
-    first process holds the lock for all, and every process must call this function. If the block fails, a folder that
-    this function made is removed, provided that the folder is empty.
+    The lock ends with its process, also after ``kill -9``. The lock leaves no file, except on file systems that cannot
+    lock a folder. If a run has several processes (``torch.distributed``), the first process holds the lock for all, and
+    every process must call this function. If the block fails, an empty folder that this function made is removed.
 
     Args:
         folder: folder of the run's files.
