@@ -24,7 +24,7 @@ __all__ = [
     "use_impl",
 ]
 
-# The names that most people need, by the module that defines them. A module is imported when its name is asked for.
+# The most used names, each with the module that exports it. The module is imported when the name is asked for.
 _MODULES = {"DivergenceLoss": "sgfast.loss", "divergences": "sgfast.ops"}
 
 

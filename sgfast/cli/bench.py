@@ -1,4 +1,4 @@
-"""``sgfast bench``: how fast, how much memory, how exact, here."""
+"""Command ``sgfast bench``: time, memory and accuracy on this machine."""
 
 import math
 import os
@@ -24,7 +24,7 @@ from sgfast.utils.files import check_output_file, check_output_folder
 
 Axes = Mapping[str, Sequence[int]]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# What is measured when nothing is asked for: under two minutes on two cores of a laptop.
+# Default sizes of each family. All of them take less than two minutes on two cores of a laptop.
 _DEFAULT_AXES: dict[str, dict[str, list[int]]] = {
     "divergences": {
         "vocab": [1000, 4000, 16000, 32000, 65536, 131072, 262144],
@@ -48,12 +48,13 @@ _TASKS: dict[str, Callable[..., Any]] = {
     "train": training_tasks.training_tasks,
 }
 _OPTIONAL_COLUMNS = (("kept_bytes_per_element", ".2f"), ("value_error", ".0e"), ("gradient_error", ".0e"))
-_LEGEND = """ms: median. GB/s: the bytes that must move over the time; a plain copy reaches {:.1f} here. MiB: the most
-allocated at once beyond the inputs. kept: bytes per element that autograd holds for backward. error, grad: the largest
-of the first rows against float64 (values absolute, gradient rows relative)."""
+_LEGEND = """ms: median time. /eager: the time divided by the time of eager PyTorch. GB/s: the bytes that must move,
+divided by the time; a plain copy reaches {:.1f} GB/s on this machine. MiB: the peak of allocated memory beyond the
+inputs. kept: bytes per element that autograd stores for backward. error, grad: the largest error of values (absolute)
+and of gradient rows (relative) against float64, over the first rows."""
 
-_GROWTH_LEGEND = """^: cost grows as size to that power. cliff: the largest rise of the cost per unit from one size to
-the next; /eager: of the time over that of eager PyTorch, which took turns with it."""
+_GROWTH_LEGEND = """^: exponent x of cost ~ size^x. cliff: the largest rise of the cost per unit from one size to the
+next. The cliff under /eager is that of the time divided by the time of eager PyTorch, measured in turns."""
 
 
 def run_bench(
@@ -66,7 +67,7 @@ def run_bench(
     seconds: float,
     out: Path,
 ) -> None:
-    """Measure, print a table, write JSON and plots. Wrong input raises ValueError before anything is measured."""
+    """Measure, print a table, and write JSON and plots. Wrong input raises ValueError before any measurement."""
     device = checked_device(device)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
@@ -74,7 +75,7 @@ def run_bench(
     sizes = {
         name: _DEFAULT_AXES[family][name] if text is None else parse_sizes(name, text) for name, text in axes.items()
     }
-    # Where one size is asked for and nothing else, that is measured, not sweeps around it.
+    # If the user gives sizes, only the given axes vary. One given size is a single measurement, not a sweep.
     base = {name: sweeps.base_of(sizes[name], wanted) for name, wanted in _BASES[family].items()}
     asked = {name: sizes[name] for name, text in axes.items() if text is not None}
     planned = sweeps.points(asked or sizes, base)
@@ -129,7 +130,7 @@ def run_bench(
 
 
 def _check_memory(planned: Sequence[tuple[str, Mapping[str, int]]], device: str) -> None:
-    """Check that the inputs alone fit this machine, which would end the process later without a word."""
+    """Check that the inputs fit into memory. The system would otherwise kill the process without a message."""
     largest = max(math.prod(size for name, size in point.items() if name != "top_k") for _, point in planned)
     if device == "cpu" and hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -138,7 +139,7 @@ def _check_memory(planned: Sequence[tuple[str, Mapping[str, int]]], device: str)
 
 
 def parse_sizes(name: str, text: str) -> list[int]:
-    """Whole numbers from 1 on, separated by commas.
+    """Parse whole numbers of at least 1 that are separated by commas.
 
     Example:
         >>> parse_sizes("vocab", "1000,32_000")
@@ -156,7 +157,7 @@ def parse_sizes(name: str, text: str) -> list[int]:
 
 
 def parse_impls(text: str) -> list[str]:
-    """Implementations, separated by commas, each once."""
+    """Parse names of implementations that are separated by commas; repeated names count once."""
     impls = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for impl in impls:
         if impl not in IMPLEMENTATIONS:
@@ -165,7 +166,7 @@ def parse_impls(text: str) -> list[str]:
 
 
 def checked_device(device: str | None) -> str:
-    """The device asked for, or the GPU where there is one."""
+    """Check and return the device. None selects the GPU if there is one, else the CPU."""
     if device not in (None, "cpu", "cuda"):
         raise ValueError(f"--device must be cpu or cuda; got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
@@ -174,7 +175,7 @@ def checked_device(device: str | None) -> str:
 
 
 def costs_table(task: str, records: Sequence[dict[str, Any]]) -> Table:
-    """One line for each size and implementation of a task."""
+    """Make the table of a task, with one line for each size and implementation."""
     table = _table(task, ("size", "by"), ("ms", "/eager", "GB/s", "MiB", "kept", "error", "grad"))
     eager_ms = 1.0
     for record in records:
@@ -192,7 +193,7 @@ def costs_table(task: str, records: Sequence[dict[str, Any]]) -> Table:
 
 
 def growth_table(task: str, rows: Sequence[dict[str, Any]]) -> Table:
-    """Fitted exponents of a task: cost ~ size to that power."""
+    """Make the table of a task's fitted exponents x, where cost ~ size^x."""
     table = _table(f"{task}: growth", ("varied", "by"), ("ms ^", "cliff", "/eager", "MiB ^", "cliff"))
     costs = ("milliseconds_exponent", "milliseconds_cliff", "ratio_cliff", "peak_bytes_exponent", "peak_bytes_cliff")
     for row in rows:
@@ -203,7 +204,7 @@ def growth_table(task: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _table(title: str, texts: Sequence[str], numbers: Sequence[str]) -> Table:
-    """As narrow as its cells: it fits a terminal of 80 columns."""
+    """Make an empty table. Columns are as narrow as their cells, so the table fits a terminal of 80 columns."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in texts:
         table.add_column(heading)

@@ -1,4 +1,4 @@
-"""The subcommands of ``sgfast bench`` and their options."""
+"""Subcommands of ``sgfast bench`` and their options."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,19 +9,24 @@ from sgfast.cli.option_checks import finite
 
 bench = typer.Typer(
     name="bench",
-    help="Time, memory and accuracy here, beside plain PyTorch: a table, JSON and plots.",
+    help="Measure time, memory and accuracy on this machine, beside plain PyTorch. Gives a table, JSON and plots.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
-_Sizes = Annotated[str | None, typer.Option(metavar="N,N,…", help="Sizes to measure; all others held.")]
+_Sizes = Annotated[str | None, typer.Option(metavar="N,N,…", help="Sizes of this axis; other axes keep their default.")]
 _Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 _Impl = Annotated[
-    str, typer.Option(help="Of sgfast, separated by commas: auto, torch, compile (then PyTorch's formula too), triton.")
+    str,
+    typer.Option(
+        help="Implementations of sgfast, separated by commas: auto, torch, compile, triton. "
+        "compile also compiles PyTorch's formula."
+    ),
 ]
-_Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one.")]
+_Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is a GPU.")]
 _Seconds = Annotated[
-    float, typer.Option(min=0, max=60, callback=finite, help="Spent on each time, three rounds at least.")
+    float,
+    typer.Option(min=0, max=60, callback=finite, help="Seconds for each time, but at least three rounds."),
 ]
 _Out = Annotated[Path, typer.Option(help="Folder for the results.")]
 
@@ -37,7 +42,7 @@ def bench_divergences(
     seconds: _Seconds = 0.2,
     out: _Out = Path("bench-output"),
 ) -> None:
-    """Divergences between logits against vocabulary, tokens and top-k; their accuracy against noise."""
+    """Measure divergences between logits over vocabulary, tokens and top-k, and their accuracy over noise."""
     from sgfast.cli.bench import run_bench
 
     axes = {"vocab": vocab, "tokens": tokens, "top_k": top_k}
@@ -54,7 +59,7 @@ def bench_hidden(
     seconds: _Seconds = 0.2,
     out: _Out = Path("bench-output"),
 ) -> None:
-    """Distances between hidden states against tokens and width."""
+    """Measure distances between hidden states over tokens and width."""
     from sgfast.cli.bench import run_bench
 
     axes = {"tokens": tokens, "width": width}
@@ -71,7 +76,7 @@ def bench_noise(
     seconds: _Seconds = 0.2,
     out: _Out = Path("bench-output"),
 ) -> None:
-    """Noise on embeddings against tokens and width."""
+    """Measure noise on embeddings over tokens and width."""
     from sgfast.cli.bench import run_bench
 
     axes = {"tokens": tokens, "width": width}
@@ -88,7 +93,7 @@ def bench_train(
     seconds: _Seconds = 0.2,
     out: _Out = Path("bench-output"),
 ) -> None:
-    """Whole training steps of a small model: a transform, and a student of a teacher."""
+    """Measure whole training steps of a small model: a transform, and a student with its teacher."""
     from sgfast.cli.bench import run_bench
 
     axes = {"tokens": tokens, "vocab": vocab}

@@ -72,7 +72,7 @@ def run_demo(
     alpha: float,
     prompt: str,
 ) -> None:
-    """Run it; wrong input raises ValueError before anything is written, Ctrl-C keeps the transform trained so far."""
+    """Run the demo. Wrong input raises ValueError before any file is written. Ctrl-C saves the transform so far."""
     with one_writer(out):
         for name in _WRITTEN:
             check_output_file(out / name)

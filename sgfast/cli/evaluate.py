@@ -1,4 +1,4 @@
-"""``sgfast evaluate``: utility and privacy of transforms over a file of any size."""
+"""Command ``sgfast evaluate``: utility and privacy of transforms on a file of any size."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -51,13 +51,13 @@ _ROWS = {
 
 
 def run_evaluate(settings: Sequence[Settings], *, out: Path, resume: bool, attacks_are_chosen: bool) -> None:
-    """Evaluate one transform or several; wrong input raises ValueError before anything is written.
+    """Evaluate one transform or several. Wrong input raises ValueError before any file is written.
 
     Args:
-        settings: one for each transform; they differ in ``transform`` and ``out``.
+        settings: the settings of each transform. They differ only in ``transform`` and ``out``.
         out: the folder of all results.
-        resume: go on where an interrupted evaluation stopped.
-        attacks_are_chosen: refuse attacks that cannot be run, in place of leaving them out.
+        resume: continue an interrupted evaluation.
+        attacks_are_chosen: an attack that cannot run is an error. Otherwise, the attack is left out.
     """
     if settings[0].parquet:
         check_parquet()
@@ -89,14 +89,14 @@ def _evaluate_all(
     for one, identity in zip(settings, identities, strict=True):
         if not check_continues(one, identity, resume):
             begun.append((one, identity))
-        elif one.parquet and processes.rank == 0:  # it may be asked for since
+        elif one.parquet and processes.rank == 0:  # the finished evaluation may have run without --parquet
             write_parquet(one.out / PARQUET_FILE, one.out / SEQUENCES_FILE)
     if not begun:
         return
     console.print(f"loading {settings[0].model or PACKAGED_MODEL}", highlight=False)
     model = load_model(settings[0], processes.device())
     if len(begun) > 1:
-        # A transform for another model is refused before hours are spent on the one before it.
+        # All transforms are loaded once first: a transform for another model must not fail after hours of work.
         for one, _ in begun:
             load_subject(model, one)
     for one, identity in begun:
@@ -108,7 +108,7 @@ def _evaluate_all(
 
 
 class _Bar:
-    """A progress bar for each stage, with its rate and the time left."""
+    """Progress bar for each stage, with its rate and the remaining time."""
 
     def __init__(self, console: Console) -> None:
         columns = (
@@ -144,7 +144,7 @@ class _Bar:
 
 
 def _show(settings: Sequence[Settings], out: Path) -> None:
-    """Print a table of all results; for several transforms, plot them against each other."""
+    """Print a table of all results, and plot a comparison if there are several transforms."""
     names = [one.out.name if len(settings) > 1 else one.transform.stem for one in settings]
     results = {name: read_metrics(one.out) for name, one in zip(names, settings, strict=True)}
     if len(results) > 1:

@@ -1,8 +1,8 @@
-"""``sgfast``: one command, a subcommand for each job. Wrong input gives one line and exit code 2.
+"""Command ``sgfast``, with a subcommand for each job. Wrong input gives one line and exit code 2.
 
-What becomes one line here is what an input or a machine can cause: ValueError (UnicodeError among it), OSError, an
-implementation that was asked for and cannot run, a package that is not installed, and a lack of memory. Any other
-exception is a fault of ours and keeps its traceback, which a report of it needs.
+Errors that an input or a machine can cause become one line: ValueError (with UnicodeError), OSError, a requested
+implementation that cannot run, a package that is not installed, and a lack of memory. Any other exception is a fault of
+this library and keeps its traceback for a bug report.
 """
 
 import io
@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-# An error message quotes the input. A longer message is cut here.
+# Most characters of an error message. Messages quote the input, which may be long.
 _LONGEST_LINE = 1000
 _IN_DEMO = ("accelerate", "gguf", "matplotlib", "rich", "safetensors", "tokenizers", "transformers", "typer", "yaml")
 _EXTRAS = {**dict.fromkeys(_IN_DEMO, "demo"), "peft": "peft"}
@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from sgfast.ops.dispatch import ImplementationError
 
     given = sys.argv[1:] if arguments is None else arguments
-    # Names of files may have bytes that are not UTF-8: printing one must not fail after an hour of work.
+    # Names of files may have bytes that are not UTF-8. Printing such a name must not fail after an hour of work.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         try:
             app(arguments)
         finally:
-            sys.stdout.flush()  # here, where an error is one line
+            sys.stdout.flush()  # inside the try statement, so that an error becomes one line
     except (ValueError, OSError, ImplementationError) as error:
         _fail(" ".join(str(error).split()) or type(error).__name__)
     except (MemoryError, RuntimeError) as error:
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _is_lack_of_memory(error: Exception) -> bool:
-    """Whether Python or torch refused memory. torch has an exception class for a GPU's memory, and none for a CPU's."""
+    """Return whether Python or torch refused memory. torch has an exception class for GPU memory, but none for CPUs."""
     is_torch_on_cpu = "can't allocate memory" in str(error) or "not enough memory" in str(error)
     return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_torch_on_cpu
 
@@ -55,7 +55,7 @@ def _fail(message: str) -> None:
     print(f"sgfast: {message[:_LONGEST_LINE]}", file=sys.stderr)
     try:
         sys.stdout.flush()
-    except OSError:  # a full disk: the interpreter would try, and complain, once more
+    except OSError:  # the disk is full; without this, the interpreter would flush again and print a second error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(2)
 

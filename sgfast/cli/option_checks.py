@@ -1,28 +1,28 @@
-"""Checks of what a user typed that a type alone does not say; they run before anything heavy is imported."""
+"""Checks of command-line values beyond their types. The checks run before heavy imports."""
 
 import math
 
 import typer
 
-# Beyond any run; what is counted up to a number of 400 digits would never end.
+# No run needs a larger count. Without a bound, a count of 400 digits would never end.
 MOST = 2**31 - 1
 
 
 def finite(value: float | None) -> float | None:
-    """A number that is neither infinite nor NaN, which no comparison with a bound would refuse."""
+    """Check that a number is finite, and return the number. Comparisons with bounds do not refuse NaN."""
     if value is not None and not math.isfinite(value):
         raise typer.BadParameter("it must be a finite number")
     return value
 
 
 def text(value: str | None) -> str | None:
-    """Text with something in it, in characters that a file may hold."""
+    """Check that a text is not blank and can be encoded in UTF-8, and return the text."""
     if value is None:
         return None
     if not value.strip():
         raise typer.BadParameter("it is empty")
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # a terminal's bytes that are not UTF-8, or half a surrogate pair
+    except UnicodeEncodeError as error:  # the terminal sent bytes that are not UTF-8, or half a surrogate pair
         raise typer.BadParameter(f"it is not Unicode text ({error.reason})") from error
     return value

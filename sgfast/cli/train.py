@@ -1,4 +1,4 @@
-"""``sgfast train``: from a small YAML file or flags to a trained transform."""
+"""Command ``sgfast train``: training of a transform from a YAML file or flags."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,9 +34,9 @@ TRANSFORM_FILE, PLOT_FILE, ADAPTER_FOLDER = "transform.safetensors", "training.p
 
 
 def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[str], resume: bool) -> None:
-    """Train; wrong input raises ValueError before anything is written, Ctrl-C keeps what was trained.
+    """Train a transform. Wrong input raises ValueError before any file is written. Ctrl-C saves the transform so far.
 
-    Of several processes (torchrun, accelerate launch) all train, and the first one writes and reports.
+    With several processes (torchrun, accelerate launch), all train, and only the first one writes and reports.
     """
     configuration = _configuration(config, flags, overrides)
     processes = PartialState(cpu=not torch.accelerator.is_available())
@@ -66,7 +66,7 @@ def _run(configuration: Configuration, processes: PartialState, resume: bool) ->
     loss = build_loss(models, configuration.loss_name, configuration.loss_options)
     data, scale = {"records": len(records), "sha256": digest}, models.noisy_model.noise_layer.scale
     if processes.is_main_process:
-        write_record(configuration, data, scale)  # a run that is killed is known by it
+        write_record(configuration, data, scale)  # --resume recognizes a killed run by this record
     history, finished = _follow(console, configuration, models, loss, examples, resume)
     trained = None if models.student is None else trained_state(models.student)
     if not processes.is_main_process:

@@ -1,4 +1,4 @@
-"""``sgfast transform``: what a client sends, for one prompt or for every record of a file."""
+"""Command ``sgfast transform``: the tensors that a client sends, for one prompt or for every record of a file."""
 
 import hashlib
 import json
@@ -26,24 +26,29 @@ def run_transform(
     text_unit: TextUnit,
     force: bool = False,
 ) -> None:
-    """Transform one prompt or a file of records. Nothing is written unless all of it can be.
+    """Transform one prompt or a file of records. The output is written only if every record can be transformed.
 
     Args:
-        file: the transform.
-        prompt: a user's message; or ``data``.
-        data: records.
+        file: the file of the transform.
+        prompt: a user's message. Exactly one of ``prompt`` and ``data`` is given.
+        data: a file of records.
         out: the file to write.
-        seed: of the noise; None draws from the operating system.
-        text_unit: what a record of a text file is.
-        force: replace a file that is there.
+        seed: seed of the noise. None draws from the operating system.
+        text_unit: unit of a record in a text file.
+        force: replace the output file if it exists.
+
+    Raises:
+        ValueError: both or neither of ``prompt`` and ``data`` are given, ``out`` is an input file, or an input is
+            invalid.
+        FileExistsError: ``out`` exists, and ``force`` is False.
     """
     if (prompt is None) == (data is None):
-        raise ValueError("give --prompt or --data, one of them")
+        raise ValueError("give exactly one of --prompt and --data")
     if any(source and source.exists() and out.exists() and out.samefile(source) for source in (file, data)):
-        raise ValueError(f"--out {out} is what is read: it would be replaced")
+        raise ValueError(f"--out {out} is an input file, which would be replaced: give another file")
     if check_output_file(out).exists() and not force:
-        raise FileExistsError(f"--out {out} is there already: give another file, or replace this one by --force")
-    # Before the transform, which takes longer to load: this checks every line.
+        raise FileExistsError(f"--out {out} exists: give another file, or replace it with --force")
+    # IndexedRecords checks every line. The check comes first, because the transform takes longer to load.
     records = None if data is None else IndexedRecords(data, text_unit=text_unit)
     if records is None:
         _transform_prompt(file, str(prompt), out, seed)
@@ -78,7 +83,7 @@ def _transform_records(file: Path, records: IndexedRecords, out: Path, seed: int
 
 
 def _distinct_keys(records: IndexedRecords) -> Iterator[str]:
-    """The records' keys; they name the tensors."""
+    """Yield the records' keys, which name the tensors. A key that occurs twice is an error."""
     seen = set()
     for record in records:
         if record.key in seen:
@@ -90,12 +95,12 @@ def _distinct_keys(records: IndexedRecords) -> Iterator[str]:
 def _encode(client: StainedGlassTransformForText, path: Path, record: Record, seed: int | None) -> dict[str, Tensor]:
     chat = as_chat(record)
     try:
-        # After an answer there is nothing to generate.
+        # A chat that ends with an answer needs no generation prompt.
         return client.encode(chat, seed=seed, add_generation_prompt=chat[-1]["role"] != "assistant")
     except (ValueError, TypeError) as error:
         raise RecordError(f"{path}, line {record.line}: {error}") from error
 
 
 def record_seed(seed: int, index: int) -> int:
-    """A seed for each record of a file: under one seed, the difference of two outputs would have no noise."""
+    """Return the seed of one record. With one seed for all records, differences of outputs would have no noise."""
     return int.from_bytes(hashlib.sha256(f"{seed} {index}".encode()).digest()[:8], "little")

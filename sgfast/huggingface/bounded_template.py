@@ -1,9 +1,9 @@
-"""Chat templates from elsewhere, in bounded time and memory.
+"""Rendering of untrusted chat templates in bounded time and memory.
 
-The sandbox of transformers keeps a template from the machine, not from running for ever: ``{% for %}`` loops nest,
-``x ~ x`` doubles, ``'x'.center(10**9)`` takes a gigabyte in one call. Here the same environment (its filters, globals
-and settings) renders with a budget: loops, calls, joined strings, lists and what is written spend from it, before the
-memory is taken. The budget grows with the chat, so that a long chat is no reason to fail.
+The sandbox of transformers protects the machine from a template, but a template can still run for ever: ``{% for %}``
+loops nest, ``x ~ x`` doubles a text, ``'x'.center(10**9)`` takes a gigabyte in one call. This module renders in the
+same environment (the same filters, globals and settings) with a budget. Loops, calls, joined strings, lists and output
+spend from the budget before their memory is taken. The budget grows with the chat, so long chats do not fail.
 """
 
 import re
@@ -17,21 +17,21 @@ from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
-# One unit is about a character written or a node of the template run: one to two seconds in all.
+# One unit stands for about one written character or one executed node. The whole budget lasts one to two seconds.
 _UNITS, _UNITS_PER_CHARACTER, _UNITS_PER_MESSAGE = 2**22, 64, 2**14
 _CALL, _ENTRY = 48, 4
 _LARGEST_NUMBER, _MOST_BITS = 10**6, 10**4
-# No chat template uses these; their time is not bounded by the sizes of what they take and give.
+# Chat templates do not use these filters. The sizes of their inputs and outputs do not bound their time.
 _LEFT_OUT_FILTERS = ("pprint", "random", "striptags", "urlize", "wordwrap", "xmlattr")
 _LEFT_OUT_GLOBALS = ("lipsum",)
 _PADDING = ("batch", "center", "expandtabs", "indent", "ljust", "rjust", "slice", "tojson", "truncate", "zfill")
 _FORMATTING = ("format", "format_map")
 
-_left: ContextVar[int] = ContextVar("what is left of the budget")
+_left: ContextVar[int] = ContextVar("units that are left of the budget")
 
 
 class TemplateBudgetError(ValueError):
-    """A template asked for more time or memory than a chat template needs."""
+    """Error of a template that needs more time or memory than its budget allows."""
 
 
 def render_bounded(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
@@ -39,7 +39,7 @@ def render_bounded(template: str, messages: Sequence[Mapping[str, str]], **varia
 
     Raises:
         TemplateBudgetError: the template takes too long or writes too much.
-        Exception: whatever else a template raises.
+        Exception: any other error that the template raises.
     """
     compiled = compiled_bounded(template)
     characters = sum(len(value) for message in messages for value in message.values())
@@ -52,11 +52,11 @@ def render_bounded(template: str, messages: Sequence[Mapping[str, str]], **varia
 
 @lru_cache(maxsize=8)
 def compiled_bounded(template: str) -> Template:
-    """Compile a template.
+    """Compile a template for bounded rendering.
 
     Raises:
-        jinja2.TemplateSyntaxError: no template.
-        RecursionError: nested too deeply.
+        jinja2.TemplateSyntaxError: the text is not a valid template.
+        RecursionError: the template is nested too deeply.
     """
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
@@ -81,7 +81,7 @@ def _spend(units: int) -> None:
 
 
 class _BoundedEnvironment(ImmutableSandboxedEnvironment):
-    """The sandbox, with every operation that takes time or memory by its operands behind the budget."""
+    """The sandbox of transformers, with a budget for every operation whose cost depends on its operands."""
 
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
@@ -106,9 +106,9 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return _measured(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, *arguments: Any, **keywords: Any) -> Any:
-        # A macro's body runs at each call, whatever its arguments are.
+        # The body of a macro runs at each call, for any arguments.
         _spend(2 * self.size + 2 * _CALL if isinstance(function, Macro) else _CALL)
-        # The sandbox has put another function around ``format``.
+        # The sandbox has wrapped ``format`` in another function.
         method = getattr(function, "__wrapped__", function)
         name, owner = getattr(method, "__name__", ""), getattr(method, "__self__", None)
         if isinstance(owner, str | bytes | list | tuple | dict):
@@ -121,22 +121,22 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         return "".join(_paid(pieces))
 
     def joined(self, *pieces: Any) -> str:
-        """What ``~`` gives."""
+        """Return the result of the operator ``~``."""
         return "".join(_paid(str(_written(piece)) for piece in pieces))
 
     def measured(self, value: Any) -> Any:
-        """A list, tuple or dictionary that was just made, or a part of a string."""
+        """Pay for a new list, tuple, dictionary or slice, and return it."""
         return _measured(value)
 
     def counted(self, values: Iterable[Any], cost: int) -> Iterator[Any]:
-        """The values of a loop whose body has so many nodes."""
+        """Yield the values of a loop, and pay ``cost`` (the nodes of its body) for each."""
         for value in values:
             _spend(_CALL + cost)
             yield value
 
 
 class _Counting(NodeTransformer):
-    """Puts the environment's counting functions into a template."""
+    """Transformer that inserts calls of the environment's counting functions into a template."""
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802 - the name is jinja2's
         cost = sum(1 for _ in node.find_all(nodes.Node))
@@ -183,7 +183,7 @@ def _bounded_filter(name: str, function: Callable[..., Any]) -> Callable[..., An
 
 
 def _checked_call(name: str, values: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
-    """Pay for a call before it is made; the values to call with."""
+    """Pay for a call before it is made, and return the values to call with."""
     everything = (*values, *keywords.values())
     numbers = _numbers_in(everything)
     if max(numbers, default=0) > _LARGEST_NUMBER:
@@ -207,7 +207,7 @@ def _checked_call(name: str, values: tuple[Any, ...], keywords: Mapping[str, Any
 
 
 def _paid_join(values: tuple[Any, ...], keywords: Mapping[str, Any]) -> tuple[Any, ...]:
-    """``text.join(pieces)`` or ``pieces | join(text)``, whose pieces may not be there yet."""
+    """Pay for ``text.join(pieces)`` or ``pieces | join(text)`` piece by piece: a generator may make the pieces."""
     method = isinstance(values[0], str) and len(values) > 1 and not isinstance(values[1], str)
     position = 1 if method else 0
     between = values[0] if method else keywords.get("d", values[1] if len(values) > 1 else "")
@@ -227,7 +227,7 @@ def _paid(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _written(value: Any) -> Any:
-    """A value that is about to become text."""
+    """Pay for a value that is about to become text, and return it."""
     if not isinstance(value, str):
         _spend(_weight(value))
     return value
@@ -242,12 +242,15 @@ def _measured(value: Any) -> Any:
 
 
 def _size(value: Any) -> int:
-    """What is copied where a value is: characters or entries."""
+    """Return how many characters or entries a copy of a value has."""
     return len(value) if isinstance(value, str | bytes | list | tuple | dict) else 1
 
 
 def _weight(value: Any) -> int:
-    """What is written where a value becomes text: all that is inside, as often as it is there, up to the budget."""
+    """Return about how many characters a value has as text. Counting ends when the budget is exceeded.
+
+    A part that occurs several times counts each time.
+    """
     limit, total, waiting = _left.get(_UNITS), 0, [value]
     while waiting and total <= limit:
         one = waiting.pop()
@@ -265,7 +268,7 @@ def _weight(value: Any) -> int:
 
 
 def _numbers_in(values: Iterable[Any]) -> list[int]:
-    """The sizes of integers among values and in what they hold."""
+    """Return the magnitudes of the integers among values and one level inside them."""
     found = []
     for value in values:
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
@@ -274,7 +277,7 @@ def _numbers_in(values: Iterable[Any]) -> list[int]:
 
 
 def _check_format(text: str, numbers: Iterable[int]) -> None:
-    """Pay for what a format may write: its widths may be in the text or among the numbers."""
+    """Pay for the most that a format may write. Its widths stand in the text or among the numbers."""
     widths = [int(digits[:9]) for digits in re.findall(r"\d+", text)]
     takes_numbers = "*" in text or re.search(r"\{[^{}]*\{", text) is not None
     widest = max([1, *widths, *(numbers if takes_numbers else ())])

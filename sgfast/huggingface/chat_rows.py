@@ -1,8 +1,9 @@
-"""Chats to ids and masks of their own lengths: the template renders, offsets tell which token is whose.
+"""Tokenization of chats into ids and masks, one row for each chat, without padding.
 
-A token that straddles the border of content and template counts as content: hiding a piece of the template costs a
-little utility, showing a piece of a message costs privacy. For the same reason a special token that a user typed is
-content.
+The chat template renders a chat, and character offsets tell which message each token belongs to.
+A token that lies partly in content and partly in the template counts as content: hiding a piece of the template costs
+a little utility, but showing a piece of a message costs privacy. A special token that a user typed counts as content
+for the same reason.
 """
 
 from collections.abc import Sequence
@@ -20,12 +21,12 @@ if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# Above this, transformers' model_max_length means "not known".
+# transformers sets model_max_length above this value when the maximum is not known.
 _UNKNOWN_MODEL_MAX_LENGTH = 10**12
 
 
 class Row(NamedTuple):
-    """One example before padding: ids (int64) and masks (bool) of one length."""
+    """One example before padding: ids (int64) and masks (bool), all of the same length."""
 
     ids: Tensor
     noise: Tensor
@@ -33,19 +34,19 @@ class Row(NamedTuple):
 
 
 def offset_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
-    """Copy a tokenizer for rendered templates.
+    """Copy a tokenizer for rendered templates, without its post-processor.
 
-    Those hold their special tokens already: a post-processor would add them, and a byte-level one may trim white space
-    off the offsets, so that it would pass for template.
+    A rendered template already holds its special tokens; a post-processor would add them again. A byte-level
+    post-processor may also remove white space from the offsets. White space of a message would then count as template.
 
     Raises:
         ValueError: the tokenizer is not a fast one.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise ValueError(
-            "tokenizer must be a fast tokenizer: the masks are found by character offsets, which "
-            f"{type(tokenizer).__name__} does not report. Load it with AutoTokenizer.from_pretrained(..., "
-            "use_fast=True)"
+            "tokenizer must be a fast tokenizer, because masks need character offsets; "
+            f"{type(tokenizer).__name__} does not report offsets. Load the tokenizer with "
+            "AutoTokenizer.from_pretrained(..., use_fast=True)"
         )
     backend = backend_copy(tokenizer)
     backend.post_processor = None
@@ -54,7 +55,7 @@ def offset_tokenizer(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
 
 
 class ChatTemplate:
-    """A tokenizer's chat template, or another one for the same tokenizer, and how it ends a message."""
+    """Chat template of a tokenizer (its own or a given one) that renders chats and tells how a turn ends."""
 
     def __init__(
         self,
@@ -71,27 +72,29 @@ class ChatTemplate:
                 "model, or tokenize text without a template by TokenizerWrapper.encode_text"
             )
         if add_generation_prompt and continue_final_message:
-            raise ValueError("add_generation_prompt starts a new message, continue_final_message does not: choose one")
+            raise ValueError(
+                "add_generation_prompt=True starts a new message and continue_final_message=True does not: choose one"
+            )
         self._tokenizer = tokenizer
         self._chat_template = chat_template
         self._add_generation_prompt = add_generation_prompt
         self._continue_final_message = continue_final_message
-        # A template from elsewhere may run for ever.
+        # An untrusted template may run for ever.
         self._bounded = bounded
 
     def render(self, conversation: Sequence[Message], where: str) -> Rendering:
-        """Render a conversation, as asked for, and locate its contents."""
+        """Render a conversation with the options of the constructor, and locate its contents."""
         rendering = self._render(conversation, self._add_generation_prompt, where)
         if not self._continue_final_message:
             return rendering
         if not rendering.spans[-1]:
-            raise ValueError(f"{where} cannot be continued: the chat template leaves out its final message")
+            raise ValueError(f"{where} cannot be continued: the chat template leaves out the final message")
         end = max(end for _, end in rendering.spans[-1])
         spans = [[span for span in spans if span[1] <= end] for spans in rendering.spans]
         return Rendering(rendering.text[:end], spans)
 
     def end_of_turn_id(self, backend: "Tokenizer") -> int | None:
-        """The added token that the template writes after an assistant's content, if it writes one."""
+        """Return the added token that the template writes after an assistant's content, or None."""
         probe = [Message("user", "question"), Message(RESPONSE_ROLE, "answer")]
         text, (_, answer_spans) = self._render(probe, False, "a user message followed by an assistant message")
         if not answer_spans:
@@ -115,7 +118,7 @@ class ChatTemplate:
 
         try:
             return locate_contents(render, [message.content for message in conversation])
-        except Exception as error:  # a template is a program of its own: it raises what it likes
+        except Exception as error:  # a template is a program and can raise any error
             kind = TokenizerError if self._bounded else ValueError
             raise kind(f"the chat template refused {where}: {str(error)[:1000]}") from error
 
@@ -149,9 +152,9 @@ def chat_rows(
 
     Args:
         conversations: checked messages.
-        template: renders them.
-        backend: what ``offset_tokenizer`` returned.
-        ignore_prompt_loss: count only assistant content in ``loss``, with the added token that ends it.
+        template: the template that renders the conversations.
+        backend: the result of ``offset_tokenizer``.
+        ignore_prompt_loss: count only assistant content and the added token that ends the content in ``loss``.
     """
     renderings = [template.render(conversation, f"example {index}") for index, conversation in enumerate(conversations)]
     with tokenizer_faults("the tokenizer failed"):
@@ -181,7 +184,7 @@ def _row(conversation: Sequence[Message], rendering: Rendering, encoding: "Encod
 
 
 def checked_max_length(tokenizer: "PreTrainedTokenizerFast", max_length: int | None) -> int:
-    """The tokens to keep or to pad to: ``max_length``, or the tokenizer's ``model_max_length``."""
+    """Check and return the length to cut or pad to: ``max_length``, by default the tokenizer's ``model_max_length``."""
     kept = tokenizer.model_max_length if max_length is None else max_length
     if check_count("max_length", kept) > _UNKNOWN_MODEL_MAX_LENGTH:
         raise ValueError("max_length must be given: the tokenizer does not know the model's own maximum")
@@ -189,6 +192,6 @@ def checked_max_length(tokenizer: "PreTrainedTokenizerFast", max_length: int | N
 
 
 def truncated(rows: Sequence[Row], tokenizer: "PreTrainedTokenizerFast", kept: int) -> list[Row]:
-    """Cut ids and masks alike, on the tokenizer's ``truncation_side``."""
+    """Cut ids and masks to ``kept`` tokens, on the tokenizer's ``truncation_side``."""
     cut = slice(-kept, None) if tokenizer.truncation_side == "left" else slice(kept)
     return [Row(*(values[cut] for values in row)) for row in rows]

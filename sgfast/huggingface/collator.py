@@ -1,4 +1,4 @@
-"""Examples of different lengths to one batch: ids padded, and every mask False on the padding."""
+"""Collator that pads examples of different lengths to one batch. Every mask is False on the padding."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -17,15 +17,16 @@ _REQUIRED, _OPTIONAL = "input_ids", ("attention_mask", "noise_mask", "loss_mask"
 class NoiseMaskCollator:
     """Pad tokenized examples and their masks to one batch, for a ``DataLoader`` or as a Trainer's ``data_collator``.
 
-    What the examples leave out is added: an ``attention_mask`` attends all their tokens; a ``noise_mask`` selects
-    every attended token, as in the noise layers; a ``loss_mask`` selects the tokens with a label, without ``labels``
-    every attended token. ``labels`` are passed on, never made up. Where a token is not attended, ``noise_mask`` and
-    ``loss_mask`` are False and ``labels`` −100, whatever the example says.
+    The collator adds the masks that the examples lack: an ``attention_mask`` that attends to all tokens of the example,
+    a ``noise_mask`` that selects every attended token, as in the noise layers, and a ``loss_mask`` that selects every
+    token with a label, or every attended token if there are no ``labels``. ``labels`` are passed on, never made.
+    At tokens that are not attended, ``noise_mask`` and ``loss_mask`` are False and ``labels`` are −100, even if the
+    example says otherwise.
 
     Args:
-        tokenizer: gives the padding token, or the end-of-sequence token where there is none.
-        padding_side: "left" or "right"; by default the tokenizer's at each call.
-        pad_to_multiple_of: make the batch's length a multiple of this, at least 1.
+        tokenizer: the tokenizer whose padding token is used, or its end-of-sequence token if it has no padding token.
+        padding_side: "left" or "right". By default the collator reads ``tokenizer.padding_side`` at each call.
+        pad_to_multiple_of: the batch's length is rounded up to a multiple of this number (at least 1).
 
     Raises:
         ValueError: ``padding_side`` is unknown or ``pad_to_multiple_of`` below 1.
@@ -64,18 +65,18 @@ class NoiseMaskCollator:
         """Collate a list of examples.
 
         Args:
-            examples: dictionaries with ``input_ids`` and, in all examples or in none, ``attention_mask``,
-                ``noise_mask``, ``loss_mask`` and ``labels``: lists, arrays or tensors of T numbers or booleans, or
-                (1, T) as the tokenizer wrappers return for one example.
+            examples: dictionaries with ``input_ids`` and, optionally, ``attention_mask``, ``noise_mask``,
+                ``loss_mask`` and ``labels``. All examples have the same keys. A value is a list, an array or a tensor
+                of T integers or booleans; its shape may also be (1, T), as tokenizer wrappers return one example.
 
         Returns:
             ``input_ids`` and ``attention_mask`` (int64), ``noise_mask`` and ``loss_mask`` (bool) and, if the examples
-            have them, ``labels`` (int64), each (B, T).
+            have labels, ``labels`` (int64), each (B, T).
 
         Raises:
             ValueError: there is no example, a key is unknown or missing, lengths within an example differ, a mask
-                holds something else than 0 and 1, or there is no token to pad with.
-            TypeError: an example is not a dictionary, or a value holds no integers.
+                holds other values than 0 and 1, or the tokenizer has no token to pad with.
+            TypeError: an example is not a dictionary, or a value does not hold integers or booleans.
         """
         rows = _rows(examples)
         longest = max(len(row["input_ids"]) for row in rows)
@@ -84,14 +85,14 @@ class NoiseMaskCollator:
 
 
 def round_up(length: int, multiple: int | None) -> int:
-    """The least multiple that is not below a length."""
+    """Round a length up to a multiple; None leaves the length as it is."""
     return length if multiple is None else -(-length // multiple) * multiple
 
 
 def padded(
     rows: Sequence[Mapping[str, Tensor]], tokenizer: "PreTrainedTokenizerBase", side: str, width: int
 ) -> dict[str, Tensor]:
-    """Pad rows of the same names to one width: ids with the padding token, labels with −100, masks with 0."""
+    """Pad rows with the same keys to one width: ids with the padding token, labels with −100, masks with 0."""
     padding = padding_id(tokenizer) if any(len(row["input_ids"]) < width for row in rows) else 0
     values = {"input_ids": padding, "labels": IGNORED_LABEL}
     batch = {}
@@ -104,7 +105,7 @@ def padded(
 
 
 def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The id of the padding token, or of the end-of-sequence token where there is none."""
+    """Return the id of the padding token, or of the end-of-sequence token if there is no padding token."""
     tokens = tokenizer.special_tokens_map
     token = tokens.get("pad_token", tokens.get("eos_token"))
     if token is None:
@@ -114,7 +115,7 @@ def padding_id(tokenizer: "PreTrainedTokenizerBase") -> int:
 
 
 def _rows(examples: Sequence[Mapping[str, Any]]) -> list[dict[str, Tensor]]:
-    """Check all examples, and give each all masks and its labels, if any."""
+    """Check all examples and add the masks that they lack."""
     if not isinstance(examples, Sequence) or isinstance(examples, str):
         raise TypeError(f"examples must be a list of dictionaries; got {type(examples).__name__}")
     if not examples:
@@ -159,7 +160,7 @@ def _row(example: Mapping[str, Any], index: int) -> dict[str, Tensor]:
 
 
 def _integers(values: Any, where: str) -> Tensor:
-    """A one-dimensional int64 tensor on the CPU."""
+    """Convert values to a one-dimensional int64 tensor on the CPU."""
     try:
         tensor = torch.as_tensor(values, device="cpu")
     except (TypeError, ValueError, RuntimeError) as error:

@@ -20,15 +20,15 @@ from sgfast.huggingface.teacher_call import (
 from sgfast.loss.divergence_loss import DivergenceLoss
 from sgfast.ops.validation import check_bool
 
-# transformers' names of models whose labels belong to the position they stand at, or to the whole sequence.
+# Class names in transformers of models whose labels belong to their own position or to the whole sequence.
 _ALIGNED_MODELS = re.compile(r"For(MaskedLM|\w*Classification)$")
 
 
 class ComputeLoss(Protocol):
-    """What ``Trainer(compute_loss_func=…)`` calls."""
+    """Type of the function that ``Trainer(compute_loss_func=…)`` calls."""
 
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """The loss of one micro-batch."""
+        """Compute the loss of one micro-batch."""
         ...
 
 
@@ -37,50 +37,54 @@ def distillation_compute_loss(
 ) -> ComputeLoss:
     """Make a ``compute_loss_func`` for ``transformers.Trainer`` that trains a student on a teacher's logits.
 
-    The Trainer shows such a function the student's outputs and the labels, not the inputs. A forward hook on the
-    student remembers the inputs of each forward, and the teacher is called with those of the forward that made
-    ``outputs``, under ``torch.no_grad()``:
+    The Trainer passes the student's outputs and the labels to such a function, but not the inputs. A forward hook on
+    the student therefore remembers the inputs of each forward pass. The teacher is called under ``torch.no_grad()``
+    with the inputs of the forward pass that made ``outputs``. The loss equals
 
         loss(student_logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:], num_items=num_items_in_batch)
 
-    (with the labels padded rather than the logits sliced, which costs a gradient less).
-    ``num_items_in_batch`` is the Trainer's count of labels over the accumulation window (and the processes, with
-    ``average_tokens_across_devices``), so 4 × 2 examples give the gradient of 8 however their tokens are spread.
-    transformers before 5 counts the first label of each sequence too, which predicts nothing; collators that leave it
-    at −100 give the same loss under every version.
+    The implementation pads the labels instead of slicing the logits: a slice would cost a second gradient as large as
+    the logits.
 
-    The teacher sees what the student sees: the same tokens, masks and packed sequences
-    (``transformers.DataCollatorWithFlattening``), without a cache, under which transformers would let packed sequences
-    attend to each other. (The student's own cache is switched off by the Trainer, in transformers before 5 by
-    ``student.config.use_cache = False``.) At every call all modules of the teacher are in eval mode; their modes are
-    given back after it. A function is treated likewise: the student and the modules that the function uses (its
-    closure, globals, defaults, attributes) are in eval mode while it runs.
+    ``num_items_in_batch`` is the Trainer's count of labels over the accumulation window (with
+    ``average_tokens_across_devices``, also over the processes). So 4 micro-batches of 2 examples give the gradient of
+    one batch of 8, however the tokens are distributed over them. transformers before 5 also counts the first label of
+    each sequence, although no logits predict that label. The loss is the same under every version if the collator sets
+    the first label to −100.
 
-    A UserWarning says so, once, when the first training step or the first evaluation has no label that counts.
+    The teacher gets the same tokens, masks and packed sequences (``transformers.DataCollatorWithFlattening``) as the
+    student, without a cache: with a cache, transformers would let packed sequences attend to each other. (The Trainer
+    switches off the student's cache; before transformers 5, set ``student.config.use_cache = False``.) All modules of
+    the teacher are in eval mode during each call, and get their modes back after the call. If the teacher is a
+    function, the same holds for the student and for the modules that the function uses (in its closure, globals,
+    defaults and attributes).
+
+    A UserWarning appears once if the first training step or the first evaluation has no label that counts.
 
     Args:
-        student: the model that the Trainer trains (before the Trainer wraps it). The hook goes when the returned
-            function does.
-        teacher: called with the student's arguments, without ``labels`` and, where it takes the argument, with
-            ``use_cache=False``; its result has ``logits`` (an attribute or an entry; in a tuple the first tensor of two
-            dimensions or more). A module belongs on the student's device. It may share frozen parameters with the
-            student, but none that the student trains. For the student's own base model write a function:
+        student: the model that the Trainer trains, before the Trainer wraps it. The hook is removed when the returned
+            function is deleted.
+        teacher: a module or a function. The call passes the student's arguments without ``labels``, and
+            ``use_cache=False`` if the teacher accepts that argument. The result has ``logits`` (an attribute or an
+            entry; in a tuple, the first tensor with at least two dimensions). A module must be on the student's device.
+            It may share frozen parameters with the student, but no parameters that the student trains. If the teacher
+            is the student's own base model, write a function:
             ``def teacher(**inputs): with student.disable_adapter(): return student(**inputs)``.
-        loss: with ``reduction="mean"``.
-        shift_labels: True for causal language models, whose logits at t predict the label at t + 1; False where labels
+        loss: a loss with ``reduction="mean"``.
+        shift_labels: True for causal language models, whose logits at t predict the label at t + 1. False if labels
             and logits are aligned (classification, masked language models, encoder-decoders).
 
     Returns:
-        ``compute_loss(outputs, labels, num_items_in_batch=None)``. It raises RuntimeError where no forward of the
-        student is known that made ``outputs``, or several are; TypeError for outputs without logits; ValueError without
-        labels (−100 where a position does not count), for labels without a sequence dimension under
-        ``shift_labels=True``, for a student that was called with a cache, for a teacher that meanwhile has parameters
-        that the student trains.
+        ``compute_loss(outputs, labels, num_items_in_batch=None)``. Labels are −100 at positions that do not count.
+        The function raises RuntimeError if no known forward pass, or more than one, made ``outputs``; TypeError if
+        ``outputs`` has no logits; and ValueError if there are no labels, if ``shift_labels=True`` and labels have no
+        sequence dimension, if the student was called with a cache, or if the teacher now has parameters that the
+        student trains.
 
     Raises:
-        TypeError: an argument's type.
-        ValueError: another reduction, a teacher with parameters that the student trains, ``shift_labels=True`` for a
-            model whose class says that its labels are aligned.
+        TypeError: an argument has the wrong type.
+        ValueError: ``loss`` has another reduction, the teacher has parameters that the student trains, or
+            ``shift_labels=True`` for a model class whose labels are aligned with its logits.
 
     Example:
         >>> def train(student, teacher, arguments, dataset):
@@ -109,7 +113,7 @@ def distillation_compute_loss(
             raise RuntimeError("compute_loss needs a forward pass of the student since its last call; there was none")
         student_logits = _logits(outputs, "student")
         call = calls.of(student_logits)
-        # Adapters can have been injected, and parameters unfrozen, since the last call.
+        # Checked at each call: adapters may have been injected, or parameters unfrozen, since the last one.
         check_separate(student, teacher)
         arguments, keywords = teacher_inputs(call, student, teacher, student_logits)
         with torch.no_grad(), calls.paused(), evaluating(student, teacher):
@@ -125,7 +129,7 @@ def distillation_compute_loss(
 
 
 def _check_shifted(student: nn.Module) -> None:
-    """Refuse to shift labels for a model whose labels are aligned with its logits."""
+    """Raise ValueError for a model whose labels are aligned with its logits."""
     name = type(transformers_model(student)).__name__
     if is_encoder_decoder(student):
         name = f"the encoder-decoder {name}"
@@ -135,21 +139,21 @@ def _check_shifted(student: nn.Module) -> None:
 
 
 def _shifted(labels: Tensor, ignore_index: int) -> Tensor:
-    """The next label at each position.
+    """Return the next label at each position.
 
-    The labels alone are shifted: the backward of sliced logits would make a second gradient of their size.
+    Labels are shifted instead of logits: the backward pass of sliced logits would make a second gradient of their size.
     """
     if labels.dim() < 2:
         raise ValueError(
-            f"labels of shape {tuple(labels.shape)} have no sequence dimension along which logits could predict the "
-            "next label; pass shift_labels=False to distillation_compute_loss"
+            f"labels must have a sequence dimension for shift_labels=True; got the shape {tuple(labels.shape)}. If "
+            "labels and logits are aligned, pass shift_labels=False to distillation_compute_loss"
         )
     return nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
 
 
 def _logits(outputs: Any, model: str) -> Tensor:
-    """Logits of a ModelOutput, a dict, or a tuple as models return with ``return_dict=False``."""
-    if isinstance(outputs, tuple):  # a loss comes first where the model was given labels
+    """Return the logits of a ModelOutput, of a dict, or of the tuple of a model with ``return_dict=False``."""
+    if isinstance(outputs, tuple):  # the first entry is a loss if the model was called with labels
         found = next((part for part in outputs if isinstance(part, Tensor) and part.dim() > 1), None)
     else:
         found = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
@@ -159,14 +163,14 @@ def _logits(outputs: Any, model: str) -> Tensor:
 
 
 class _FirstSteps:
-    """Says once that nothing counts: the loss would be 0, and the training would go on without a word."""
+    """Check that warns once if no label counts: the training would otherwise go on silently with a loss of 0."""
 
     def __init__(self) -> None:
         self._seen: set[bool] = set()
         self._warned = False
 
     def check(self, labels: Tensor, num_items: Tensor | int | None, ignore_index: int) -> None:
-        """Look at the first training step and at the first evaluation: on a GPU each costs one synchronisation."""
+        """Check the first training step and the first evaluation only: each check synchronises a GPU once."""
         training = torch.is_grad_enabled()
         if self._warned or training in self._seen:
             return
@@ -177,6 +181,6 @@ class _FirstSteps:
             where = "training step" if training else "evaluation"
             warnings.warn(
                 f"distillation over nothing: every label of the first {where} is {ignore_index}, so the loss is 0. "
-                "Are all tokens a prompt, or did the collator leave the labels out?",
+                "Either all tokens belong to a prompt, or the collator leaves out the labels.",
                 stacklevel=3,
             )

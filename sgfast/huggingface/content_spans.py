@@ -1,16 +1,17 @@
-"""Where a chat template put the contents of the messages it rendered.
+"""Location of message contents in a chat that a template has rendered.
 
-Masks over tokens need to know where in the rendered text each message's content went, and templates strip, reorder,
-repeat and drop contents as they like. Searching the text for a content would confuse it with template words and with
-other messages, so the template itself is asked:
+Masks over tokens need the place of each message's content in the rendered text. Templates may strip, reorder, repeat
+and drop contents. A search for a content in the text could find template words or another message instead. This module
+therefore compares renderings of the template:
 
-1. Render the chat, and render it again with every content replaced by a character of its own that occurs nowhere
-   else. Cut at those characters, the second rendering gives the template's literal pieces in their order. If pieces
-   and contents, put together, give the first rendering again, every span is known exactly.
-2. Otherwise the template edits some content (most often it strips white space). Then each message is replaced alone:
-   what its replacement changes, between the common beginning and the common end of the two renderings, is its span.
-   For stripped contents this is exact. For a template that rewrites a content, or decides by it what else to print,
-   it is the shortest single stretch that holds all that depends on the content: too much rather than too little.
+1. The chat is rendered twice: once with its contents, and once with every content replaced by a character of its own
+   that occurs nowhere else. The second rendering, cut at these characters, gives the template's literal pieces in
+   order. If pieces and contents together give the first rendering, every span is known exactly.
+2. Otherwise the template edits some content (most templates that do so strip white space). Each message is then
+   replaced alone. The span of the message is the stretch between the common beginning and the common end of the two
+   renderings. The span is exact if the template strips the content. If the template rewrites the content, or prints
+   other text that depends on the content, the span is the shortest single stretch that holds everything that depends
+   on the content. The span can then be too long, but never too short.
 """
 
 import itertools
@@ -21,12 +22,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Characters that no text needs: the two private use planes.
+# Characters that texts do not use: the two private use planes.
 _PLACEHOLDERS = range(0xF0000, 0x110000)
 
 
 class Rendering(NamedTuple):
-    """A chat's text and, for each message, the character ranges of its content (none if the template dropped it)."""
+    """Text of a chat, and the character ranges of each message's content (no range if the template dropped it)."""
 
     text: str
     spans: list[list[tuple[int, int]]]
@@ -36,8 +37,8 @@ def locate_contents(render: Callable[[Sequence[str]], str], contents: Sequence[s
     """Render a chat and find each content.
 
     Args:
-        render: renders the chat with these contents in place of its own, one for each message.
-        contents: the chat's own contents.
+        render: a function that renders the chat with the given contents, one for each message.
+        contents: the contents of the chat.
     """
     text = render(contents)
     taken = set(text).union(*contents)
@@ -49,14 +50,14 @@ def locate_contents(render: Callable[[Sequence[str]], str], contents: Sequence[s
         for index, placeholder in enumerate(placeholders):
             other = render([*contents[:index], placeholder, *contents[index + 1 :]])
             start, end = _changed_span(text, other)
-            # What has no visible characters cannot fill a stretch that has: the template put something else there.
+            # A content without visible characters cannot fill a stretch with visible ones: the template wrote that.
             other_text = not contents[index].strip() and text[start:end].strip()
             spans.append([(start, start if other_text else end)])
     return Rendering(text, spans)
 
 
 def _fit(text: str, pattern: str, contents: Mapping[str, str]) -> list[list[tuple[int, int]]] | None:
-    """Where each placeholder's content lies in ``text``, if filling the placeholders of ``pattern`` gives ``text``."""
+    """Return the spans of each placeholder's content in ``text``, or None if the filled ``pattern`` is another text."""
     spans: dict[str, list[tuple[int, int]]] = {placeholder: [] for placeholder in contents}
     position = 0
     for piece in re.split(f"([{''.join(contents)}])", pattern):
@@ -71,13 +72,13 @@ def _fit(text: str, pattern: str, contents: Mapping[str, str]) -> list[list[tupl
 
 
 def _changed_span(text: str, other: str) -> tuple[int, int]:
-    """The stretch of ``text`` between what both begin with and what both end with."""
+    """Return the stretch of ``text`` between the common beginning and the common end of both texts."""
     start = _common_prefix_length(text, other)
     return start, len(text) - _common_prefix_length(text[start:][::-1], other[start:][::-1])
 
 
 def _common_prefix_length(a: str, b: str) -> int:
-    """By halving: comparing slices is much faster than comparing characters one by one."""
+    """Return the length of the common beginning, by bisection: slices compare faster than single characters."""
     equal, limit = 0, min(len(a), len(b))
     while equal < limit:
         middle = (equal + limit + 1) // 2
@@ -89,12 +90,12 @@ def _common_prefix_length(a: str, b: str) -> int:
 
 
 def overlapping_tokens(offsets: Tensor, start: int, end: int) -> Tensor:
-    """Return (T,) bool: which tokens share a character with [start, end).
+    """Return a mask (T,) bool of the tokens that share a character with [start, end).
 
     Args:
-        offsets: (T, 2), each token's characters; a token without any stands for the character it precedes.
+        offsets: (T, 2), the character range of each token. A token with an empty range stands for the next character.
         start: first character.
-        end: one past the last.
+        end: one past the last character.
     """
     if start == end:
         return torch.zeros(len(offsets), dtype=torch.bool)

@@ -1,6 +1,6 @@
-"""What a tokenizer wrapper is called on: chats and instructions, checked and brought to one form.
+"""Checks of chats and instructions, the examples of a tokenizer wrapper, and their conversion to lists of messages.
 
-Errors name where something is and what type it has, never a text: that may be private.
+Errors name the place and the type of a wrong value. They never show a text, because texts may be private.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ _INSTRUCTION_KEYS = ("instruction", "system_prompt", "context", "response")
 
 
 class Message(NamedTuple):
-    """One turn of a chat."""
+    """Message of a chat."""
 
     role: str
     content: str
@@ -49,7 +49,7 @@ def _chat(chat: Any, where: str) -> list[Message]:
 
 
 def checked_message(message: Any, where: str) -> Message:
-    """Check one dictionary of role and content."""
+    """Check a dictionary of role and content, and return it as a `Message`."""
     if not isinstance(message, Mapping):
         raise TypeError(f"{where} must be a dictionary of role and content; got {described(message)}")
     _check_keys(message, ("role", "content"), where)
@@ -59,7 +59,7 @@ def checked_message(message: Any, where: str) -> Message:
 
 
 def instruction_messages(example: Any, where: str) -> list[Message]:
-    """Check an instruction and write it as a chat, without the messages that would be empty."""
+    """Check an instruction and return it as a chat. Messages that would be empty are left out."""
     if not isinstance(example, Mapping):
         raise TypeError(f"{where} must be a dictionary of {', '.join(_INSTRUCTION_KEYS)}; got {described(example)}")
     _check_keys(example, _INSTRUCTION_KEYS, where)
@@ -73,7 +73,7 @@ def instruction_messages(example: Any, where: str) -> list[Message]:
 
 
 def _check_keys(mapping: Mapping[Any, Any], keys: Sequence[str], where: str) -> None:
-    """Check for exactly these keys, with strings as values."""
+    """Check that a mapping has exactly these keys, and strings as their values."""
     missing = [key for key in keys if key not in mapping]
     if missing:
         raise ValueError(f"{where} needs the keys {', '.join(keys)}; missing: {', '.join(missing)}")
@@ -86,12 +86,12 @@ def _check_keys(mapping: Mapping[Any, Any], keys: Sequence[str], where: str) -> 
 
 
 def is_list(value: Any) -> bool:
-    """Whether a value is a list or another sequence, but no string."""
+    """Return whether a value is a list or another sequence, but not a string."""
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
 def described(value: Any) -> str:
-    """Return the type of a value and, for a list, of what it holds."""
+    """Return the name of a value's type and, for a list, the names of its items' types."""
     if not is_list(value):
         return type(value).__name__
     inside = sorted({type(item).__name__ for item in value})

@@ -1,4 +1,4 @@
-"""Which forward pass of a module made given outputs, and what the module was called with."""
+"""Search for the forward pass of a module that made given outputs, and for the arguments of that pass."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-# Nodes of the autograd graph between a module's outputs and what its wrappers return: casts, copies, sinks.
+# Most nodes of the autograd graph that are searched. Wrappers add nodes above a module's outputs: casts, copies, sinks.
 _SEARCHED_NODES = 256
-# Values that are compared along each dimension, about.
+# Approximate number of compared values along each dimension.
 _SAMPLED = 4
-# What a teacher must not be given, and what must not be kept alive: a cache holds the keys and values of all layers.
+# Arguments that are neither passed to a teacher nor kept alive: a cache holds the keys and values of all layers.
 CACHES = ("past_key_values", "cache_params", "mems")
 
 
 class ForwardCall(NamedTuple):
-    """What a forward pass was called with, without caches."""
+    """Arguments of a forward pass, without caches."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
-    caches: tuple[str, ...]  # keywords that gave one
+    caches: tuple[str, ...]  # names of the keywords that held a cache
 
 
 class _Sampled(NamedTuple):
-    """A forward pass without a graph, and some of the values that it returned."""
+    """Forward pass without an autograd graph, and samples of the values that the pass returned."""
 
     call: ForwardCall
     shapes: tuple[torch.Size, ...]
@@ -33,10 +33,10 @@ class _Sampled(NamedTuple):
 
 
 def output_tensors(outputs: Any) -> tuple[Tensor, ...]:
-    """The tensors of an output that can be logits: of floating point, with at least two dimensions (a loss has none).
+    """Return the tensors of an output that can be logits: floating point, with at least two dimensions.
 
-    They are ``logits`` of a ModelOutput or a mapping, else every such tensor of a tuple or a mapping, or the output
-    itself.
+    A ModelOutput or a mapping with ``logits`` gives that tensor. Another mapping or a tuple gives every tensor that can
+    be logits. A tensor gives itself.
     """
     if isinstance(outputs, Tensor):
         parts: tuple[Any, ...] = (outputs,)
@@ -51,20 +51,20 @@ def output_tensors(outputs: Any) -> tuple[Tensor, ...]:
 
 
 class ForwardCalls:
-    """A forward hook that finds the call which made given logits.
+    """Forward hook that remembers calls and finds the call that made given logits.
 
-    A call is kept as long as the tensors that it returned, or their graph, so that evaluations and generations leave
-    nothing behind. Wrappers return other tensors than the module did: DistributedDataParallel passes them through a
-    function, fully_shard and mixed precision cast them. A call is therefore looked for by the tensor itself, then by
-    the first nodes of its graph, and without a graph by sampled values of the last forward. A match is never assumed
-    because no other forward is known.
+    A call is kept as long as the tensors that the call returned, or their graph. Evaluations and generations therefore
+    leave nothing behind. Wrappers return other tensors than the module: DistributedDataParallel passes the tensors
+    through a function; fully_shard and mixed precision cast them. The search compares first the tensor itself, then the
+    first nodes of its graph. For tensors without a graph, the search compares sampled values of the last forward pass.
+    A call is never assumed to match only because no other call is known.
     """
 
     def __init__(self) -> None:
         self._by_tensor: MutableMapping[Tensor, ForwardCall] = WeakTensorKeyDictionary()
         self._sampled: _Sampled | None = None
-        # A hook that torch.compile traces may set attributes, which takes place after the graph has run. It may not
-        # tag graphs; `_take_traced` does so later. Two forwards are kept.
+        # A hook that torch.compile traces may set attributes (after the compiled graph has run) but may not tag graphs.
+        # The last two traced calls are therefore stored here, and `_take_traced` tags their graphs later.
         self._traced: tuple[ForwardCall, tuple[Tensor, ...]] | None = None
         self._traced_before: tuple[ForwardCall, tuple[Tensor, ...]] | None = None
         self._paused = False
@@ -74,7 +74,7 @@ class ForwardCalls:
         return ForwardCalls, ()  # a copied module must not carry a batch
 
     def __call__(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], outputs: Any) -> None:
-        """Remember a forward."""
+        """Remember a forward pass."""
         if self._paused:
             return
         caches = tuple(name for name in CACHES if keywords.get(name) is not None)
@@ -89,7 +89,7 @@ class ForwardCalls:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Ignore forwards: those of a teacher that runs the module too."""
+        """Ignore forward passes, for a teacher that runs the module too."""
         self._paused = True
         try:
             yield
@@ -97,14 +97,14 @@ class ForwardCalls:
             self._paused = False
 
     def has_any(self) -> bool:
-        """Whether there was a forward."""
+        """Return whether there was a forward pass."""
         return self._any
 
     def of(self, logits: Tensor) -> ForwardCall:
-        """The call that made ``logits``.
+        """Return the call that made ``logits``.
 
         Raises:
-            RuntimeError: no forward is known to have made them, or several have.
+            RuntimeError: no known forward pass made the logits, or more than one did.
         """
         self._take_traced()
         call = self._by_tensor.get(logits)
@@ -113,24 +113,24 @@ class ForwardCalls:
         found = self._in_graph(logits)
         if len(found) > 1:
             raise RuntimeError(
-                f"outputs come from {len(found)} forwards of the student; a loss belongs to one. With several GPUs in "
-                "one process (torch.nn.DataParallel), launch one process for each GPU instead"
+                f"outputs must come from one forward of the student; got outputs of {len(found)} forwards. If one "
+                "process uses several GPUs (torch.nn.DataParallel), launch one process for each GPU instead"
             )
         if found:
             return found[0]
         if logits.grad_fn is None and self._sampled is not None and _equals(self._sampled, logits):
             return self._sampled.call
         raise RuntimeError(
-            "outputs must come from a forward of the student since compute_loss was made, as the model returned them: "
-            "no forward is known that made these logits (of forwards without a graph, the last one alone is known once "
-            "its logits are gone; of compiled ones, the last two)"
+            "outputs must be what a forward of the student returned after compute_loss was made; no forward is known "
+            "that made these logits (without a graph, only the last forward is known after its logits are deleted; "
+            "with torch.compile, only the last two forwards are known)"
         )
 
     def _keep(self, call: ForwardCall, tensors: tuple[Tensor, ...]) -> None:
         for tensor in tensors:
             self._by_tensor[tensor] = call
             if tensor.grad_fn is not None:
-                # Beside the node, not in a table of nodes, so that it goes with the graph.
+                # The call is stored on the node, not in a table of nodes, so that the call is freed with the graph.
                 _metadata(tensor.grad_fn).setdefault(self, {})[tensor.output_nr] = call
         without_graph = tuple(tensor.detach() for tensor in tensors if tensor.grad_fn is None)
         if without_graph:
@@ -144,11 +144,11 @@ class ForwardCalls:
         self._traced = self._traced_before = None
 
     def _in_graph(self, logits: Tensor) -> list[ForwardCall]:
-        """The calls whose outputs are the next ones above a tensor."""
+        """Return the calls whose outputs lie next above a tensor in its graph."""
         found: dict[int, ForwardCall] = {}
         edges = [(logits.grad_fn, logits.output_nr)]
         seen: set[Any] = set()
-        for node, output in edges:  # grows
+        for node, output in edges:  # the list grows during the loop
             if node is None or (node, output) in seen or len(seen) >= _SEARCHED_NODES:
                 continue
             seen.add((node, output))
@@ -161,18 +161,18 @@ class ForwardCalls:
 
 
 def _metadata(node: Any) -> dict[Any, Any]:
-    """What a node of the graph carries along; torch declares a method and has a property."""
+    """Return the metadata of a graph node. (torch declares a method, but ``metadata`` is a property.)"""
     metadata: dict[Any, Any] = node.metadata
     return metadata
 
 
 def _sample(tensor: Tensor) -> Tensor:
-    """A view of a few values that are spread over a tensor."""
+    """Return a view of a few values, spread over a tensor."""
     return tensor[tuple(slice(None, None, max(1, size // _SAMPLED)) for size in tensor.shape)]
 
 
 def _equals(sampled: _Sampled, logits: Tensor) -> bool:
-    """Whether logits are those of a forward, or a cast of them."""
+    """Return whether logits equal the outputs of a forward pass, or a cast of the outputs."""
     values = _sample(logits.detach())
     for shape, sample in zip(sampled.shapes, sampled.samples, strict=True):
         if shape == logits.shape and sample.device == values.device:

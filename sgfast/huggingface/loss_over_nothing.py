@@ -1,4 +1,4 @@
-"""Says once in a run that its loss has nothing to learn from, where the run would go on without a word."""
+"""Warning, once in a run, that the loss has nothing to learn from. The run would otherwise go on silently."""
 
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -8,16 +8,16 @@ from torch import Tensor
 
 from sgfast.loss.factory import ComponentLossesDict
 
-# Components that keep what the clean model computes; the others make the transform or its protection stronger.
+# Components that keep the clean model's outputs. The other components make the transform or its protection stronger.
 _UTILITY = frozenset(
     {"distillation_layer_cosine_distance", "distillation_layer_l2_distance", "distillation_cross_entropy"}
 )
 
 
 class LossOverNothing:
-    """Token counts of a run's first steps, until they are looked at.
+    """Token counts of a run's first steps, kept until `warn_once` reads them.
 
-    The counts stay on their device: `warn_once` reads them when a trainer logs, which synchronises anyway.
+    The counts stay on their device. A trainer calls `warn_once` when it logs: logging synchronises the device anyway.
     """
 
     def __init__(self) -> None:
@@ -25,17 +25,18 @@ class LossOverNothing:
         self._looked = False
 
     def add(self, counts: Tensor) -> None:
-        """Add a step's counts of tokens that count in the loss, that are transformed, and that are attended."""
+        """Add the counts (3,) of one step: tokens that count in the loss, transformed tokens, attended tokens."""
         if not self._looked:
             self._counts = counts if self._counts is None else self._counts + counts
 
     def warn_once(self, components: Collection[str], hyperparameters: Callable[[], Mapping[str, Any]]) -> None:
-        """Warn of empty masks and of weights that leave no utility, the first time that there are counts.
+        """Warn of empty masks and of weights without a utility term, at the first call after `add`.
 
         Args:
-            components: names of what the loss computes. Of names that are not the library's own nobody knows what they
-                measure: they pass for utility.
-            hyperparameters: gives the loss's; an ``alpha`` among them weighs the strength of a transform.
+            components: names of the components that the loss computes. A name that the library does not know counts
+                as a utility component.
+            hyperparameters: a function that returns the loss's hyperparameters. A hyperparameter ``alpha`` is the
+                weight of the transform's strength.
         """
         if self._counts is None:
             return
@@ -48,8 +49,8 @@ class LossOverNothing:
         if measured <= known and (alpha == 1 or measured.isdisjoint(_UTILITY)):
             weights = "alpha is 1" if alpha == 1 else "no weight of a utility component is positive"
             warnings.warn(
-                f"the loss has no utility term: {weights}, so the training makes the transform stronger and nothing "
-                f"keeps what the model computes (computed: {', '.join(sorted(measured))})",
+                f"the loss has no utility term: {weights}. The training makes the transform stronger, and no term "
+                f"keeps the model's outputs (computed: {', '.join(sorted(measured))})",
                 stacklevel=4,
             )
         elif not counted:

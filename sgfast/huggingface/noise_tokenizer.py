@@ -1,4 +1,4 @@
-"""``NoiseTokenizer``: a tokenizer's ``apply_chat_template`` with noise and loss masks beside the ids."""
+"""Class ``NoiseTokenizer``: ``apply_chat_template`` of a tokenizer that also returns noise and loss masks."""
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypedDict, cast, get_args
@@ -17,7 +17,7 @@ Padding = bool | Literal["longest", "max_length"]
 
 
 class NoiseEncoding(TypedDict):
-    """What ``NoiseTokenizer.apply_chat_template`` returns, each (B, T); pass it on as ``noisy_model(**encoding)``."""
+    """Result of ``NoiseTokenizer.apply_chat_template``, tensors (B, T); pass it on as ``noisy_model(**encoding)``."""
 
     input_ids: Tensor
     noise_mask: Tensor
@@ -26,14 +26,13 @@ class NoiseEncoding(TypedDict):
 
 
 class NoiseTokenizer:
-    """Tokenize chats with the masks of `TokenizerWrapper`, by arguments of each call in place of a wrapper's options.
+    """Tokenizer of chats that makes the masks of `TokenizerWrapper`, with options for each call.
 
-    The arguments are those of the documented class of that name, whose call is made like a tokenizer's own
-    ``apply_chat_template``.
+    The method `apply_chat_template` takes its options as arguments, like the method of that name of a tokenizer.
 
     Args:
-        tokenizer: a fast tokenizer of transformers. Its vocabulary and special tokens are copied; its chat template,
-            padding and sides are read at each call.
+        tokenizer: a fast tokenizer of transformers. Its vocabulary and special tokens are copied at construction. Its
+            chat template, padding token, padding side and truncation side are read at each call.
 
     Raises:
         ValueError: the tokenizer is not a fast one.
@@ -77,28 +76,28 @@ class NoiseTokenizer:
                 of such lists.
             chat_template: a Jinja template in place of the tokenizer's own.
             add_generation_prompt: end with the template's opening of an assistant message.
-            continue_final_message: end with the content of the last message, for a model to go on with it.
-            padding: True or "longest" pads to the longest example, "max_length" to ``max_length``; False asks for
-                examples of one length.
+            continue_final_message: end with the content of the last message, so that a model continues the content.
+            padding: True or "longest" pads to the longest example. "max_length" pads to ``max_length``. False does not
+                pad and requires examples of one length.
             truncation: cut at ``max_length``, on the tokenizer's ``truncation_side``.
-            max_length: in tokens; by default the tokenizer's ``model_max_length``.
-            ignore_prompt_loss: restrict ``loss_mask`` to assistant content and the added token that ends it.
-            transform_all_tokens: select every attended token, template and assistant content included.
-            return_attention_mask: add ``attention_mask``. Ask for it wherever there is padding: neither of the other
-                masks can stand in for it.
+            max_length: a number of tokens. The default is the tokenizer's ``model_max_length``.
+            ignore_prompt_loss: restrict ``loss_mask`` to assistant content and the added token that ends the content.
+            transform_all_tokens: select every attended token with ``noise_mask``, also template and assistant content.
+            return_attention_mask: add ``attention_mask``. Set this option if a batch has padding: the other masks
+                cannot replace ``attention_mask``.
             return_loss_mask: add ``loss_mask``.
             tokenizer_kwargs: ``padding_side`` and ``pad_to_multiple_of``, for this call.
 
         Returns:
-            ``input_ids`` (int64) and ``noise_mask`` (bool); ``attention_mask`` (int64) and ``loss_mask`` (bool) if
-            asked for; each (B, T). Beginning, end and emptiness of contents follow the template, which may strip or
-            replace them: the masks describe what it wrote.
+            ``input_ids`` (int64) and ``noise_mask`` (bool), and on request ``attention_mask`` (int64) and
+            ``loss_mask`` (bool), each (B, T). The masks describe the contents that the template wrote: a template may
+            strip or replace a content.
 
         Raises:
-            ValueError: there is no chat template, or it refuses a chat; a role or key is unknown or missing; there is
-                no example or no message; ``padding``, ``max_length`` and the lengths do not fit together; there is no
-                token to pad with; ``tokenizer_kwargs`` has another key.
-            TypeError: a conversation, message or string is of another type.
+            ValueError: there is no chat template, or the template refuses a chat; a role or key is unknown or missing;
+                there is no example or no message; ``padding``, ``max_length`` and the lengths contradict each other;
+                there is no token to pad with; ``tokenizer_kwargs`` has an unknown key.
+            TypeError: a conversation, a message or a content has the wrong type.
         """
         side, multiple = _padding_options(self.tokenizer, tokenizer_kwargs or {})
         if padding not in (True, False, "longest", "max_length"):
@@ -153,7 +152,7 @@ def _padding_options(
 
 
 def _width(lengths: Sequence[int], padding: Padding, limit: int | None, multiple: int | None) -> int:
-    """The length of the batch."""
+    """Return the length of the batch, padding included."""
     longest = max(lengths)
     if padding is False:
         if len(set(lengths)) > 1:

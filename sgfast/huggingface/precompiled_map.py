@@ -1,8 +1,8 @@
-"""The character map of SentencePiece's normalizers, checked before the Rust library follows it.
+"""Check of the character map of SentencePiece's normalizers, before the Rust library uses the map.
 
-The map is a double-array trie over UTF-8 and a text of replacements, each ended by a zero byte. Its format is that of
-SentencePiece (``precompiled_charsmap``): four bytes with the trie's length in bytes, 32-bit units, and the text. An
-index beyond the arrays is not noticed by the library that follows it until the process panics.
+The map consists of a double-array trie over UTF-8 and a text of replacements, each of which ends with a zero byte.
+The format is ``precompiled_charsmap`` of SentencePiece: four bytes with the trie's length in bytes, then the trie as
+32-bit units, then the text. The Rust library does not check indices: an index beyond the arrays ends in a panic.
 """
 
 import base64
@@ -11,19 +11,19 @@ import binascii
 import torch
 from torch import Tensor
 
-# A UTF-8 character has four bytes, and the rules of published maps are for at most a few characters.
+# In bytes. A UTF-8 character has at most four bytes, and the rules of published maps match at most a few characters.
 _LONGEST_RULE = 64
 _NODES_AT_ONCE = 1024
-# Equal ends of rules share units: one may be met at several lengths.
+# Rules with equal ends share units, so one unit may be visited at several lengths.
 _MOST_VISITS = 2
 _LEAF, _OFFSET_SHIFTED, _VALUE = 1 << 8, 1 << 9, (1 << 31) - 1
 
 
 def longest_growth(text: str) -> float:
-    """Check a map in base64; return the most bytes that it makes of one.
+    """Check a map in base64, and return the most bytes that the map makes of one byte.
 
     Raises:
-        ValueError: not base64, or a map that points outside itself.
+        ValueError: the text is not base64, or the map points outside itself.
     """
     try:
         content = base64.b64decode(text, validate=True)
@@ -53,7 +53,7 @@ def longest_growth(text: str) -> float:
 
 
 def _bases(units: Tensor, nodes: Tensor) -> Tensor:
-    """Where the children of nodes begin: a unit's upper bits, shifted once more where bit 9 is set."""
+    """Return where the children of nodes begin: the upper bits of the unit, shifted by 8 more if bit 9 is set."""
     unit = units[nodes]
     places = nodes ^ ((unit >> 10) << ((unit & _OFFSET_SHIFTED) >> 6))
     if bool((places >= len(units)).any()):
@@ -62,20 +62,20 @@ def _bases(units: Tensor, nodes: Tensor) -> Tensor:
 
 
 def _children(units: Tensor, nodes: Tensor) -> Tensor:
-    """The different children of nodes, over all bytes but zero."""
+    """Return the children of nodes for all bytes except zero, each child once."""
     labels, found = torch.arange(1, 256), []
     for some in torch.split(nodes, _NODES_AT_ONCE):
         places = _bases(units, some)[:, None] ^ labels
         if bool((places >= len(units)).any()):
             raise ValueError("its precompiled_charsmap points outside its trie")
-        # A unit with the highest bit is a value: it has no label that equals a byte.
+        # A unit with the highest bit set is a value, and its label equals no byte.
         found.append(places[(units[places] & 0x800000FF) == labels])
     children: Tensor = torch.unique(torch.cat(found))
     return children
 
 
 def _borders(replacements: bytes) -> tuple[Tensor, Tensor]:
-    """For each byte whether a character begins there, and where the replacement that it lies in ends."""
+    """Return, for each byte, whether a character begins there, and the end of the replacement around the byte."""
     try:
         replacements.decode()
     except UnicodeDecodeError as error:

@@ -1,8 +1,8 @@
-"""Random draws that a resumed training repeats although nothing about them is stored.
+"""Seeds of random draws that a resumed training repeats without any stored state.
 
-The generators are seeded anew at every step, from the training's seed, the step and the process. A checkpoint so needs
-no generator's state, from which the noise of the steps around it could be drawn again, and no seed: whoever resumes
-gives the seed once more.
+Every step seeds the generators from the training's seed, the step and the process. A checkpoint therefore needs neither
+a generator's state nor the seed. With either of them, others could draw the training's noise again. The user gives the
+seed again to resume.
 """
 
 import copy
@@ -13,12 +13,12 @@ from typing import Any
 import numpy
 import torch
 
-# What stands in a Trainer's arguments in place of every seed. No generator takes it for one.
+# Replacement for every seed in a Trainer's arguments. Generators do not accept this value.
 NO_SEED = -1
 
 
 def seed_for(seed: int, *place: str | int) -> int:
-    """A seed of 64 bits for one place of a training: close places have unrelated seeds.
+    """Return a 64-bit seed for one place of a training, such as a step. Neighbouring places have unrelated seeds.
 
     Example:
         >>> seed_for(0, "step", 1) == seed_for(0, "step", 2)
@@ -29,21 +29,21 @@ def seed_for(seed: int, *place: str | int) -> int:
 
 
 def seed_generators(seed: int) -> None:
-    """Seed Python's, NumPy's and torch's generators, on all devices."""
+    """Seed the generators of Python, NumPy and torch, on all devices."""
     random.seed(seed)
     numpy.random.seed([seed % 2**32, seed >> 32])  # the generator that data pipelines use
     torch.manual_seed(seed)
 
 
 def without_seeds(arguments: Any) -> Any:
-    """A copy of ``transformers.TrainingArguments`` that knows no seed."""
+    """Return a copy of ``transformers.TrainingArguments`` without seeds: ``seed`` is −1 and ``data_seed`` is None."""
     copied = copy.copy(arguments)
     copied.seed, copied.data_seed = NO_SEED, None
     return copied
 
 
 def without_secrets(arguments: Any) -> Any:
-    """A copy to be stored: without seeds, and without the token for the Hub."""
+    """Return a copy that may be stored: without seeds, and without the access token for the Hub."""
     copied = without_seeds(arguments)
     copied.hub_token = None
     return copied

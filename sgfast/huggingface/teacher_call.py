@@ -1,4 +1,4 @@
-"""How a teacher is called: as the student was, but in eval mode and without a cache."""
+"""Call of a teacher: with the student's arguments, in eval mode and without a cache."""
 
 import contextlib
 import functools
@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from sgfast.huggingface.forward_calls import CACHES, ForwardCall
 
-# The teacher has no loss of its own.
+# The teacher computes no loss and needs none of these.
 _LOSS_ARGUMENTS = ("labels", "shift_labels", "num_items_in_batch")
 _DECODER_INPUTS = ("decoder_input_ids", "decoder_inputs_embeds")
 
 
 def transformers_model(module: nn.Module) -> nn.Module:
-    """The model of transformers under adapters and other wrappers; the module itself where there is none."""
+    """Return the model of transformers inside adapters and other wrappers, or the module itself if there is none."""
     models = (
         part for part in module.modules() if any(kind.__name__ == "PreTrainedModel" for kind in type(part).__mro__)
     )
@@ -24,12 +24,12 @@ def transformers_model(module: nn.Module) -> nn.Module:
 
 
 def is_encoder_decoder(module: nn.Module) -> bool:
-    """Whether the model of transformers has an encoder and a decoder."""
+    """Return whether the model of transformers has an encoder and a decoder."""
     return bool(getattr(_config(transformers_model(module)), "is_encoder_decoder", False))
 
 
 def as_module(teacher: Callable[..., Any]) -> nn.Module | None:
-    """The module that a teacher is: itself, or what a partial or a bound ``forward`` calls."""
+    """Return the teacher if it is a module, or the module that a partial or a bound ``forward`` calls; else None."""
     if isinstance(teacher, nn.Module):
         return teacher
     if isinstance(teacher, functools.partial):
@@ -40,12 +40,13 @@ def as_module(teacher: Callable[..., Any]) -> nn.Module | None:
 
 
 def check_separate(student: nn.Module, teacher: Callable[..., Any]) -> None:
-    """Refuse a teacher that the student's training changes.
+    """Check that the student's training does not change the teacher.
+
+    Frozen parameters may be shared. A function is not checked, because it may switch the student's adapters off.
 
     Raises:
-        ValueError: the teacher is a module, and a parameter that the student trains is one of its own, or lies in the
-            same memory. Parameters that nobody trains may be shared. A function is not looked into: it may switch the
-            student's adapters off.
+        ValueError: the teacher is a module, and one of its parameters is a parameter that the student trains, or lies
+            in the same memory.
     """
     module = as_module(teacher)
     if module is None:
@@ -54,30 +55,31 @@ def check_separate(student: nn.Module, teacher: Callable[..., Any]) -> None:
     for name, parameter in module.named_parameters():
         if not trained.isdisjoint(_identities(parameter)):
             raise ValueError(
-                f"teacher must not have parameters that the student trains, or it changes with the student; got "
-                f"{name} in both. For the model under a student's adapters write a function: def teacher(**inputs): "
-                "with student.disable_adapter(): return student(**inputs). Otherwise give a copy.deepcopy of the model "
-                "that was made before adapters were injected, or freeze what both share by requires_grad_(False)"
+                f"teacher must not have parameters that the student trains, because the training would change the "
+                f"teacher; got {name} in both. If the teacher is the model under the student's adapters, write a "
+                "function: def teacher(**inputs): with student.disable_adapter(): return student(**inputs). Otherwise "
+                "pass a copy.deepcopy of the model, made before adapters are injected, or freeze the shared parameters "
+                "with requires_grad_(False)"
             )
 
 
 def teacher_inputs(
     call: ForwardCall, student: nn.Module, teacher: Callable[..., Any], logits: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The student's arguments as a teacher takes them, without labels and with ``use_cache=False`` where it is known.
+    """Return the student's arguments for its teacher: without labels, with ``use_cache=False`` if the teacher takes it.
 
-    An encoder-decoder that made its decoder's inputs from labels keeps the labels: its teacher must make the same.
+    The labels stay if an encoder-decoder made the inputs of its decoder from labels: the teacher must make the same.
 
     Raises:
-        ValueError: the student was called with a cache, or an encoder-decoder with nothing for its decoder.
+        ValueError: the student was called with a cache, or is an encoder-decoder without inputs for its decoder.
     """
     names = _parameter_names(type(student).forward)[: len(call.arguments)] if call.arguments else ()
     given = dict(zip(names, call.arguments, strict=False)) | call.keywords
     caches = [*call.caches, *(name for name in CACHES if given.get(name) is not None)]
     if caches:
         raise ValueError(
-            f"the student was called with {caches[0]}, which holds tokens that its teacher has not seen; "
-            "distil from forwards without a cache"
+            f"the student must be called without a cache; got {caches[0]}. "
+            "A cache holds tokens that the teacher has not seen"
         )
     dropped = set(_LOSS_ARGUMENTS)
     if is_encoder_decoder(student) and not any(given.get(name) is not None for name in _DECODER_INPUTS):
@@ -85,8 +87,8 @@ def teacher_inputs(
             dropped.remove("labels")
         elif logits.dim() > 2:
             raise ValueError(
-                "an encoder-decoder student needs decoder_input_ids: the Trainer keeps the labels from it, of which it "
-                "would make them; use transformers.DataCollatorForSeq2Seq(tokenizer, model=student)"
+                "an encoder-decoder student needs decoder_input_ids, because the Trainer does not pass labels from "
+                "which the student could make them; use transformers.DataCollatorForSeq2Seq(tokenizer, model=student)"
             )
     changed: dict[str, Any] = dict.fromkeys(dropped) | {"use_cache": False}
     arguments = [changed.get(name, value) for name, value in zip(names, call.arguments, strict=False)]
@@ -99,10 +101,11 @@ def teacher_inputs(
 
 @contextlib.contextmanager
 def evaluating(student: nn.Module, teacher: Callable[..., Any]) -> Iterator[None]:
-    """Put the modules that a teacher runs into eval mode and switch their caches off, and give both back.
+    """Put the modules that a teacher runs into eval mode, switch their caches off, and restore both afterwards.
 
-    These are the teacher itself, or the student and what a function can be seen to use. The modes are set module by
-    module, without ``eval()``: a model may have parts in different modes, and its own ``train`` may do more.
+    These modules are the parts of the teacher. If the teacher is a function, they are the parts of the student and of
+    the modules that `_modules_in` finds in the function. The mode of each module is set without ``eval()``: the parts
+    of a model may have different modes, and a model's own ``train`` may have side effects.
     """
     roots = [teacher] if isinstance(teacher, nn.Module) else [student, *_modules_in(teacher)]
     modules = {id(module): module for root in roots for module in root.modules()}.values()
@@ -112,7 +115,7 @@ def evaluating(student: nn.Module, teacher: Callable[..., Any]) -> Iterator[None
     try:
         _set_modes((module, False) for module in modules)
         for config in configs.values():
-            # A keyword does not reach every model. One whose configuration cannot be written to has to take it.
+            # Some models do not receive the keyword use_cache. Some configurations are read-only.
             with contextlib.suppress(AttributeError):
                 config.use_cache = False
         yield
@@ -134,17 +137,17 @@ def _config(module: nn.Module) -> Any:
 
 
 def _identities(parameter: nn.Parameter) -> Iterable[Any]:
-    """What tells that two parameters are one: the object, or where its values lie."""
+    """Yield the identities of a parameter: the object, and the address of its values. Equal ones mean one parameter."""
     yield id(parameter)
     if type(parameter.data) is Tensor and parameter.device.type != "meta" and parameter.data_ptr():
         yield parameter.device, parameter.data_ptr()
 
 
 def _takes_use_cache(teacher: Callable[..., Any], student: nn.Module) -> bool:
-    """Whether a teacher can be called with ``use_cache``.
+    """Return whether a teacher can be called with ``use_cache``.
 
-    Its signature names the argument, or passes keywords on to modules of which one does. What a function passes them
-    to is not always to be seen: then it is taken for a model like the student.
+    Either the teacher's signature names the argument, or the teacher takes ``**kwargs`` and one of its modules names
+    the argument. If no module is found in a function, the function is treated like the student.
     """
     module = as_module(teacher)
     named, open_ended = _signature(type(module).forward if module is not None else teacher)
@@ -157,13 +160,13 @@ def _takes_use_cache(teacher: Callable[..., Any], student: nn.Module) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _parameter_names(forward: Callable[..., Any]) -> tuple[str, ...]:
-    """The parameters of a module class's ``forward``, without ``self``; none that a ``*args`` would take."""
+    """Return the names of the parameters of a module class's ``forward``, without ``self``, ``*args``, ``**kwargs``."""
     names, _ = _signature(forward)
     return names[1:]
 
 
 def _signature(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
-    """Names of parameters, and whether there is a ``**kwargs``."""
+    """Return the names of a function's parameters, and whether the function takes ``**kwargs``."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError):  # builtins have none
@@ -174,7 +177,7 @@ def _signature(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
 
 
 def _modules_in(teacher: Any, seen: set[int] | None = None) -> list[nn.Module]:
-    """Modules that a function uses, as far as its closure, its globals, its defaults and its object show."""
+    """Return the modules that a function uses, found in its closure, its globals, its defaults and its object."""
     seen = set() if seen is None else seen
     if isinstance(teacher, nn.Module):
         return [teacher]
@@ -192,7 +195,7 @@ def _modules_in(teacher: Any, seen: set[int] | None = None) -> list[nn.Module]:
         values += [*_attributes(teacher), type(teacher).__call__]
     else:
         for cell in function.__closure__ or ():
-            with contextlib.suppress(ValueError):  # of a variable that has no value yet
+            with contextlib.suppress(ValueError):  # the variable has no value yet
                 values.append(cell.cell_contents)
         values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         named = [function.__globals__.get(name) for name in code.co_names]
@@ -201,5 +204,5 @@ def _modules_in(teacher: Any, seen: set[int] | None = None) -> list[nn.Module]:
 
 
 def _attributes(value: Any) -> Iterable[Any]:
-    """What an object holds. A builtin's object is a module of Python, which holds everything."""
+    """Return an object's attributes. A Python module (the object of a builtin) gives none: it would hold everything."""
     return () if inspect.ismodule(value) else list(getattr(value, "__dict__", {}).values())

@@ -1,4 +1,4 @@
-"""How many tokens of a batch, and of an optimizer step, count in each term of a loss."""
+"""Numbers of tokens of a batch and of an optimizer step that count in each term of a loss."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
@@ -10,19 +10,19 @@ Batch = Mapping[str, Any]
 
 
 class Window(NamedTuple):
-    """The micro-batches of an optimizer step, over all processes: what they add up to, and how many they are."""
+    """Token counts and number of the micro-batches of an optimizer step, over all processes."""
 
-    token_counts: Tensor  # (3,): l & a, n & a, a
+    token_counts: Tensor  # (3,): loss_mask & attention_mask, noise_mask & attention_mask, attention_mask
     micro_batches: int
 
     @property
     def normalizers(self) -> dict[str, Tensor | float]:
-        """The counts by the names that losses take."""
+        """The token counts, under the names of the losses' arguments."""
         return dict(zip(("loss_tokens", "noise_tokens", "attended_tokens"), self.token_counts, strict=True))
 
 
 def attended_tokens(batch: Batch) -> Tensor:
-    """Which tokens of a batch are real, (B, T) bool."""
+    """Return a mask (B, T) bool of the tokens that are not padding."""
     mask = batch.get("attention_mask")
     if mask is not None:
         return cast(Tensor, mask != 0)
@@ -31,7 +31,7 @@ def attended_tokens(batch: Batch) -> Tensor:
 
 
 def token_counts(batch: Batch, device: torch.device) -> Tensor:
-    """Numbers of counted (l & a), transformed (n & a) and attended tokens, on the device."""
+    """Return the numbers (3,) of tokens that count in the loss, are transformed, and are attended, on a device."""
     attended = attended_tokens(batch)
     masks = (batch.get(name) for name in ("loss_mask", "noise_mask", "attention_mask"))
     counts = [(attended if mask is None else (mask != 0) & attended).sum() for mask in masks]

@@ -1,7 +1,8 @@
-"""From chats to tensors: which tokens a transform must hide, and which count in the loss.
+"""Conversion of chats to tensors, with masks of the tokens that a transform hides and that count in the loss.
 
-The chat template turns messages into one text, in which ``content_spans`` finds what came from which message; the
-tokenizer turns that text into ids with offsets into it, by which ``chat_rows`` carries the spans over to tokens.
+The chat template turns messages into one text, and ``content_spans`` finds the characters of each message in the text.
+The tokenizer turns the text into ids with character offsets, and ``chat_rows`` uses the offsets to find the tokens of
+each message.
 """
 
 import enum
@@ -36,10 +37,10 @@ _STATE_TYPES = {
 
 
 class PromptType(enum.Enum):
-    """What a ``TokenizerWrapper`` is called on.
+    """Kind of examples that a ``TokenizerWrapper`` takes.
 
     ``CHAT``: a list of messages, each ``{"role": "system" | "user" | "assistant", "content": str}``.
-    ``INSTRUCTION``: a dictionary of the strings instruction, system_prompt, context and response.
+    ``INSTRUCTION``: a dictionary with the keys instruction, system_prompt, context and response, all strings.
     """
 
     CHAT = "chat"
@@ -47,30 +48,34 @@ class PromptType(enum.Enum):
 
 
 class TokenizerWrapper:
-    """Tokenize chats or instructions together with the masks that training and inference of a transform need.
+    """Tokenizer of chats or instructions that adds the masks for training and inference of a transform.
 
-    Content of system and user messages (of instruction, system_prompt and context) is selected by ``noise_mask``;
-    template tokens, assistant content (response) and padding are not. A token that straddles the border of selected
-    content and template is selected. Contents may repeat, be empty, or look like template text: the module's
-    docstring says how they are found. An instruction becomes a chat and goes through the same chat template:
-    ``system_prompt`` the system message (none if empty), ``instruction`` the user message, followed by a blank line
-    and ``context`` if there is one, ``response`` the assistant message (none if empty).
+    ``noise_mask`` selects the content of system and user messages (instruction, system_prompt and context). The mask
+    does not select template tokens, assistant content (response) and padding. A token that lies partly in selected
+    content and partly in the template is selected. Contents may repeat, be empty, or look like template text
+    (`sgfast.huggingface.content_spans` describes the search).
 
-    Vocabulary and special tokens are copied at construction; chat template, padding side and padding token are
-    read from ``tokenizer`` at each call. Padding uses the padding token, or the end-of-sequence token where there is
-    none; the masks never depend on which it is.
+    An instruction becomes a chat that is rendered by the same chat template. ``system_prompt`` becomes the system
+    message. ``instruction`` becomes the user message; if ``context`` is not empty, a blank line and ``context`` follow
+    in the same message. ``response`` becomes the assistant message. An empty ``system_prompt`` or ``response`` gives no
+    message.
+
+    Vocabulary and special tokens are copied at construction. Chat template, padding side and padding token are read
+    from ``tokenizer`` at each call. If the tokenizer has no padding token, the end-of-sequence token is used; the masks
+    do not depend on the padding token.
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        model_type: the base model's class, or its name. Kept for the reader of a saved file.
-        include_labels: add ``labels``: the input ids, −100 where ``loss_mask`` is False.
-        ignore_prompt_loss: restrict ``loss_mask`` to responses: assistant content and, if the template writes an added
-            token such as ``<|im_end|>`` after it, that token. Otherwise every attended token counts.
-        prompt_type: what the wrapper is called on, see ``PromptType``.
+        model_type: the class of the base model, or its name. The name is stored in saved files.
+        include_labels: add ``labels``: the input ids, and −100 where ``loss_mask`` is False.
+        ignore_prompt_loss: True restricts ``loss_mask`` to assistant content (response) and the added token that the
+            template writes after the content, such as ``<|im_end|>``, if there is one. False counts every attended
+            token.
+        prompt_type: the kind of examples, see ``PromptType``.
 
     Raises:
-        ValueError: the tokenizer is not a fast one (others report no offsets), or ``prompt_type`` is unknown.
-        TypeError: ``model_type`` is neither a class nor a string, or an option no bool.
+        ValueError: the tokenizer is not a fast one (other tokenizers report no offsets), or ``prompt_type`` is unknown.
+        TypeError: ``model_type`` is neither a class nor a string, or an option is not a bool.
 
     Example:
         >>> from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -121,21 +126,22 @@ class TokenizerWrapper:
 
         Args:
             examples: for ``PromptType.CHAT`` a list of messages or a list of such lists, for ``INSTRUCTION`` a
-                dictionary or a list of dictionaries. No keys but the documented ones: text under another key would
-                reach the template unprotected.
-            add_generation_prompt: end with the template's opening of an assistant message, to let a model answer.
-            truncation: cut ids and masks alike at ``max_length``, on the tokenizer's ``truncation_side``.
-            max_length: tokens kept; by default the tokenizer's ``model_max_length``.
+                dictionary or a list of dictionaries. Other keys than the documented ones are refused, because text
+                under another key would reach the template unprotected.
+            add_generation_prompt: end with the template's opening of an assistant message, so that a model answers.
+            truncation: cut ids and masks at ``max_length`` tokens, on the tokenizer's ``truncation_side``.
+            max_length: a number of tokens; needs ``truncation``. The default is the tokenizer's ``model_max_length``.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` (int64), ``noise_mask`` and ``loss_mask`` (bool) and, if
+            ``input_ids`` and ``attention_mask`` (int64), ``noise_mask`` and ``loss_mask`` (bool) and, with
             ``include_labels``, ``labels`` (int64), each (B, T), padded on the tokenizer's ``padding_side`` to the
             longest example.
 
         Raises:
-            ValueError: there is no chat template, or it refuses a chat; a role or key is unknown or missing; there is
-                no example or no message; ``max_length`` does not fit ``truncation``; there is no token to pad with.
-            TypeError: an example, message or string is of another type.
+            ValueError: there is no chat template, or the template refuses a chat; a role or key is unknown or missing;
+                there is no example or no message; ``max_length`` is invalid or given without ``truncation``; there is
+                no token to pad with.
+            TypeError: an example, a message or a content has the wrong type.
         """
         kept = self._kept_length(truncation, max_length)
         instructions = self.prompt_type is PromptType.INSTRUCTION
@@ -153,17 +159,18 @@ class TokenizerWrapper:
 
         Args:
             texts: one text or a list of them.
-            truncation: cut at ``max_length``, special tokens included, on the tokenizer's ``truncation_side``.
-            max_length: tokens kept; by default the tokenizer's ``model_max_length``.
+            truncation: cut at ``max_length`` tokens, special tokens included, on the tokenizer's ``truncation_side``.
+            max_length: a number of tokens; needs ``truncation``. The default is the tokenizer's ``model_max_length``.
 
         Returns:
-            The dictionary of ``__call__``. ``noise_mask`` selects the tokens of the text: all attended ones but the
-            special tokens that the tokenizer adds around it. ``loss_mask`` selects every attended token: plain text
-            has no prompt.
+            The same dictionary as ``__call__``. ``noise_mask`` selects the tokens of the text: all attended tokens
+            except the special tokens that the tokenizer adds around the text. ``loss_mask`` selects every attended
+            token, because plain text has no prompt.
 
         Raises:
-            ValueError: there is no text, ``max_length`` does not fit ``truncation``, or there is no token to pad with.
-            TypeError: ``texts`` holds something else than strings.
+            ValueError: there is no text, ``max_length`` is invalid or given without ``truncation``, or there is no
+                token to pad with.
+            TypeError: ``texts`` holds values that are not strings.
         """
         batch = [texts] if isinstance(texts, str) else texts
         if not isinstance(batch, Sequence) or not all(isinstance(text, str) for text in batch):
@@ -182,7 +189,7 @@ class TokenizerWrapper:
         return self._collate(rows, kept)
 
     def to_json(self) -> str:
-        """Everything ``from_json`` needs, as one JSON text: tokenizer, chat template, special tokens and options."""
+        """Return the wrapper as a JSON text for ``from_json``: tokenizer, chat template, special tokens and options."""
         return json.dumps(
             {
                 "format": _JSON_FORMAT,
@@ -197,17 +204,17 @@ class TokenizerWrapper:
 
     @classmethod
     def from_json(cls, text: str) -> "TokenizerWrapper":
-        """Rebuild a wrapper whose outputs equal those of the one that wrote ``text``.
+        """Rebuild a wrapper from the JSON text of ``to_json``. Both wrappers give equal outputs.
 
-        Nothing named in ``text`` is imported or opened: the tokenizer is always a ``PreTrainedTokenizerFast`` and
-        ``model_type`` stays a string. The tokenizer's parts are bounded (`sgfast.huggingface.tokenizer_parts`), and
-        the chat template runs in the sandbox of transformers with a budget for its time and output.
+        No name in ``text`` is imported or opened: the tokenizer is always a ``PreTrainedTokenizerFast``, and
+        ``model_type`` stays a string. The tokenizer's parts are bounded (`sgfast.huggingface.tokenizer_parts`). The
+        chat template runs in the sandbox of transformers with a budget for its time and output.
 
         Args:
-            text: what ``to_json`` returned.
+            text: the result of ``to_json``.
 
         Raises:
-            ValueError: ``text`` is not such a JSON text.
+            ValueError: ``text`` is not a valid JSON text of a wrapper, or the tokenizer in it is refused.
         """
         try:
             loaded = strict_json.loads(text)

@@ -1,9 +1,9 @@
-"""What a fast tokenizer from elsewhere may be made of, checked before the Rust library builds it.
+"""Check of the parts of an untrusted fast tokenizer, before the Rust library builds the tokenizer.
 
-A tokenizer is a small program: its parts rewrite, split and extend a text one after the other. Parts from a forged
-file can double a text thirty times, match a pattern for hours, or ask for more memory than there is, and then the
-Rust library ends the process. So each part must be of a known kind, each number and string of a bounded size, and the
-product of all that can lengthen a text bounded too. The tokenizers of published models are far below each bound.
+A tokenizer is a small program: its parts rewrite, split and extend a text one after the other. Parts of a forged file
+can double a text thirty times, match a pattern for hours, or ask for so much memory that the Rust library ends the
+process. Therefore each part must be of a known kind, and the size of each number and string is bounded. The product of
+the factors by which all parts can lengthen a text is bounded too. Published tokenizers stay within each bound.
 """
 
 import math
@@ -14,33 +14,34 @@ from sgfast.huggingface.precompiled_map import longest_growth
 from sgfast.utils import strict_json
 from sgfast.utils.bounded_pattern import check_pattern
 
-# A hundred times those of today's models.
+# Ids of today's models are below a hundredth of this bound.
 LARGEST_ID = 2**24
-# Outside strings. The vocabulary and merges of Gemma take 4.7 million characters.
+# JSON characters outside strings. The vocabulary and merges of Gemma take 4.7 million.
 _LARGEST_STRUCTURE = 2**23
-# What the parts may make of one byte of text together. ALBERT's, the most of published ones, make less than 500.
+# Most bytes that all parts together may make of one byte of text. The largest published chain, ALBERT's, can make 726.
 _MOST_GROWTH = 1024
-# Of the added tokens that are normalized, all together, after their growth.
+# Bytes of all added tokens that are normalized, after their growth.
 _MOST_NORMALIZED = 2**24
 _MOST_ADDED, _ADDED_CHARACTERS = 2**14, 2**20
 _LONGEST_TOKEN, _LONGEST_TEXT = 1024, 64
-# In base64. SentencePiece's own have a third of it.
+# Characters in base64. The maps of SentencePiece itself take a third of this bound.
 _LONGEST_MAP = 2**20
 _MOST_PARTS, _DEEPEST = 32, 4
-# The rows of a vocabulary without tokens: their numbers are printed when the tokenizer is copied.
+# Ids without a token. Copying a tokenizer prints the number of each.
 _MOST_GAPS = 2**16
-# A search inside a word takes the square of its length.
+# Time of a search inside a word grows with the square of the word's length.
 _LONGEST_WORD = 1000
 _MOST_PIECES = 32
-# The most that Unicode's forms make of a character, in UTF-8: of U+FDFA, U+1D160, U+0130.
+# Largest growth of a character in UTF-8 by Unicode's forms. The characters are U+FDFA, U+1D160 and U+0130.
 _COMPATIBILITY, _CANONICAL, _LOWERCASE = 11.0, 3.0, 1.5
 
 
 def check_backend(text: str) -> None:
-    """Check the JSON of a Rust tokenizer, what ``Tokenizer.to_str`` writes.
+    """Check the JSON text of a Rust tokenizer, as ``Tokenizer.to_str`` writes it.
 
     Raises:
-        ValueError: no such JSON, a part of an unknown kind, or one beyond the bounds; the message names the part.
+        ValueError: the text is no such JSON, or a part is of an unknown kind or exceeds a bound. The message names the
+            part.
     """
     whole = _Part(strict_json.loads(text, largest_structure=_LARGEST_STRUCTURE), "its tokenizer")
     whole.text("version")
@@ -52,19 +53,19 @@ def check_backend(text: str) -> None:
     normalized = _chain(whole.take("normalizer"), "its normalizer", _NORMALIZERS)
     growth = normalized * _chain(whole.take("pre_tokenizer"), "its pre_tokenizer", _PRE_TOKENIZERS)
     if growth > _MOST_GROWTH:
-        whole.refuse(f"can make {growth:.3g} bytes of one; allowed are {_MOST_GROWTH}")
+        whole.refuse(f"can make {growth:.3g} bytes of one byte; allowed are {_MOST_GROWTH}")
     if _chain(whole.take("decoder"), "its decoder", _DECODERS) > _MOST_GROWTH:
-        whole.refuse(f"has a decoder that can make more than {_MOST_GROWTH} bytes of one")
+        whole.refuse(f"has a decoder that can make more than {_MOST_GROWTH} bytes of one byte")
     post_processor = whole.take("post_processor")
     _chain(post_processor, "its post_processor", _POST_PROCESSORS)
     largest = _check_added(whole.list("added_tokens", _MOST_ADDED), tokens, largest, normalized)
-    if _largest_number(post_processor) > max(largest, 1):  # its numbers are ids, and types of 0 and 1
+    if _largest_number(post_processor) > max(largest, 1):  # all numbers are ids, or types (0 and 1)
         whole.refuse(f"has a post_processor with ids above the largest, {largest}")
     whole.close()
 
 
 class _Part:
-    """The fields of one part; each is taken once, and none may be left."""
+    """Fields of one part. Each field is taken once, and `close` refuses fields that are left."""
 
     def __init__(self, value: Any, where: str) -> None:
         self.where = where
@@ -81,7 +82,7 @@ class _Part:
     def text(self, name: str, longest: int = _LONGEST_TEXT) -> str:
         value = self.take(name)
         if value is not None and not isinstance(value, str):
-            self.refuse(f"has a {name} that is no string")
+            self.refuse(f"has a {name} that is not a string")
         if value is not None and len(value) > longest:
             self.refuse(f"has a {name} of {len(value)} characters; allowed are {longest}")
         return value or ""
@@ -97,19 +98,19 @@ class _Part:
     def list(self, name: str, most: int) -> list[Any]:
         value = self.take(name)
         if not isinstance(value, list | None):
-            self.refuse(f"has {name} that are no list")
+            self.refuse(f"has {name} that are not a list")
         if value is not None and len(value) > most:
             self.refuse(f"has {len(value)} {name}; allowed are {most}")
         return value or []
 
     def token(self, name: str) -> None:
-        """A token and its id, as some post-processors have it."""
+        """Check a pair of a token and its id, as some post-processors hold it."""
         value = self.take(name)
         if not (isinstance(value, list) and len(value) == 2 and isinstance(value[0], str) and _is_id(value[1])):
             self.refuse(f"has no valid {name}")
 
     def close(self) -> None:
-        """Refuse fields that are not known, but for what cannot be large: another version may write them."""
+        """Refuse unknown fields except true, false and null: another version may add options of these small values."""
         unknown = [name for name, value in self._fields.items() if not isinstance(value, bool | None)]
         if unknown:
             self.refuse(f"has the unknown field {unknown[0][:40]!r}")
@@ -119,7 +120,7 @@ _Kinds = dict[str, Callable[[_Part], float]]
 
 
 def _chain(value: Any, where: str, kinds: _Kinds) -> float:
-    """Check a part, or a sequence of parts; return by how much it can multiply a text's bytes."""
+    """Check a part or a sequence of parts, and return the largest factor by which they can lengthen a text in bytes."""
     growth, count = 1.0, 0
     waiting = [(value, 0)] if value is not None else []
     while waiting:
@@ -142,12 +143,12 @@ def _chain(value: Any, where: str, kinds: _Kinds) -> float:
 
 
 def _plain(growth: float = 1.0) -> Callable[[_Part], float]:
-    """A kind of part whose fields are all true or false."""
+    """Make the check of a kind of part whose fields are all true or false."""
     return lambda part: growth
 
 
 def _pattern(part: _Part) -> int:
-    """Check a pattern; return the fewest bytes that it matches."""
+    """Check a pattern, and return the fewest bytes that the pattern matches."""
     pattern = _Part(part.take("pattern"), f"{part.where}'s pattern")
     regular, string = pattern.text("Regex", 10_000), pattern.text("String", _LONGEST_TOKEN)
     pattern.close()
@@ -158,7 +159,7 @@ def _pattern(part: _Part) -> int:
 
 def _replace(part: _Part) -> float:
     content, matched = part.text("content", _LONGEST_TOKEN), _pattern(part)
-    if matched == 0:  # between all characters
+    if matched == 0:  # an empty match inserts the content between all characters
         return 1.0 + len(content.encode())
     return max(1.0, len(content.encode()) / matched)
 
@@ -180,7 +181,7 @@ def _split(part: _Part) -> float:
 def _metaspace(part: _Part) -> float:
     for name in ("prepend_scheme", "str_rep"):
         part.text(name)
-    # In the place of each space, or before a piece.
+    # The replacement stands in place of each space, or before a piece.
     return 1.0 + len(part.text("replacement").encode())
 
 
@@ -222,7 +223,7 @@ def _template(part: _Part) -> float:
         token = _Part(value, part.where)
         token.text("id", _LONGEST_TOKEN)
         if not all(map(_is_id, token.list("ids", _MOST_PIECES))):
-            token.refuse("has ids that are none")
+            token.refuse("has ids that are not integers of at least 0")
         token.list("tokens", _MOST_PIECES)
         token.close()
     return 1.0
@@ -242,7 +243,7 @@ _NORMALIZERS: _Kinds = {
     **dict.fromkeys(("NFC", "NFD"), _plain(_CANONICAL)),
     **dict.fromkeys(("NFKC", "NFKD"), _plain(_COMPATIBILITY)),
     **dict.fromkeys(("Nmt", "Strip", "StripAccents"), _plain()),
-    "BertNormalizer": _plain(2 * _CANONICAL * _LOWERCASE),  # Chinese characters get a space on each side
+    "BertNormalizer": _plain(2 * _CANONICAL * _LOWERCASE),  # factor 2: spaces on both sides of Chinese characters
     "ByteLevel": _plain(2),
     "Lowercase": _plain(_LOWERCASE),
     "Precompiled": _precompiled,
@@ -251,7 +252,7 @@ _NORMALIZERS: _Kinds = {
 }
 _PRE_TOKENIZERS: _Kinds = {
     **dict.fromkeys(("BertPreTokenizer", "Digits", "UnicodeScripts", "Whitespace", "WhitespaceSplit"), _plain()),
-    "ByteLevel": _plain(4),  # two bytes for one, and a space before each piece
+    "ByteLevel": _plain(4),  # one byte becomes two, and each piece gets a space
     "CharDelimiterSplit": _with_texts("delimiter"),
     "FixedLength": _fixed_length,
     "Metaspace": _metaspace,
@@ -276,7 +277,7 @@ _DECODERS: _Kinds = {
 
 
 def _model(part: _Part) -> tuple[int, int]:
-    """Check the model; return the number of its tokens and their largest id."""
+    """Check the model, and return the number of its tokens and their largest id."""
     kind = part.text("type")
     if kind not in ("BPE", "Unigram", "WordLevel", "WordPiece"):
         part.refuse(f"is of the unknown kind {kind!r}")
@@ -299,19 +300,19 @@ def _model(part: _Part) -> tuple[int, int]:
 
 def _unigram(part: _Part, vocabulary: Any) -> tuple[Any, range]:
     if not isinstance(vocabulary, list) or not all(isinstance(entry, list) and len(entry) == 2 for entry in vocabulary):
-        part.refuse("has a vocabulary that is no list of pairs")
+        part.refuse("has a vocabulary that is not a list of pairs")
     tokens = [token for token, _ in vocabulary]
-    if not all(isinstance(token, str) and token for token in tokens):  # an empty piece is matched for ever
-        part.refuse("has pieces that are no strings, or empty")
+    if not all(isinstance(token, str) and token for token in tokens):  # an empty piece would match for ever
+        part.refuse("has pieces that are not strings, or are empty")
     scores = {type(score) for _, score in vocabulary} <= {int, float}
     if not scores or not all(math.isfinite(score) for _, score in vocabulary):
-        part.refuse("has scores that are no finite numbers")
+        part.refuse("has scores that are not finite numbers")
     return tokens, range(len(tokens))
 
 
 def _ordered(part: _Part, vocabulary: Any) -> tuple[Any, Any]:
     if not isinstance(vocabulary, dict) or not all(type(value) is int for value in vocabulary.values()):
-        part.refuse("has a vocabulary that is no object of ids")
+        part.refuse("has a vocabulary that is not an object of ids")
     _check_ids(vocabulary.values(), len(vocabulary))
     return vocabulary, vocabulary.values()
 
@@ -325,13 +326,13 @@ def _check_ids(ids: Any, count: int) -> None:
 
 
 def _check_added(tokens: list[Any], known: int, largest: int, growth: float) -> int:
-    """Check the added tokens; return the largest id of all."""
+    """Check the added tokens, and return the largest id of all tokens."""
     ids, characters, normalized = [largest], 0, 0
     for value in tokens:
         token = _Part(value, "an added token")
         identity, content = token.take("id"), token.text("content", _LONGEST_TOKEN)
         if not _is_id(identity):
-            token.refuse("has an id that is none")
+            token.refuse("has an id that is not an integer of at least 0")
         ids.append(identity)
         characters += len(content)
         if token.take("normalized") is not False:
@@ -341,12 +342,15 @@ def _check_added(tokens: list[Any], known: int, largest: int, growth: float) -> 
     if characters > _ADDED_CHARACTERS:
         raise ValueError(f"its added tokens have {characters} characters; allowed are {_ADDED_CHARACTERS}")
     if normalized * growth > _MOST_NORMALIZED:
-        raise ValueError(f"its added tokens could have {normalized * growth:.3g} bytes once they are normalized")
+        raise ValueError(
+            f"its added tokens could have {normalized * growth:.3g} bytes after normalization; "
+            f"allowed are {_MOST_NORMALIZED}"
+        )
     return int(max(ids))
 
 
 def _largest_number(value: Any) -> int:
-    """Inside a checked part."""
+    """Return the largest integer inside a checked part."""
     if isinstance(value, dict | list):
         inner = value.values() if isinstance(value, dict) else value
         return max(map(_largest_number, inner), default=0)

@@ -1,4 +1,4 @@
-"""A fast tokenizer as plain data, and back: no pickle, no file, no class named by the data."""
+"""Conversion of a fast tokenizer to plain data and back, without pickles, files and class names in the data."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-# A template is a few kilobytes; those of models have at most a thousand special tokens beside the vocabulary's.
+# Templates of models take a few kilobytes. Models have at most a thousand special tokens outside the vocabulary.
 _LONGEST_TEMPLATE = 2**17
 _MOST_SPECIAL, _MOST_NAMED, _LONGEST_TOKEN = 4096, 64, 1024
-# Attributes that bear on ids, masks or decoding.
+# Attributes that affect ids, masks or decoding.
 _SETTINGS = {
     "padding_side": str,
     "truncation_side": str,
@@ -31,12 +31,12 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 
 
 class TokenizerError(ValueError):
-    """A tokenizer failed on what is a valid input: the fault is the tokenizer's."""
+    """Error of a tokenizer that fails on a valid input: the fault lies in the tokenizer."""
 
 
 @contextmanager
 def tokenizer_faults(what: str) -> Iterator[None]:
-    """Turn what the Rust library raises, panics among it, which are no Exception, into a `TokenizerError`."""
+    """Turn errors of the Rust library into `TokenizerError`. Its panics are included, although no Exception."""
     try:
         yield
     except BaseException as error:
@@ -46,7 +46,7 @@ def tokenizer_faults(what: str) -> Iterator[None]:
 
 
 def backend_copy(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
-    """Copy the Rust tokenizer, without the truncation and padding that earlier calls left on it."""
+    """Copy the Rust tokenizer, without the truncation and padding settings of earlier calls."""
     from tokenizers import Tokenizer
 
     with tokenizer_faults("the tokenizer cannot be copied"):
@@ -57,10 +57,10 @@ def backend_copy(tokenizer: "PreTrainedTokenizerFast") -> "Tokenizer":
 
 
 def tokenizer_state(tokenizer: "PreTrainedTokenizerFast") -> dict[str, Any]:
-    """Return everything ``tokenizer_from_state`` needs, in types that JSON has.
+    """Return the state of a tokenizer for ``tokenizer_from_state``, in types that JSON has.
 
     Raises:
-        ValueError: a tokenizer that ``tokenizer_from_state`` would refuse.
+        ValueError: ``tokenizer_from_state`` would refuse the tokenizer.
     """
     named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
     state = {
@@ -78,11 +78,11 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
     """Rebuild a tokenizer, always as a ``PreTrainedTokenizerFast``.
 
     Args:
-        state: what ``tokenizer_state`` returned.
+        state: the result of ``tokenizer_state``.
 
     Raises:
-        ValueError: a field is missing or not of its type, a part of the Rust tokenizer is unknown or beyond the bounds
-            of `sgfast.huggingface.tokenizer_parts`, or the Rust library does not read it.
+        ValueError: a field is missing or has the wrong type, a part of the Rust tokenizer is unknown or exceeds the
+            bounds of `sgfast.huggingface.tokenizer_parts`, or the Rust library cannot read the tokenizer.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -101,10 +101,10 @@ def tokenizer_from_state(state: Mapping[str, Any]) -> "PreTrainedTokenizerFast":
 
 def _check_state(state: Mapping[str, Any]) -> None:
     check_fields(state, _TYPES, "the saved tokenizer")
-    # These names become keyword arguments of the tokenizer, and some keyword arguments open files.
+    # The names of special tokens become keyword arguments of the tokenizer, and some keyword arguments open files.
     special, named = state["other_special_tokens"], state["named_special_tokens"]
     if not all(isinstance(token, str) for token in special):
-        raise ValueError("the saved tokenizer has special tokens that are no strings")
+        raise ValueError("the saved tokenizer has special tokens that are not strings")
     for name, token in named.items():
         if not name.endswith("_token") or not isinstance(token, str):
             raise ValueError(f"the saved tokenizer has an invalid special token {name[:40]!r}")
@@ -124,7 +124,7 @@ def _check_state(state: Mapping[str, Any]) -> None:
 
 
 def check_fields(state: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]], where: str) -> None:
-    """Check that every field is there with its type."""
+    """Check that every field exists and has its type."""
     invalid = [name for name, allowed in types.items() if not isinstance(state.get(name), allowed)]
     if invalid:
         raise ValueError(f"{where} has no valid {', '.join(invalid)}")

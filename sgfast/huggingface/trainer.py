@@ -1,4 +1,4 @@
-"""A Hugging Face Trainer for transforms: any loss factory, exact under accumulation, checkpoints without the base."""
+"""Hugging Face Trainer for transforms: any loss factory, exact accumulation, checkpoints without the base model."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,46 +26,46 @@ from sgfast.utils.one_writer import one_writer
 class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     """A ``transformers.Trainer`` that trains a transform with the loss of any factory.
 
-    * **Exact.** Means over tokens are means over the whole accumulation window and all processes: with the same noise,
-      one batch of 8 takes the step of 4 batches of 2, also where their token counts differ. (A mutual information
-      compares the sequences of a micro-batch; it is averaged over micro-batches, weighted by transformed tokens. It
-      needs at least two sequences, with cross entropy an even number: ``dataloader_drop_last=True`` leaves out an
-      epoch's odd end.)
-    * **Logs** each component of the loss, averaged likewise, and once the factory's hyperparameters.
-    * **Evaluates** the loss, its components and the utility metrics (``eval_next_token_utility/…``, as
-      `sgfast.metrics.get_utility_metrics_factory` defines them): averages over sequences, the loss's and its
-      components' through their batch's. Evaluations draw the same noise each time, and training draws the noise that it
-      would have drawn without them.
-    * **Warns** once, when the training loss is first logged, if no position has counted in the loss by then, if no
-      token has been transformed, or if the loss's weights leave no utility term.
-    * **Saves** the noise layer and, for a student, its adapters, never the base model. A checkpoint appears under its
-      name when it is whole. A resumed training goes on as if it had not been interrupted, if it is given the same
-      ``args.seed`` and ``args.data_seed``.
-    * **Stores no seed.** Draws depend on ``args.seed``, the step and the process alone, so that checkpoints need no
-      generator's state. ``trainer.args`` is a copy with ``seed`` = −1 and no ``data_seed``: what is logged, saved or
-      published of it tells neither. A seed that others can guess, such as the default 42, protects nothing.
-    * **Writes alone.** While it trains with checkpoints, no other training writes to ``args.output_dir``.
+    * **Exact.** Means over tokens are means over the whole accumulation window and all processes. With the same noise,
+      4 batches of 2 give the same step as one batch of 8, even if their token counts differ. The mutual information is
+      an exception: it compares the sequences of one micro-batch, and is averaged over micro-batches with the numbers of
+      transformed tokens as weights. A micro-batch then needs at least two sequences, and an even number for the losses
+      with cross entropy. ``dataloader_drop_last=True`` leaves out the odd end of an epoch.
+    * **Logs** each component of the loss, with the same averages, and once the factory's hyperparameters.
+    * **Evaluates** the loss, its components and the utility metrics (``eval_next_token_utility/…``, as defined by
+      `sgfast.metrics.get_utility_metrics_factory`). All are averages over sequences; each sequence counts with the
+      loss and the components of its batch. Every evaluation draws the same noise. Evaluations do not change the noise
+      of training.
+    * **Warns** once, when the training loss is first logged, if no position has counted in the loss, if no token has
+      been transformed, or if the loss's weights leave no utility term.
+    * **Saves** the noise layer and a student's adapters, never the base model. A checkpoint gets its name when it is
+      whole. A resumed training gives the same result as an uninterrupted one if ``args.seed`` and ``args.data_seed``
+      are the same.
+    * **Stores no seed.** Draws depend only on ``args.seed``, the step and the process, so checkpoints need no
+      generator's state. ``trainer.args`` is a copy with ``seed`` = −1 and no ``data_seed``; logged, saved and
+      published arguments hold neither seed. A seed that others can guess, such as the default 42, protects nothing.
+    * **Writes alone.** While a training saves checkpoints, no other training can write to ``args.output_dir``.
 
-    Examples are dictionaries of ``input_ids`` and, optionally, ``attention_mask``, ``noise_mask`` and ``loss_mask``
-    (without them: every token is attended; every attended token is transformed, and counts in the loss). Without
-    a ``data_collator``, a tokenizer given as ``processing_class`` pads them (`NoiseMaskCollator`); without both, all
-    must have one length.
+    Examples are dictionaries of ``input_ids`` and, optionally, ``attention_mask``, ``noise_mask`` and ``loss_mask``.
+    By default, every token is attended, and every attended token is transformed and counts in the loss. Without a
+    ``data_collator``, the tokenizer in ``processing_class`` pads the examples (`NoiseMaskCollator`). Without both, all
+    examples must have one length.
 
     Args:
-        model: the noisy model that the factory was given; for the jigsaw loss the student, whose parameters are all
-            that is trained: its adapters and the noise layer that it shares with the teacher.
-        args: of ``transformers.TrainingArguments``.
-        loss: what a factory of `sgfast.loss` returned for ``model``.
-        teacher: for the jigsaw loss, the teacher. It runs on every batch after the student; in evaluations its clean
-            logits are what utility is measured against.
-        trainer_kwargs: what ``transformers.Trainer`` takes besides (``train_dataset``, ``eval_dataset``, …), except
+        model: the noisy model for which the factory made the loss. For the jigsaw loss, ``model`` is the student; only
+            the student's adapters and the noise layer, which the teacher shares, are trained.
+        args: ``transformers.TrainingArguments``.
+        loss: the result of a factory of `sgfast.loss` for ``model``.
+        teacher: the teacher of the jigsaw loss. The teacher runs on every batch after the student. Evaluations measure
+            utility against the teacher's clean logits.
+        trainer_kwargs: other arguments of ``transformers.Trainer`` (``train_dataset``, ``eval_dataset``, …), except
             ``model_init`` and ``compute_loss_func``.
 
     Raises:
-        TypeError: an argument of another type.
-        ValueError: several GPUs in one process (launch one process for each), a ``teacher`` that does not share the
-            model's noise layer, ``args`` with a ``label_smoothing_factor`` or ``neftune_noise_alpha``, or with a
-            negative seed, as arguments that were read from a checkpoint have.
+        TypeError: an argument has the wrong type, or ``trainer_kwargs`` has ``model_init`` or ``compute_loss_func``.
+        ValueError: one process has several GPUs (launch one process for each GPU), ``teacher`` does not share the
+            model's noise layer, ``args`` has a ``label_smoothing_factor`` or ``neftune_noise_alpha``, or a seed in
+            ``args`` is negative (as in arguments that were read from a checkpoint).
 
     Example:
         >>> from transformers import TrainingArguments
@@ -76,7 +76,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         ...     return trainer.train()
     """
 
-    # Trainer divides by the number of micro-batches, in version 4.57 as in 5.
+    # Trainer then divides the loss by the number of micro-batches, in versions 4.57 and 5.
     loss_is_scaled_for_ga = False
 
     args: Any
@@ -110,22 +110,22 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         if self.args.n_gpu > 1:
             raise ValueError(f"SgtTrainer needs one process for each GPU (torchrun, accelerate); got {self.args.n_gpu}")
         if teacher is not None and self.place_model_on_device and not hasattr(teacher.causal_lm, "hf_device_map"):
-            teacher.to(self.args.device)  # where Trainer has put the student: they need not share a base
+            teacher.to(self.args.device)  # Trainer moves the student only; the teacher may have another base model
         self._seed = self.args.seed
-        # In place of what torch was last seeded with, which a resumed program need not repeat.
+        # By default, accelerate takes torch's last seed, which a resumed program may not repeat.
         self.accelerator.dataloader_config.data_seed = (
             self._seed if self.args.data_seed is None else self.args.data_seed
         )
         self.args = without_seeds(self.args)
         self._seed_generators("start")
-        # Inferred from the model's **kwargs, it would change how the loss is scaled.
+        # Trainer infers this value from the model's **kwargs. A value of True would change the scale of the loss.
         self.model_accepts_loss_kwargs = False
         self.label_names = self.args.label_names or ["labels"]
 
     # Data
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Keep what the base model and the loss read, besides what stands in the noisy model's signature."""
+        """Keep the columns that the base model and the loss read, beside those in the noisy model's signature."""
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
             own: list[str] = self._signature_columns or []
@@ -134,9 +134,9 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     def get_batch_samples(
         self, epoch_iterator: Iterator[Batch], num_batches: int, device: torch.device
     ) -> tuple[list[Batch], "Window | None"]:
-        """The micro-batches of an optimizer step and, in place of Trainer's count of labels, their `Window`."""
+        """Return the micro-batches of an optimizer step, and their `Window` in place of Trainer's count of labels."""
         if epoch_iterator is not self._batches_of_epoch:
-            # Where its first batch is asked for, an epoch draws its order, wherever in it this run begins.
+            # The first request for a batch draws the order of the epoch, also if this run begins inside the epoch.
             self._batches_of_epoch = epoch_iterator
             self._seed_generators("epoch", int(self.state.epoch or 0))
         else:
@@ -154,7 +154,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         return batches, Window(counts, len(batches) * self.accelerator.num_processes)
 
     def _seed_generators(self, *place: str | int) -> None:
-        """Make what is drawn next depend on the seed, the place and the process: different texts share no noise."""
+        """Seed the generators from the seed, the place and the process, so that different texts share no noise."""
         seed_generators(seed_for(self._seed, *place, self.args.process_index))
 
     # Loss
@@ -166,7 +166,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: "Window | None" = None,
     ) -> Any:
-        """The factory's loss of one micro-batch; outside of training, over its own tokens."""
+        """Compute the factory's loss of one micro-batch. Outside of training, means are over the batch's own tokens."""
         window = num_items_in_batch
         inputs = dict(inputs)
         loss_mask = inputs.pop("loss_mask", None)
@@ -180,12 +180,13 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
                     teacher_outputs = self.teacher(**keywords)
             loss = self._loss(loss_mask, normalizers=None if window is None else window.normalizers)
             if window is not None:
-                loss = loss * window.micro_batches  # which Trainer and DistributedDataParallel divide by
+                loss = loss * window.micro_batches  # Trainer and DistributedDataParallel divide by this number
             return (loss, outputs, teacher_outputs) if return_outputs else loss
 
         self._prepare_teacher()
-        # Inside the forward that DistributedDataParallel and FSDP wrap: they look for the parameters of this step in
-        # what it returns, which need not hold the hidden states that losses read. First of the hooks, for FSDP's.
+        # The loss is computed inside the forward that DistributedDataParallel and FSDP wrap. Both look for the
+        # parameters of this step in the forward's outputs, and the model's own outputs may lack the hidden states that
+        # losses read. The hook must run before the hooks of FSDP.
         handle = self.model.register_forward_hook(with_loss, prepend=True, with_kwargs=True)
         try:
             result = model(**inputs)
@@ -203,12 +204,12 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         self.teacher.is_gradient_checkpointing = self.model.is_gradient_checkpointing
         if self.teacher.training != self.model.training:
             self.teacher.train(self.model.training)
-            self.model.train(self.model.training)  # again: its adapters may stand in the teacher's base
+            self.model.train(self.model.training)  # again, because the student's adapters may lie in the teacher's base
 
     # Logging
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log, and with the training loss its components; say once in a run that the loss is over nothing."""
+        """Log, add the components to the training loss, and warn once in a run if the loss is over nothing."""
         if self._component_sums and not logs.keys().isdisjoint({"loss", "train_loss"}):
             self._first_counts.warn_once(self._component_sums, self._read_hyperparameters)
         if "loss" in logs and self._component_sums:
@@ -222,17 +223,17 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         values = torch.stack([value.float() for value in sums.values()]) / windows
         if self.accelerator.num_processes > 1:
             values = self.accelerator.reduce(values, "sum")
-        names = ("loss" if name == "total" else name for name in sums)  # Trainer 4.57 rounds its own
+        names = ("loss" if name == "total" else name for name in sums)  # Trainer 4.57 rounds its own loss
         return dict(zip(names, values.tolist(), strict=True))
 
     def _read_hyperparameters(self) -> Mapping[str, Any]:
-        """The factory's, which it reports once for each forward."""
+        """Return the factory's hyperparameters, kept because the factory reports them once for each forward."""
         if self._hyperparameters is None:
             self._hyperparameters = dict(self._get_hyperparameters())
         return self._hyperparameters
 
     def _log_hyperparameters(self) -> None:
-        """Once a run, resumed or not."""
+        """Log the hyperparameters once in a run, also if the run was resumed."""
         if self._hyperparameters_logged:
             return
         self._hyperparameters_logged = True
@@ -243,7 +244,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     # Evaluation
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """Trainer's loop, under noise of its own, with the averages of what `prediction_step` has measured."""
+        """Run Trainer's loop with the noise of evaluations, and add the averages of the measurements."""
         self._evaluated.clear()
         with self._evaluation_noise():
             output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
@@ -263,7 +264,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, Tensor | None, Any]:
-        """The loss and, unless it alone is wanted, the logits of the transformed sequences and the labels."""
+        """Return the loss and, unless ``prediction_loss_only``, the logits of the noisy sequences and the labels."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, (outputs, teacher_outputs) = self.compute_loss(model, inputs, return_outputs=True)
@@ -276,7 +277,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         return loss, noisy.noisy_logits, labels[0] if len(labels) == 1 else labels or None
 
     def _measure(self, noisy_logits: Tensor, clean_logits: Tensor, attended: Tensor) -> None:
-        """Keep a row for each sequence, of all processes: whether it has a token, utility, the loss's components."""
+        """Keep a row for each sequence of all processes: number of tokens, utility metrics, components of the loss."""
         tokens = attended.sum(-1)
         divergences = token_divergences(noisy_logits, clean_logits, attended, None)
         measured = {name: values.sum(-1) / tokens for name, values in divergences.items()}
@@ -288,7 +289,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
 
     @contextlib.contextmanager
     def _evaluation_noise(self) -> Iterator[None]:
-        """Draw the same noise at every evaluation, and leave training's as it is."""
+        """Draw the same noise at every evaluation, without an effect on the noise of training."""
         device, layer = self.args.device, self.model.noise_layer
         devices = [] if device.type == "cpu" else [device]
         forwards = layer.forward_count.clone()
@@ -303,7 +304,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
     # Optimizer
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """All that Trainer would decay but what weight decay would erase from a noise layer."""
+        """Return the parameters that Trainer decays, except those of a noise layer that weight decay would erase."""
         exempt = exempt_parameters(model)
         return [name for name in super().get_decay_parameter_names(model) if name not in exempt]
 
@@ -313,12 +314,13 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         """Train; see ``transformers.Trainer.train``.
 
         Args:
-            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole one in ``args.output_dir``.
-            args: passed on.
-            kwargs: passed on.
+            resume_from_checkpoint: a checkpoint's folder, or True for the newest whole checkpoint in
+                ``args.output_dir``.
+            args: further arguments of ``transformers.Trainer.train``.
+            kwargs: further arguments of ``transformers.Trainer.train``.
 
         Raises:
-            ValueError: there is no whole checkpoint, or it is another model's.
+            ValueError: there is no whole checkpoint, or the checkpoint belongs to another model.
             BlockingIOError: another training saves its checkpoints in ``args.output_dir``.
         """
         saves = self.args.save_strategy != "no"
@@ -333,12 +335,12 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
             resume_from_checkpoint = str(found[-1])
         elif resume_from_checkpoint and not checkpoint.is_whole(Path(resume_from_checkpoint)):
             raise ValueError(f"resume_from_checkpoint: {resume_from_checkpoint} is no whole checkpoint")
-        # Of steps that an earlier call, ended or interrupted, did not come to log.
+        # An earlier call may have ended before it logged its last steps.
         self._component_sums, self._windows, self._batches_of_epoch = {}, 0, None
         if resume_from_checkpoint and self.args.max_steps > 0:
             path = Path(resume_from_checkpoint)
             state = transformers.TrainerState.load_from_json(str(path / transformers.trainer.TRAINER_STATE_NAME))
-            if state.global_step >= self.args.max_steps:  # Trainer would take one step more
+            if state.global_step >= self.args.max_steps:  # Trainer would train one more step
                 self.state = state
                 self._load_from_checkpoint(str(path))
                 return transformers.trainer_utils.TrainOutput(state.global_step, 0.0, {})
@@ -348,7 +350,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         return str(self._staging) if self._staging is not None else cast(str, super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Let Trainer write a checkpoint to another folder, and put it in its place when all processes have."""
+        """Let Trainer write a checkpoint to a staging folder, and rename the folder when all processes are done."""
         run = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         staged, final = run / checkpoint.STAGING_FOLDER / name, run / name
@@ -359,7 +361,7 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         try:
             super()._save_checkpoint(model, trial)
         except BaseException:
-            if self.args.should_save:  # a full disk keeps no half of it
+            if self.args.should_save:  # a half-written checkpoint must not fill a full disk
                 checkpoint.sweep(run)
             raise
         finally:
@@ -397,17 +399,17 @@ class SgtTrainer(transformers.Trainer):  # type: ignore[misc]
         if not self.is_fsdp_enabled:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        # Trainer would write all of the model with it.
+        # Trainer would also write the whole model.
         plugin = self.accelerator.state.fsdp_plugin
         accelerate.utils.save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, output_dir)
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Store none: every step seeds the generators."""
+        """Store nothing, because every step seeds the generators."""
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """There is none."""
+        """Load nothing, because no state is stored."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         checkpoint.load_trained(self.model if model is None else model, resume_from_checkpoint)
@@ -424,15 +426,19 @@ def _check_arguments(model: Any, args: Any, loss: Any, teacher: Any, trainer_kwa
         raise TypeError(f"loss must be the three functions that a loss factory returned; got {type(loss).__name__}")
     for name in ("model_init", "compute_loss_func"):
         if trainer_kwargs.get(name) is not None:
-            raise TypeError(f"SgtTrainer takes no {name}: the loss belongs to the model that its factory was given")
+            raise TypeError(f"SgtTrainer takes no {name}: the factory made the loss for one given model")
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
         if getattr(args, name, None):
-            raise ValueError(f"SgtTrainer takes no {name}: losses compare the model with itself, under its own noise")
+            raise ValueError(
+                f"SgtTrainer takes no {name}: losses compare the model with itself under the noise of its noise layer"
+            )
     for name in ("seed", "data_seed"):
         if (getattr(args, name, None) or 0) < 0:
             raise ValueError(
                 f"args.{name} must not be negative; got {getattr(args, name)}. Stored arguments hold no seed: "
-                "give the training's own"
+                "set the seed of the training again"
             )
     if teacher is not None and teacher.noise_layer is not model.noise_layer:
-        raise ValueError("teacher must share the model's noise layer: build the student with noise_layer=teacher's")
+        raise ValueError(
+            "teacher must share the model's noise layer: build the student with noise_layer=teacher.noise_layer"
+        )

@@ -1,7 +1,7 @@
-"""Checkpoints of what a transform's training changes: the noise layer and, of a student, its adapters.
+"""Checkpoints of the parameters that a transform's training changes: the noise layer and a student's adapters.
 
-A checkpoint is written to a folder of another name and renamed when all of it is on the disk, so that one that can be
-found is whole.
+A checkpoint is written to a folder with a temporary name. The folder is renamed when everything is on the disk, so a
+folder with the name of a checkpoint is always whole.
 """
 
 import copy
@@ -26,14 +26,16 @@ _STATE_FILE = "trainer_state.json"
 
 
 class Trained(NamedTuple):
-    """What training changes, by the names of the noise layer's state_dict and of PEFT's."""
+    """Trained parameters, under the names of the noise layer's state_dict and of PEFT's state_dict."""
 
     noise_layer: dict[str, Tensor]
     adapters: dict[str, Tensor]
 
 
 def trained_state(model: Any) -> Trained:
-    """What `save_trained` writes. Of a sharded model it is gathered: every process must call this.
+    """Return the parameters that `save_trained` writes.
+
+    The parameters of a sharded model are gathered, so every process must call this function.
 
     Args:
         model: a noisy language model.
@@ -46,12 +48,12 @@ def trained_state(model: Any) -> Trained:
 
 
 def save_trained(model: Any, trained: Trained, folder: Path) -> None:
-    """Write a noisy model's noise layer and the adapters that it runs, nothing of the base model.
+    """Write the noise layer of a noisy model and the adapters that the model runs, but not the base model.
 
     Args:
         model: a noisy language model.
-        trained: its `trained_state`.
-        folder: made if it is not there.
+        trained: the model's `trained_state`.
+        folder: the folder to write to; it is made if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write(trained.noise_layer, folder / NOISE_LAYER_FILE)
@@ -60,19 +62,19 @@ def save_trained(model: Any, trained: Trained, folder: Path) -> None:
 
 
 def save_adapters(model: Any, trained: Trained, folder: Path) -> None:
-    """Write a student's adapters and their configuration, as PEFT reads them; each file is whole or not there.
+    """Write a student's adapters and their configuration in PEFT's format. Each file is written whole or not at all.
 
     Args:
         model: a noisy language model that runs adapters.
-        trained: its `trained_state`.
-        folder: made if it is not there.
+        trained: the model's `trained_state`.
+        folder: the folder to write to; it is made if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
     _write(trained.adapters, folder / _ADAPTER_FILE)
     config = copy.copy(model.base_model.active_peft_config)
-    config.inference_mode = True  # as PEFT writes it
+    config.inference_mode = True  # PEFT writes this value
     for name, value in vars(config).items():
-        if isinstance(value, set):  # its order differs between processes
+        if isinstance(value, set):  # the order of a set differs between processes
             setattr(config, name, sorted(value))
     with tempfile.TemporaryDirectory() as elsewhere, replacing(folder / _ADAPTER_CONFIG_FILE) as temporary:
         config.save_pretrained(elsewhere)
@@ -80,10 +82,10 @@ def save_adapters(model: Any, trained: Trained, folder: Path) -> None:
 
 
 def load_trained(model: Any, folder: str | os.PathLike[str]) -> None:
-    """Read what `save_trained` has written into a model of the same architecture.
+    """Read the files of `save_trained` into a model of the same architecture.
 
     Raises:
-        ValueError: the folder does not hold it, it is damaged, or it is of another architecture.
+        ValueError: a file is missing, damaged, or from a model of another architecture.
     """
     path = Path(folder) / NOISE_LAYER_FILE
     model.noise_layer.load_state_dict(_placed(read_tensors(path), _state_of(model.noise_layer), path))
@@ -101,12 +103,12 @@ def _state_of(noise_layer: nn.Module) -> dict[str, Tensor]:
 
 
 def _adapters_of(model: Any) -> dict[str, Tensor]:
-    """The active adapter's parameters by PEFT's names for them; none of a model without."""
+    """Return the active adapter's parameters under PEFT's names. A model that runs no adapters gives none."""
     if not runs_adapters(model):
         return {}
     import peft
 
-    # Embedding tables belong to the base; PEFT would ask the hub whether they were resized.
+    # Embedding tables belong to the base model. By default, PEFT asks the hub whether the tables were resized.
     state: dict[str, Tensor] = peft.get_peft_model_state_dict(
         model.base_model, adapter_name=model.base_model.active_adapter, save_embedding_layers=False
     )
@@ -118,11 +120,11 @@ def _whole(tensor: Tensor) -> Tensor:
 
 
 def _placed(values: dict[str, Tensor], present: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Check that a file's values are those of what is there now, and shard them likewise."""
+    """Check that a file's tensors have the names and shapes of the present ones, and shard them in the same way."""
     expected, found = ({name: tuple(tensor.shape) for name, tensor in state.items()} for state in (present, values))
     if found != expected:
         different = sorted({name for name, _ in found.items() ^ expected.items()})
-        raise ValueError(f"{path} is of another architecture than the model: it differs in {', '.join(different[:5])}")
+        raise ValueError(f"{path} has another architecture than the model: they differ in {', '.join(different[:5])}")
     return {
         name: distribute_tensor(values[name].to(now.device), now.device_mesh, now.placements)
         if isinstance(now, DTensor)
@@ -137,12 +139,12 @@ def _write(tensors: dict[str, Tensor], path: Path) -> None:
 
 
 def runs_adapters(model: Any) -> bool:
-    """Whether a noisy model is a student: over a PEFT model, run with its adapters."""
+    """Return whether a noisy model is a student: its base model is a PEFT model that runs with adapters."""
     return bool(model._runs_adapters) and bool(adapter_layers(model.base_model))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU."""
+    """Read all tensors of a safetensors file to the CPU."""
     import safetensors.torch
 
     if not path.is_file():
@@ -155,10 +157,10 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def publish(staged: Path, final: Path) -> None:
-    """Put a written folder under its name, when everything in it has reached the disk."""
+    """Rename a staged folder to its final name after everything in the folder has reached the disk."""
     for path in [*staged.rglob("*"), staged]:
         synchronize(path)
-    if final.exists():  # a step that was saved before, by a run that went on from an earlier one
+    if final.exists():  # an earlier run saved this step too; this run resumed from a step before it
         discard(final)
     staged.rename(final)
     staged.parent.rmdir()
@@ -166,20 +168,20 @@ def publish(staged: Path, final: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Delete what a killed run has left half-written or half-deleted."""
+    """Delete the half-written and half-deleted folders of a killed run."""
     for leftover in folder.glob(f"{STAGING_FOLDER}*"):
         shutil.rmtree(leftover)
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint so that no half of it can be taken for one."""
+    """Delete a checkpoint. The folder is renamed first: a half-deleted folder must not look like a checkpoint."""
     doomed = folder.parent / f"{STAGING_FOLDER}-{folder.name}"
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
 
 def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The whole checkpoints in a run's folder, the oldest step first."""
+    """List the whole checkpoints in a run's folder, the oldest step first."""
     if not os.path.isdir(folder):
         return []
     numbered = [
@@ -191,12 +193,12 @@ def checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a folder has what a training is resumed from."""
+    """Return whether a folder has the files from which a training resumes."""
     return all((folder / name).is_file() for name in (NOISE_LAYER_FILE, _STATE_FILE))
 
 
 def discard_oldest(folder: Path, limit: int | None, best: str | None) -> None:
-    """Keep ``limit`` checkpoints, the newest and the best among them; all of them for None."""
+    """Delete the oldest checkpoints beyond ``limit``, except the newest and the best one. None keeps all."""
     if not limit or limit < 1:
         return
     found = checkpoints(folder)

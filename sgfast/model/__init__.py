@@ -1,4 +1,4 @@
-"""Base models under a noise layer."""
+"""Noisy models: base models whose inputs or hidden states pass through a noise layer."""
 
 from sgfast.model.noisy_model import NoisyModel
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel

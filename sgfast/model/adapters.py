@@ -1,7 +1,7 @@
-"""PEFT adapters in a base model: which parameters are theirs, and running the model with them or without.
+"""PEFT adapters in a base model: their parameters, and a switch that runs the model with or without them.
 
-PEFT puts its adapter layers into the base model in place, so that a teacher and a student can share one base: the
-teacher runs it with adapters off, the student with adapters on.
+PEFT puts its adapter layers into the base model in place. A teacher and a student can therefore share one base model:
+the teacher runs the model with adapters off, the student with adapters on.
 """
 
 import sys
@@ -13,7 +13,7 @@ from torch import nn
 
 
 def adapter_layers(model: nn.Module) -> list[Any]:
-    """The layers that hold adapters; none where PEFT was never imported."""
+    """Return the layers that hold adapters. The list is empty if PEFT was never imported."""
     if "peft" not in sys.modules:
         return []
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -23,7 +23,7 @@ def adapter_layers(model: nn.Module) -> list[Any]:
 
 
 def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
-    """The adapters' parameters, without those of the layers they adapt."""
+    """Yield the parameters of the adapters, without the parameters of the adapted layers."""
     for layer in adapter_layers(model):
         for name, child in layer.named_children():
             if name not in ("base_layer", "original_module"):
@@ -31,7 +31,7 @@ def adapter_parameters(model: nn.Module) -> Iterator[nn.Parameter]:
 
 
 def train_adapters(model: nn.Module, mode: bool) -> None:
-    """Set the mode of the adapters (their dropout), and of nothing else."""
+    """Set the training mode of the adapters (their dropout). Other modules keep their mode."""
     for layer in adapter_layers(model):
         for name, child in layer.named_children():
             if name not in ("base_layer", "original_module"):
@@ -39,15 +39,15 @@ def train_adapters(model: nn.Module, mode: bool) -> None:
 
 
 class AdapterState(NamedTuple):
-    """One layer's adapters: off or not, and which of its parameters learn."""
+    """State of the adapters of one layer."""
 
     layer: Any
     off: bool
-    learns: list[bool]
+    learns: list[bool]  # requires_grad of each of the layer's parameters
 
 
 def adapter_states(model: nn.Module) -> list[AdapterState]:
-    """The state of all adapters now."""
+    """Return the present state of all adapters."""
     return [
         AdapterState(layer, layer.disable_adapters, [parameter.requires_grad for parameter in layer.parameters()])
         for layer in adapter_layers(model)
@@ -56,7 +56,7 @@ def adapter_states(model: nn.Module) -> list[AdapterState]:
 
 @contextmanager
 def in_states(states: list[AdapterState]) -> Iterator[None]:
-    """Put adapters into these states inside the block."""
+    """Put adapters into the given states inside the block, and restore their states afterwards."""
     before = [
         AdapterState(layer, layer.disable_adapters, [parameter.requires_grad for parameter in layer.parameters()])
         for layer, *_ in states
@@ -69,7 +69,7 @@ def in_states(states: list[AdapterState]) -> Iterator[None]:
 
 
 def with_adapters(model: nn.Module, on: bool) -> AbstractContextManager[None]:
-    """Run the model with its adapters on or off inside the block; which parameters learn stays as it is."""
+    """Run the model with its adapters on or off inside the block. Each parameter keeps its ``requires_grad``."""
     return in_states([state._replace(off=not on) for state in adapter_states(model) if state.off == on])
 
 
@@ -77,6 +77,6 @@ def _set(states: list[AdapterState]) -> None:
     for layer, off, learns in states:
         if layer.disable_adapters != off:
             layer.enable_adapters(not off)
-        # After PEFT's own switch, which sets these too.
+        # This loop comes last, because PEFT's switch changes requires_grad too.
         for parameter, value in zip(layer.parameters(), learns, strict=True):
             parameter.requires_grad_(value)

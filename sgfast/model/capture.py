@@ -1,4 +1,4 @@
-"""What a forward leaves for losses and metrics, and who asked for it."""
+"""Capture of a forward pass for losses and metrics, and the consumers that read the capture."""
 
 from typing import Literal, NamedTuple
 
@@ -8,31 +8,31 @@ Half = Literal["clean", "noisy"]
 
 
 class Transform(NamedTuple):
-    """What the noise layer did, with its graph: (B, T, D) each."""
+    """Inputs and results of the noise layer in one forward pass, with graph, (B, T, D) each."""
 
     input: Tensor
     mean: Tensor
     std: Tensor
     mask: Tensor | None  # True = suppressed feature
     output: Tensor
-    seed: int | Tensor | None = None  # of the noise: one object wherever one draw is shared
+    seed: int | Tensor | None = None  # seed of the noise; models that share a draw hold the same object
 
 
 class Outputs(NamedTuple):
-    """What one half of a forward computed, as far as it ran."""
+    """Outputs of one half of a forward pass, up to the last layer that ran."""
 
     layers: dict[int, Tensor]  # index → (B, T, D)
     logits: Tensor | None  # (B, T, V)
 
     def at(self, layer: int | None) -> Tensor:
-        """The outputs of a decoder layer, or the logits for None; a consumer finds what it asked for."""
+        """Return the outputs of a decoder layer, or the logits for None. The consumer must have asked for them."""
         if layer is not None:
             return self.layers[layer]
         assert self.logits is not None
         return self.logits
 
     def detach(self) -> "Outputs":
-        """The same without graph."""
+        """Return the same outputs without graph."""
         layers = {index: output.detach() for index, output in self.layers.items()}
         return Outputs(layers, None if self.logits is None else self.logits.detach())
 
@@ -41,7 +41,10 @@ _NOTHING = Outputs({}, None)
 
 
 class Capture(NamedTuple):
-    """One forward of a noisy language model. The clean half has a graph only for consumers that asked for it."""
+    """Values of one forward pass of a noisy language model.
+
+    The clean half has a graph only for consumers that asked for the graph.
+    """
 
     attention_mask: Tensor  # (B, T) bool
     noise_mask: Tensor  # (B, T) bool: transformed and attended
@@ -51,25 +54,25 @@ class Capture(NamedTuple):
 
     @property
     def transform(self) -> Transform:
-        """What the noise layer did; RuntimeError if it was disabled."""
+        """The noise layer's transform. RuntimeError if noise was disabled."""
         if self.enabled_transform is None:
             raise RuntimeError("the loss reads the transform, but noise was disabled in the last forward")
         return self.enabled_transform
 
     def halves(self, layer: int | None) -> tuple[Tensor, Tensor]:
-        """(clean, noisy) outputs of a decoder layer, or logits for None."""
+        """Return the (clean, noisy) outputs of a decoder layer, or the (clean, noisy) logits for None."""
         return self.clean.at(layer), self.noisy.at(layer)
 
 
 class Consumer:
-    """One loss or metric attached to a model: what it needs of every forward, and the forward it has not used yet.
+    """Loss or metric that is attached to a model: the outputs that it reads, and the last forward pass until used.
 
     Args:
-        layers: indices of the decoder layers whose outputs it reads.
-        logits: whether it reads the logits.
-        clean_graph: whether it sends gradients through the clean half, to adapters in the base model.
-        clean: whether it reads them of the clean half.
-        noisy: whether it reads them of the noisy half.
+        layers: indices of the decoder layers whose outputs the consumer reads.
+        logits: whether the consumer reads the logits.
+        clean_graph: whether the consumer sends gradients through the clean half, to adapters in the base model.
+        clean: whether the consumer reads layers and logits of the clean half.
+        noisy: whether the consumer reads layers and logits of the noisy half.
     """
 
     def __init__(
@@ -84,7 +87,7 @@ class Consumer:
         self._capture: Capture | None = None
 
     def offer(self, capture: Capture | None) -> None:
-        """Hand over a new forward; None drops the last one before the next begins."""
+        """Store a new forward pass. None drops the stored one before the next forward pass begins."""
         if capture is not None:
             self.forwards += 1
             capture = capture._replace(
@@ -93,11 +96,11 @@ class Consumer:
         self._capture = capture
 
     def reads(self, half: Half) -> bool:
-        """Whether it reads any output of this half."""
+        """Return whether the consumer reads any output of a half."""
         return (self.clean if half == "clean" else self.noisy) and (self.logits or bool(self.layers))
 
     def _read(self, outputs: Outputs, half: Half) -> Outputs:
-        """What it asked for of what ran: the rest, logits above all, may be large."""
+        """Return only the outputs that the consumer reads: the others, above all logits, may be large."""
         if not self.reads(half):
             return _NOTHING
         layers = {index: output for index, output in outputs.layers.items() if index in self.layers}
@@ -106,21 +109,21 @@ class Consumer:
 
     @property
     def has_forward(self) -> bool:
-        """Whether there was a forward since it was last let go of."""
+        """Whether there is a forward pass that the consumer has not taken."""
         return self._capture is not None
 
     def pending(self, caller: str) -> Capture:
-        """Return the last forward.
+        """Return the last forward pass, and keep it stored.
 
         Raises:
-            RuntimeError: there was no forward since it was let go of.
+            RuntimeError: there was no forward pass since the last call of `take`.
         """
         if self._capture is None:
             raise RuntimeError(f"{caller} needs a forward pass of the noisy model since its last call")
         return self._capture
 
     def take(self, caller: str) -> Capture:
-        """Return the last forward and let go of it."""
+        """Return the last forward pass and drop it."""
         capture = self.pending(caller)
         self._capture = None
         return capture

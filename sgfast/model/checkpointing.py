@@ -16,10 +16,11 @@ _SWITCHES = ("training", "gradient_checkpointing", "_gradient_checkpointing_func
 
 @contextmanager
 def checkpointed_layers(base_model: nn.Module) -> Iterator[None]:
-    """Let every decoder layer keep its input only, and compute the rest again in backward, inside the block.
+    """Let every decoder layer keep only its input inside the block, and recompute the rest in the backward pass.
 
-    transformers checkpoints layers in training mode alone; here only the layer's own flag is set, and everything in
-    it, dropout above all, stays in eval mode. The recomputation finds the adapters as the forward found them.
+    transformers checkpoints layers only in training mode. This function therefore sets the ``training`` flag of the
+    layer itself; the modules inside the layer, such as dropout, stay in eval mode. The recomputation runs with the same
+    state of the adapters as the forward pass.
     """
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -40,16 +41,16 @@ def checkpointed_layers(base_model: nn.Module) -> Iterator[None]:
 
 
 def check_checkpointing(base_model: nn.Module, target_layer: str, asked: Mapping[str, Any] | None) -> None:
-    """Check that `checkpointed_layers` can do what is asked for.
+    """Check that `checkpointed_layers` supports a model and the requested options.
 
     Args:
-        base_model: whose decoder layers shall be checkpointed.
+        base_model: the model whose decoder layers are to be checkpointed.
         target_layer: path of the module whose output is transformed.
-        asked: transformers' ``gradient_checkpointing_kwargs``.
+        asked: ``gradient_checkpointing_kwargs`` of transformers.
 
     Raises:
-        ValueError: an argument but ``use_reentrant=False``, decoder layers that do not look at the switch that
-            `checkpointed_layers` sets, or a target inside one: its transform would be drawn anew.
+        ValueError: ``asked`` has another option than ``use_reentrant=False``, a decoder layer does not support
+            checkpointing, or the target layer lies inside a decoder layer: the recomputation would draw new noise.
     """
     given = {name: value for name, value in (asked or {}).items() if value is not None}
     if given not in ({}, {"use_reentrant": False}):
@@ -58,4 +59,7 @@ def check_checkpointing(base_model: nn.Module, target_layer: str, asked: Mapping
         if not hasattr(layer, "gradient_checkpointing"):
             raise ValueError(f"{type(layer).__name__} does not support activation checkpointing")
     if layer_index_of(base_model, causal_lm_of(base_model).get_submodule(target_layer)) is not None:
-        raise ValueError(f"the decoder layer with target_layer {target_layer!r} cannot be checkpointed")
+        raise ValueError(
+            f"the decoder layer with target_layer {target_layer!r} cannot be checkpointed: "
+            "the recomputation would draw new noise"
+        )

@@ -1,4 +1,4 @@
-"""The parts of a Hugging Face causal language model: its backbone, its decoder layers, a shallow trunk of them."""
+"""Parts of a Hugging Face causal language model: backbone, decoder layers, and a trunk of the first layers."""
 
 import copy
 from typing import Any, cast
@@ -7,17 +7,17 @@ from torch import Tensor, nn
 
 from sgfast.ops.validation import check_integer
 
-# What families call the norm after the last layer.
+# Names of the norm after the last layer in different model families.
 _FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 def causal_lm_of(base_model: Any) -> Any:
-    """The transformers model itself: what a PEFT model wraps, or the model."""
+    """Return the model of transformers: the model inside a PEFT model, or the model itself."""
     return base_model.get_base_model() if hasattr(base_model, "get_base_model") else base_model
 
 
 def backbone_of(base_model: nn.Module) -> nn.Module:
-    """The model without its language-model head."""
+    """Return the model without its language-model head."""
     base_model = causal_lm_of(base_model)
     prefix = getattr(base_model, "base_model_prefix", "")
     backbone = getattr(base_model, prefix, None) if prefix else None
@@ -37,15 +37,16 @@ def _layer_list(backbone: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def decoder_layers(base_model: nn.Module) -> nn.ModuleList:
-    """The decoder layers, in order."""
+    """Return the decoder layers, in order."""
     return _layer_list(backbone_of(base_model))[1]
 
 
 def resolve_layer_index(base_model: nn.Module, index: int) -> int:
-    """Check a decoder layer's index (negative counts from the end) and return it as 0-based.
+    """Check a decoder layer's index (a negative one counts from the end), and return the index from 0.
 
     Raises:
-        ValueError: out of range.
+        TypeError: the index is not an int.
+        ValueError: the index is out of range.
     """
     depth = len(decoder_layers(base_model))
     check_integer("the decoder layer index", index)
@@ -55,7 +56,7 @@ def resolve_layer_index(base_model: nn.Module, index: int) -> int:
 
 
 def layer_index_of(base_model: nn.Module, module: nn.Module) -> int | None:
-    """Index of the decoder layer that is or contains a module; None outside of them."""
+    """Return the index of the decoder layer that is or contains a module; None for a module outside the layers."""
     for index, layer in enumerate(decoder_layers(base_model)):
         if any(part is module for part in layer.modules()):
             return index
@@ -63,14 +64,14 @@ def layer_index_of(base_model: nn.Module, module: nn.Module) -> int | None:
 
 
 def shallow_trunk(base_model: nn.Module, depth: int) -> nn.Module:
-    """A backbone that shares the base model's modules and stops after ``depth`` layers, without the final norm.
+    """Make a backbone that shares the base model's modules and stops after ``depth`` layers, without the final norm.
 
-    The base model itself is not touched.
+    The base model does not change.
     """
     backbone = backbone_of(base_model)
     name, layers = _layer_list(backbone)
     trunk = copy.copy(backbone)
-    # An instance's own forward (accelerate puts one there) is bound to the backbone, which would run whole.
+    # accelerate may store a forward on the instance. That forward is bound to the backbone and would run all layers.
     trunk.__dict__.pop("forward", None)
     modules: dict[str, nn.Module | None] = dict(backbone._modules)
     modules[name] = nn.ModuleList(list(layers)[:depth])
@@ -82,12 +83,12 @@ def shallow_trunk(base_model: nn.Module, depth: int) -> nn.Module:
 
 
 def embedding_scale_of(embedding: nn.Module) -> float:
-    """What an embedding module multiplies its table by (Gemma: √D); 1 for most."""
+    """Return the factor by which an embedding module multiplies its table: √D for Gemma, 1 for most models."""
     return float(getattr(embedding, "embed_scale", 1.0))
 
 
 def embedding_table_of(base_model: Any) -> Tensor:
-    """The embeddings of all tokens as the model sees them, (V, D), without graph."""
+    """Return the embeddings of all tokens, multiplied by the embedding's scale, (V, D), without graph."""
     embedding = base_model.get_input_embeddings()
     scale = embedding_scale_of(embedding)
     table: Tensor = embedding.weight.detach()
@@ -95,5 +96,5 @@ def embedding_table_of(base_model: Any) -> Tensor:
 
 
 def hidden_states_of(layer_output: Any) -> Tensor:
-    """A decoder layer's hidden states: some families and versions return a tuple."""
+    """Return the hidden states in a decoder layer's output, which is a tuple in some model families and versions."""
     return cast(Tensor, layer_output if isinstance(layer_output, Tensor) else layer_output[0])

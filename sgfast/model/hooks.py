@@ -1,4 +1,4 @@
-"""Forward hooks that belong to the model that registered them, not to the module they are registered on."""
+"""Forward hooks that live as long as the model that registered them, not as long as the hooked module."""
 
 import weakref
 from typing import Any
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class Hook:
-    """A hook that neither keeps its owner alive nor follows the hooked module into copies and pickles."""
+    """Hook that does not keep its owner alive. In copies and pickles of the hooked module the hook does nothing."""
 
     def __init__(self, owner: nn.Module, method: str, *arguments: Any) -> None:
         self.owner: weakref.ref[nn.Module] | None = weakref.ref(owner)
@@ -15,7 +15,7 @@ class Hook:
         self.arguments = arguments
 
     def __call__(self, *what_torch_passes: Any) -> Any:
-        """Call the owner's method; None, which changes nothing, when there is no owner any more."""
+        """Call the owner's method. Return None, which changes nothing, if the owner no longer exists."""
         owner = self.owner() if self.owner is not None else None
         return getattr(owner, self.method)(*self.arguments, *what_torch_passes) if owner is not None else None
 
@@ -26,7 +26,7 @@ class Hook:
 def hook_forward(owner: nn.Module, module: nn.Module, method: str, *arguments: Any) -> None:
     """Call ``owner.method(*arguments, module, inputs, output)`` after every forward of ``module``, while owner lives.
 
-    Hook once, at construction: torch.compile does not see hooks that come later.
+    Register hooks once, at construction: torch.compile does not see hooks that are added later.
     """
     _drop_dead(module._forward_hooks)
     handle = module.register_forward_hook(Hook(owner, method, *arguments))
@@ -34,13 +34,13 @@ def hook_forward(owner: nn.Module, module: nn.Module, method: str, *arguments: A
 
 
 def hook_arguments(owner: nn.Module, module: nn.Module, method: str, *arguments: Any) -> None:
-    """Call ``owner.method(*arguments, module, positional, keywords)`` before every forward, as `hook_forward` does."""
+    """Call ``owner.method(*arguments, module, positional, keywords)`` before every forward, while owner lives."""
     _drop_dead(module._forward_pre_hooks)
     handle = module.register_forward_pre_hook(Hook(owner, method, *arguments), with_kwargs=True)
     weakref.finalize(owner, handle.remove)
 
 
 def _drop_dead(hooks: dict[int, Any]) -> None:
-    """Forget the hooks that came into a copied module without their owner."""
+    """Remove hooks without an owner, which a copied module has from its original."""
     for key in [key for key, hook in hooks.items() if isinstance(hook, Hook) and hook.owner is None]:
         del hooks[key]

@@ -1,4 +1,4 @@
-"""What callers give a noisy language model, checked and completed; what they build it with, checked."""
+"""Checks of a noisy language model's inputs and constructor arguments, and completion of the inputs."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
@@ -14,11 +14,11 @@ CleanPass = Literal["separate", "joint"]
 
 
 class Inputs(NamedTuple):
-    """A batch: the base model's arguments, and masks (B, T) bool."""
+    """Batch of a noisy language model: arguments of the base model, and masks (B, T) bool."""
 
     arguments: dict[str, Any]
     attended: Tensor
-    selected: Tensor  # to be transformed
+    selected: Tensor  # True = transform this token
 
 
 def prepare_inputs(
@@ -28,13 +28,13 @@ def prepare_inputs(
     others: Mapping[str, Any],
     known: frozenset[str],
 ) -> Inputs:
-    """Check a batch and complete it: masks, position ids from the attention mask, no cache.
+    """Check a batch, add missing masks and position ids (from the attention mask), and switch the cache off.
 
     Args:
         input_ids: (B, T), or None with ``inputs_embeds`` among ``others``.
         attention_mask: (B, T) or None.
         noise_mask: (B, T) or None.
-        others: further arguments; what is not ``known`` is dropped.
+        others: further arguments. Arguments that are not in ``known`` are dropped.
         known: names of the base model's arguments.
     """
     arguments = {name: value for name, value in others.items() if name in known}
@@ -71,7 +71,7 @@ def prepare_inputs(
 
 
 def doubled(arguments: Mapping[str, Any], rows: int) -> dict[str, Any]:
-    """The arguments of one pass over the batch and, below it, the same batch again."""
+    """Return arguments with the batch twice: tensors with ``rows`` rows are concatenated with themselves."""
     return {
         name: torch.cat([value, value]) if isinstance(value, Tensor) and value.shape[:1] == (rows,) else value
         for name, value in arguments.items()
@@ -79,7 +79,7 @@ def doubled(arguments: Mapping[str, Any], rows: int) -> dict[str, Any]:
 
 
 def check_settings(base_model: Any, target_layer: Any, clean_pass: Any) -> None:
-    """Check what a noisy language model is built with, before anything is looked up by it."""
+    """Check the types of a noisy language model's constructor arguments, before they are used."""
     if not isinstance(base_model, nn.Module):
         raise TypeError(f"base_model must be a torch.nn.Module; got {type(base_model).__name__}")
     if not isinstance(target_layer, str):
@@ -89,7 +89,7 @@ def check_settings(base_model: Any, target_layer: Any, clean_pass: Any) -> None:
 
 
 def check_target(causal_lm: nn.Module, target_layer: str, input_shape: tuple[int, ...] | None, width: int) -> None:
-    """Check that the target layer is there, and that the caller's idea of the embeddings' width is right."""
+    """Check that the target layer exists, and that ``input_shape`` ends in the width of the embeddings."""
     try:
         causal_lm.get_submodule(target_layer)
     except AttributeError as error:
@@ -101,7 +101,7 @@ def check_target(causal_lm: nn.Module, target_layer: str, input_shape: tuple[int
 def ready_noise_layer(
     noise_layer_class: type[BaseNoiseLayer] | None, noise_layer: BaseNoiseLayer | None, arguments: dict[str, Any]
 ) -> BaseNoiseLayer:
-    """The layer given, or a new one of the class."""
+    """Return the given noise layer, or make a new one of the class."""
     if noise_layer_class is not None and not (
         isinstance(noise_layer_class, type) and issubclass(noise_layer_class, BaseNoiseLayer)
     ):

@@ -1,4 +1,4 @@
-"""The typical norm of what a noise layer is about to transform."""
+"""Typical norm of the values that a noise layer transforms."""
 
 from typing import cast
 
@@ -13,10 +13,10 @@ from sgfast.ops import rows
 
 @torch.no_grad()
 def median_target_norm(noisy_model: NoiseMaskedNoisyTransformerModel) -> float:
-    """The lower median, over all token ids, of the norm of the target layer's output, without noise and adapters.
+    """Return the lower median over all token ids of the norm of the target layer's output, without noise and adapters.
 
-    In float32 (float64 for such a model), in chunks of token ids. A target layer deeper than the embedding sees every
-    token alone, at position 0.
+    Norms are computed in float32 (in float64 for a float64 model), in chunks of token ids. A target layer deeper than
+    the embedding gets every token as a sequence of length 1, at position 0.
     """
     embedding = noisy_model.base_model.get_input_embeddings()
     vocabulary, width = embedding.weight.shape
@@ -36,7 +36,7 @@ def _norms(noisy_model: NoiseMaskedNoisyTransformerModel, token_ids: Tensor) -> 
 
 
 def _target_output(noisy_model: NoiseMaskedNoisyTransformerModel, token_ids: Tensor) -> Tensor:
-    """(n, D) or (n, 1, D)."""
+    """Return the target layer's outputs for n token ids, (n, D) or (n, 1, D)."""
     target = noisy_model.causal_lm.get_submodule(noisy_model.target_layer)
     if target is noisy_model.base_model.get_input_embeddings():
         return cast(Tensor, target(token_ids))

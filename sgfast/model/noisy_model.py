@@ -1,4 +1,4 @@
-"""Any module under a noise layer: its input, or the output of one of its layers, is transformed on the way."""
+"""Model that applies a noise layer to the input of any module, or to the output of one of the module's layers."""
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
@@ -22,40 +22,41 @@ from sgfast.noise_layer.arguments import check_input_shape, check_log_scale
 from sgfast.noise_layer.base import BaseNoiseLayer
 from sgfast.ops.validation import check_real
 
-# The noisy models whose forwards or noise_disabled blocks are running, the innermost last.
+# Noisy models whose forward or noise_disabled block is running. The innermost is the last.
 _running: list["NoisyModel"] = []
 
 
 class NoisyModel(nn.Module):
-    """A frozen base model that computes on transformed values.
+    """Frozen base model that computes on transformed values.
 
-    The noise layer is applied by a hook, so at every forward of the base model, a direct call of ``base_model``
-    included: use `noise_disabled` to run it clean. Of several noisy models over one base, each one's forward applies
-    its own noise layer alone. A noisy model that is gone leaves the base clean. One thread at a time may use a noisy
-    model and its base.
+    A hook applies the noise layer at every forward of the base model, also if ``base_model`` is called directly. Use
+    `noise_disabled` to run the base model on clean values. If several noisy models share one base model, the forward of
+    each applies only its own noise layer. When a noisy model is deleted, its base model is clean again. Only one thread
+    at a time may use a noisy model and its base model.
 
-    The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``: its dropout is
-    off and its batch statistics do not change.
+    The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``: dropout is
+    off, and batch statistics do not change.
 
-    Both documented calls work: a class is the noise layer's, an instance is the base model.
+    The constructor takes the noise layer class and the base model in either order:
 
         NoisyModel(CloakNoiseLayerOneShot, base_model, percent_to_mask=0.6)
         NoisyModel(base_model, noise_layer_class=CloakNoiseLayerOneShot, percent_to_mask=0.6)
 
     Args:
         layer_and_base: ``noise_layer_class`` and ``base_model``, in either order.
-        noise_layer_class: a class of `BaseNoiseLayer`.
+        noise_layer_class: a subclass of `BaseNoiseLayer`.
         base_model: any module.
-        target_layer: path of a module in the base whose output is transformed (of a tuple, its first element).
-        target_parameter: name of the argument of the base's forward that is transformed; without it and
-            ``target_layer``, the first one.
-        input_shape: (batch, *features) of what is transformed, for noise layers that take it; None to take the shape
-            from the first forward (which must then come before DistributedDataParallel).
-        noise_layer_kwargs: what ``noise_layer_class`` takes besides. The noise layer is put on the base's device.
+        target_layer: path of a module in the base model whose output is transformed. If the output is a tuple, the
+            first element is transformed.
+        target_parameter: name of the argument of the base model's forward that is transformed. The default, without a
+            ``target_layer``, is the first argument.
+        input_shape: shape (batch, *features) of the values to transform, for noise layers that take ``input_shape``.
+            None takes the shape from the first forward, which must then come before DistributedDataParallel.
+        noise_layer_kwargs: other arguments of ``noise_layer_class``. The noise layer moves to the base model's device.
 
     Raises:
-        TypeError: a noise layer class or a base model is missing, given twice, or something else.
-        ValueError: the base has no such layer or argument, or both targets are given.
+        TypeError: a noise layer class or a base model is missing, given twice, or of another type.
+        ValueError: the base model has no such layer or argument, or both targets are given.
 
     Example:
         >>> import torch
@@ -94,7 +95,7 @@ class NoisyModel(nn.Module):
         shape = check_input_shape(input_shape)
         if shape is not None and "input_shape" in inspect.signature(layer_class).parameters:
             noise_layer_kwargs["input_shape"] = shape
-        noise_layer = layer_class(**noise_layer_kwargs)  # before the base is touched: it may refuse
+        noise_layer = layer_class(**noise_layer_kwargs)  # may raise, so it is made before the base model is changed
         self.base_model = base.requires_grad_(False).eval()
         device = next((parameter.device for parameter in base.parameters()), None)
         self.noise_layer = noise_layer if device is None else noise_layer.to(device=device)
@@ -110,14 +111,14 @@ class NoisyModel(nn.Module):
         self._last_call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def _register_hook(self, target: nn.Module) -> None:
-        """Hook the target for as long as this model lives."""
+        """Hook the target as long as this model lives."""
         if self.target_layer is None:
             hook_arguments(self, target, "_transform_argument")
         else:
             hook_forward(self, target, "_transform_output")
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles begin without the last forward."""
+        """Return the state for copies and pickles, without the last forward."""
         forgotten: dict[str, Any] = {
             "_noise_mask": None,
             "_arguments_for_layer": {},
@@ -127,32 +128,32 @@ class NoisyModel(nn.Module):
         return dict(self.__dict__) | forgotten
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hook the copied base model anew: the hook that came with it is dead."""
+        """Restore the state and hook the copied base model, because the copied hook has no owner."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._register_hook(
             self.base_model if self.target_layer is None else self.base_model.get_submodule(self.target_layer)
         )
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
-        """Make room for a state saved after `noise_loss_wrapper` had made some."""
+        """Make an ``adaptive_alpha`` if the saved model had one."""
         if self.adaptive_alpha is None and any(name.startswith(f"{prefix}adaptive_alpha.") for name in state_dict):
             self.adaptive_alpha = AdaptiveAlpha()
         super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def train(self, mode: bool = True) -> "NoisyModel":
-        """Set the noise layer's mode; the frozen base stays in eval mode."""
+        """Set the mode of the noise layer. The frozen base model stays in eval mode."""
         super().train(mode)
         self.base_model.eval()
         return self
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay would erase; see `sgfast.noise_layer.parameter_groups`."""
+        """Return the names of parameters that weight decay would erase; see `sgfast.noise_layer.parameter_groups`."""
         return {f"noise_layer.{name}" for name in self.noise_layer.no_weight_decay()}
 
     @contextmanager
     def noise_disabled(self) -> Iterator[None]:
-        """Run the base model on clean values inside the block, called through this model or directly."""
-        _running.append(self)  # so that no other noisy model over this base transforms a direct call
+        """Run the base model on clean values inside the block, in calls of this model and in direct calls."""
+        _running.append(self)  # prevents that another noisy model over this base model transforms a direct call
         try:
             with self.noise_layer.disabled():
                 yield
@@ -164,14 +165,14 @@ class NoisyModel(nn.Module):
 
         Args:
             args: the base model's arguments.
-            noise_mask: 1 = transform; of the leading dimensions of what is transformed, or broadcastable to it.
-                None transforms everything.
-            kwargs: the base model's keyword arguments. An argument that the noise layer estimates with too (an
-                ``attention_mask``, say) is passed on to it.
+            noise_mask: 1 = transform. The mask has the leading dimensions of the values to transform, or broadcasts to
+                their shape. None transforms everything.
+            kwargs: the base model's keyword arguments. Arguments that the noise layer's estimators take too, such as
+                ``attention_mask``, are also passed to the noise layer.
 
         Raises:
-            ValueError: the target argument is not among the arguments; masks or inputs of another shape.
-            TypeError: what is to be transformed is not a floating tensor.
+            ValueError: the target argument is missing, or a mask or an input has a wrong shape.
+            TypeError: the value to transform is not a floating-point tensor.
             RuntimeError: the base model's forward did not run ``target_layer``.
         """
         self._forget()
@@ -203,24 +204,24 @@ class NoisyModel(nn.Module):
     ) -> Callable[..., dict[str, Tensor]]:
         """Wrap a task's loss: ``(1 − alpha) · base_loss + alpha · noise_loss``, noise_loss = −log(mean sigma).
 
-        The mean is taken over transformed elements and their unsuppressed features.
+        The mean is over the features of transformed elements, without suppressed features.
 
         Args:
-            base_loss: ``base_loss(base_model_output, *targets)`` gives a scalar.
-            alpha: in [0, 1]: 0 is all task, 1 all strength. None adapts it while training: it rises as long as the
-                base loss stays near that of the clean model (see `AdaptiveAlpha`), which is measured on the first ten
-                batches, by one more forward each. Its state is saved with this model, and shared by the losses that
-                adapt.
-            tolerance: for an alpha of None, how much base loss above the clean model's to aim at, in its units.
+            base_loss: a function ``base_loss(base_model_output, *targets)`` that returns a scalar.
+            alpha: weight in [0, 1]: 0 trains only the task, 1 only the strength of the transform. None adapts alpha
+                during training: alpha rises while the base loss stays near the base loss of the clean model (see
+                `AdaptiveAlpha`). Each of the first ten batches needs one more forward, which measures the clean model.
+                The state of alpha is saved with this model, and shared by all losses that adapt alpha.
+            tolerance: the base loss aimed at is the clean model's base loss plus this number; only for ``alpha=None``.
 
         Returns:
-            ``loss(output, *targets)``, to be called with a `NoisyModelOutput` after the forward that gave it. It
-            returns ``composite_loss``, to call ``backward`` on, and for logging, detached, ``base_loss``,
+            ``loss(output, *targets)``. Call it with the `NoisyModelOutput` of the last forward. The result is a
+            dictionary with ``composite_loss``, for ``backward``, and, detached for logging, ``base_loss``,
             ``noise_loss`` and ``alpha``.
 
         Raises:
-            ValueError: alpha outside [0, 1], a tolerance that is not positive, a noise layer whose scale starts at 0.
-            TypeError: base_loss is not callable, alpha is no number; in a call, an output that is no NoisyModelOutput.
+            ValueError: alpha lies outside [0, 1], tolerance is not positive, or the noise layer's scale starts at 0.
+            TypeError: base_loss is not callable, or alpha is not a number; in a call, output is not a NoisyModelOutput.
             RuntimeError: in a call, noise was disabled in the forward.
         """
         check_loss_function("base_loss", base_loss)
@@ -254,9 +255,9 @@ class NoisyModel(nn.Module):
         return loss
 
     def _adapted_alpha(self, task_loss: Tensor, clean_loss_of: Callable[[Any], Any], tolerance: float) -> Tensor:
-        """The alpha of this batch; while training, the next one follows from it."""
+        """Return the alpha of this batch. During training, update alpha for the next batch."""
         adaptive = self.adaptive_alpha
-        assert adaptive is not None  # the wrapper made it
+        assert adaptive is not None  # noise_loss_wrapper made the module
         last_call, self._last_call = self._last_call, None
         if last_call is not None:
             with torch.no_grad(), self._bypassed():
@@ -270,7 +271,7 @@ class NoisyModel(nn.Module):
 
     @contextmanager
     def _bypassed(self) -> Iterator[None]:
-        """Run the base model clean, and leave what the noise layer remembers as it is."""
+        """Run the base model on clean values, and restore the values that the noise layer stores."""
         remembered = dict(self.noise_layer.__dict__)
         try:
             with self.noise_disabled():
@@ -298,7 +299,7 @@ class NoisyModel(nn.Module):
         return (self._transform(output[0]), *output[1:])
 
     def _another_runs(self) -> bool:
-        """Whether the base computes for another noisy model over it."""
+        """Return whether the base model is running for another noisy model."""
         over_this_base = (model for model in reversed(_running) if model.base_model is self.base_model)
         return next(over_this_base, self) is not self
 
@@ -311,7 +312,7 @@ class NoisyModel(nn.Module):
 
 
 class Applied(NamedTuple):
-    """What the noise layer did in the last forward, as far as losses read it; std with its graph."""
+    """Results of the noise layer in the last forward that losses read; std has its graph."""
 
     std: Tensor
     mask: Tensor | None
@@ -320,7 +321,7 @@ class Applied(NamedTuple):
 
 
 class _Argument(NamedTuple):
-    """How a call may give the transformed argument."""
+    """Name and position under which a call may pass the transformed argument."""
 
     name: str | None
     position: int | None
@@ -329,7 +330,7 @@ class _Argument(NamedTuple):
 def _tell_apart(
     positional: tuple[Any, ...], noise_layer_class: Any, base_model: Any
 ) -> tuple[type[BaseNoiseLayer], nn.Module]:
-    """Sort the arguments of both documented calls by what they are."""
+    """Return the noise layer class and the base model from positional arguments in either order."""
     classes = [one for one in positional if isinstance(one, type)]
     others = [one for one in positional if not isinstance(one, type)]
     classes += [] if noise_layer_class is None else [noise_layer_class]
@@ -356,7 +357,7 @@ def _submodule(base_model: nn.Module, path: str) -> nn.Module:
 
 
 def _argument_of(base_model: nn.Module, name: str | None) -> _Argument:
-    """Find an argument of the base's forward (the first one for None), so that a wrong name shows at once."""
+    """Find an argument of the base model's forward (the first one for None). A wrong name is an error at once."""
     if name is not None and not isinstance(name, str):
         raise TypeError(f"target_parameter must be a str or None; got {type(name).__name__}")
     parameters = inspect.signature(base_model.forward).parameters

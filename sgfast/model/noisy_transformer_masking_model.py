@@ -1,4 +1,4 @@
-"""Causal language models under a noise layer: every forward runs the base model on clean and on noisy embeddings."""
+"""Causal language models with a noise layer. Every forward runs the base model on clean and on noisy embeddings."""
 
 import inspect
 import weakref
@@ -29,33 +29,35 @@ from sgfast.noise_layer.base import BaseNoiseLayer
 
 
 class NoiseMaskedNoisyTransformerModel(nn.Module):
-    """A frozen causal language model whose token embeddings pass through a noise layer.
+    """Frozen causal language model whose token embeddings pass through a noise layer.
 
-    A forward on B rows gives a super-batch: clean and noisy logits, 2B rows. With ``clean_pass="separate"`` the clean
-    half runs in a pass of its own without a graph, so that training keeps half the activations; ``"joint"`` runs one
-    batch of 2B rows, for hooks that need it. Both give the same numbers.
+    A forward on B rows gives a super-batch of 2B rows: clean and noisy logits. With ``clean_pass="separate"`` the clean
+    half runs in a pass of its own without a graph, so training stores half the activations. ``"joint"`` runs one batch
+    of 2B rows, for hooks that need both halves at once. Both settings give the same numbers.
 
-    While training, each half runs only as deep as the attached losses and metrics read of it: for layer k, decoder
-    layers 0..k and neither final norm nor head, and the output's logits are None; for the transform alone, as deep as
-    the target layer. In eval mode, or where anything attached reads logits, it runs whole.
+    In training mode, each half runs only up to the deepest layer that attached losses and metrics read in that half. If
+    this is layer k, the decoder layers 0..k run, but neither the final norm nor the head, and the output's logits are
+    None. If only the transform is read, the model runs up to the target layer. A half runs whole if its logits are
+    read. Both halves run whole in eval mode, and if nothing is attached.
 
     The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. If PEFT has
-    put adapters into it, this model runs it without them; `PeftNoiseMaskedNoisyTransformerModel` runs it with them. The
-    transform applies to this model's own calls only: ``base_model(...)`` is the clean model. One thread at a time may
-    use a noisy model and its base.
+    put adapters into the base model, this class runs the base model without adapters;
+    `PeftNoiseMaskedNoisyTransformerModel` runs the base model with adapters. Only calls of this model are transformed:
+    ``base_model(...)`` is the clean model. Only one thread at a time may use a noisy model and its base model.
 
     Args:
-        noise_layer_class: a `BaseNoiseLayer` class, `TransformerCloak` for language models.
+        noise_layer_class: a subclass of `BaseNoiseLayer`, such as `TransformerCloak`.
         base_model: a Hugging Face causal language model.
-        input_shape: (-1, D); checked against the embedding width. None to skip the check.
+        input_shape: (-1, D); D is checked against the embedding width. None skips the check.
         target_layer: path of the module whose output is transformed.
         clean_pass: ``"separate"`` or ``"joint"``.
-        noise_layer: a ready layer to share, in place of ``noise_layer_class`` and its arguments. Models that share
-            one see one noise draw: given the same tensors in turn, the second reuses what the first transformed.
-        noise_layer_kwargs: what ``noise_layer_class`` takes.
+        noise_layer: a ready noise layer to share, instead of ``noise_layer_class`` and its arguments. Models that share
+            a noise layer share its noise: if two models are called with the same tensors, the second model reuses
+            the noise of the first.
+        noise_layer_kwargs: arguments of ``noise_layer_class``.
 
     Raises:
-        ValueError: no such target layer, a width that differs, an unknown clean_pass.
+        ValueError: the target layer does not exist, the width differs, or clean_pass is unknown.
         TypeError: base_model is not a module, or is a PEFT model.
 
     Example:
@@ -108,8 +110,9 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self.is_gradient_checkpointing = False
         self._base_arguments = frozenset(inspect.signature(self.causal_lm.forward).parameters) - {"labels"}
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
-        self._trunks: dict[int, list[nn.Module]] = {}  # in lists: a trunk is no submodule, its modules are the base's
-        # The pass that is running, for the hooks; None outside this model's own calls.
+        # Trunks share the base model's modules. Lists keep torch from registering trunks as submodules.
+        self._trunks: dict[int, list[nn.Module]] = {}
+        # The hooks read the pass that is running; None outside this model's own calls.
         self._running: Pass | None = None
         self._register()
 
@@ -119,7 +122,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
 
     @property
     def causal_lm(self) -> Any:
-        """The transformers model: what ``base_model`` wraps if that is a PEFT model, or ``base_model``."""
+        """The model of transformers: the model inside ``base_model`` if that is a PEFT model, else ``base_model``."""
         return causal_lm_of(self.base_model)
 
     def _check_base(self, base_model: Any) -> None:
@@ -130,7 +133,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             )
 
     def _freeze_base(self) -> None:
-        """Freeze all but adapters, which belong to the model that runs them."""
+        """Freeze the base model except its adapters, which another noisy model may train."""
         adapters = {id(parameter) for parameter in adapter_parameters(self.base_model)}
         for parameter in self.base_model.parameters():
             if id(parameter) not in adapters:
@@ -138,7 +141,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self.base_model.eval()
 
     def _register(self) -> None:
-        """Hook the target layer and all decoder layers, and share the noise layer, for as long as this model lives."""
+        """Hook the target layer and all decoder layers as long as this model lives. Register a shared noise layer."""
         hook_forward(self, self._target, "_transform_hook")
         for index, layer in enumerate(decoder_layers(self.base_model)):
             hook_forward(self, layer, "_keep_layer", index)
@@ -146,30 +149,30 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             share_draws(self.noise_layer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles begin without losses, metrics and captured forwards."""
+        """Return the state for copies and pickles, without losses, metrics and captured forwards."""
         return dict(self.__dict__) | {"_consumers": None, "_trunks": {}, "_running": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Hook the copied base model anew: the hooks that came with it are dead."""
+        """Restore the state and hook the copied base model, because the copied hooks have no owner."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._consumers = weakref.WeakSet()
         self._register()
 
     def train(self, mode: bool = True) -> "NoiseMaskedNoisyTransformerModel":
-        """Set the noise layer's mode; the frozen base stays in eval mode."""
+        """Set the mode of the noise layer. The frozen base model stays in eval mode."""
         super().train(mode)
         self.base_model.eval()
         return self
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
-        """Let training forwards keep only the decoder layers' inputs, and compute the rest again in backward.
+        """Let training forwards keep only the inputs of decoder layers, and recompute the rest in the backward pass.
 
         Args:
-            gradient_checkpointing_kwargs: ``use_reentrant`` may be False, which it is; nothing else is taken.
+            gradient_checkpointing_kwargs: None, or a dictionary with ``use_reentrant=False``, the only implementation.
 
         Raises:
-            ValueError: another argument, decoder layers that transformers cannot checkpoint, or a target layer inside
-                one: its transform would be drawn anew.
+            ValueError: another option is given, transformers cannot checkpoint the decoder layers, or the target layer
+                lies inside a decoder layer: the recomputation would draw new noise.
         """
         check_checkpointing(self.base_model, self.target_layer, gradient_checkpointing_kwargs)
         self.is_gradient_checkpointing = True
@@ -177,13 +180,15 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     def activation_checkpointing_enable(
         self, activation_checkpointing_kwargs: dict[str, Any] | None = None, every_n_layers: int = 1, **others: Any
     ) -> None:
-        """`gradient_checkpointing_enable` under the name and with the arguments of transformers 5's Trainer."""
+        """Call `gradient_checkpointing_enable`; this name and these arguments are those of transformers 5's Trainer."""
         if every_n_layers != 1 or any(others.values()):
-            raise ValueError(f"every decoder layer is checkpointed; got every_n_layers={every_n_layers}, {others}")
+            raise ValueError(
+                f"every_n_layers must be 1 and other options must be false; got {every_n_layers} and {others}"
+            )
         self.gradient_checkpointing_enable(activation_checkpointing_kwargs)
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep all activations again."""
+        """Let training forwards keep all activations again."""
         self.is_gradient_checkpointing = False
 
     def attach(
@@ -195,11 +200,20 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         clean: bool = True,
         noisy: bool = True,
     ) -> Consumer:
-        """Register a loss or metric that reads decoder layers' outputs or logits of every forward.
+        """Register a loss or metric that reads outputs of decoder layers, or logits, of every forward.
 
-        It counts for as long as the returned `Consumer` is alive. With ``clean_graph`` it sends gradients through the
-        clean half too, which costs the memory of a second pass. Of a half that nothing reads, ``clean`` or ``noisy``,
-        training forwards run only what the transform needs.
+        The registration lasts as long as the returned `Consumer` is alive. If no consumer reads a half, training
+        forwards run only the layers of this half that the transform needs.
+
+        Args:
+            layers: indices of the decoder layers to read; a negative index counts from the end.
+            logits: whether to read the logits.
+            clean_graph: whether to send gradients through the clean half too, which takes the memory of a second pass.
+            clean: whether to read the clean half.
+            noisy: whether to read the noisy half.
+
+        Raises:
+            ValueError: an index is out of range.
         """
         resolved = frozenset(resolve_layer_index(self.base_model, index) for index in layers)
         consumer = Consumer(resolved, logits, clean_graph, clean, noisy)
@@ -208,7 +222,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
 
     @contextmanager
     def noise_disabled(self) -> Iterator[None]:
-        """Put clean values in both halves inside the block."""
+        """Run both halves on clean values inside the block."""
         with self.noise_layer.disabled():
             yield
 
@@ -223,17 +237,19 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
 
         Args:
             input_ids: (B, T); or give ``inputs_embeds`` (B, T, D).
-            attention_mask: (B, T), 1 = real token; None for all.
-            noise_mask: (B, T), 1 = transform this token; None for every attended token. Padding is never
+            attention_mask: (B, T), 1 = token, 0 = padding. None attends to every token.
+            noise_mask: (B, T), 1 = transform this token. None transforms every attended token. Padding is never
                 transformed.
-            kwargs: what the base model takes besides. What it does not know, and ``labels``, is dropped, so that a
-                tokenizer wrapper's whole output may be passed.
+            kwargs: other arguments of the base model. ``labels`` and arguments that the base model does not know are
+                dropped, so the whole output of a tokenizer wrapper may be passed.
 
         Raises:
-            ValueError: neither or both of input_ids and inputs_embeds, or masks of another shape.
+            ValueError: neither or both of input_ids and inputs_embeds are given, a mask has another shape, or
+                past_key_values are given.
+            RuntimeError: the forward did not run ``target_layer``.
         """
         for consumer in self._consumers:
-            consumer.offer(None)  # lets go of the last forward's graph before this one builds its own
+            consumer.offer(None)  # frees the graph of the last forward before this forward builds its own
         arguments, attended, selected = prepare_inputs(
             input_ids, attention_mask, noise_mask, kwargs, self._base_arguments
         )
@@ -249,7 +265,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             clean_logits, noisy_logits = run(current, arguments)
         if current.transform is None and self.noise_layer.enabled:
             raise RuntimeError(
-                f"target_layer {self.target_layer!r} did not run: it lies deeper than what the attached losses read"
+                f"target_layer {self.target_layer!r} did not run: it lies deeper than all layers that losses read"
             )
         capture = current.capture(clean_logits, noisy_logits)
         for consumer in self._consumers:
@@ -264,17 +280,20 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         noise_mask: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Generate with the base model after a transformed prompt; generated tokens are not transformed.
+        """Generate with the base model after a transformed prompt. Generated tokens are not transformed.
 
         Args:
-            input_ids: (B, T), the prompt; pad on the left.
+            input_ids: (B, T), the prompts, padded on the left.
             attention_mask: as in `forward`.
             noise_mask: as in `forward`.
-            kwargs: options of the base model's ``generate``; a tokenizer wrapper's ``loss_mask`` and ``labels`` are
+            kwargs: options of the base model's ``generate``. ``loss_mask`` and ``labels`` of a tokenizer wrapper are
                 dropped.
 
         Returns:
-            Token ids, prompt included, as the base model's ``generate`` gives them.
+            Token ids of the base model's ``generate``, prompt included.
+
+        Raises:
+            ValueError: as in `transform`.
         """
         embeddings = self.transform(input_ids, attention_mask, noise_mask)
         if attention_mask is None:
@@ -292,37 +311,43 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         *,
         seed: int | Tensor | None = None,
     ) -> Tensor:
-        """The transformed embeddings of a prompt, (B, T, D), ready for ``inputs_embeds``.
+        """Return the transformed embeddings of a prompt, (B, T, D), for the argument ``inputs_embeds``.
+
+        Args:
+            input_ids: (B, T).
+            attention_mask: as in `forward`.
+            noise_mask: as in `forward`.
+            seed: seed of the noise. None takes the noise layer's own seed.
 
         Raises:
-            ValueError: ``target_layer`` is not the input embedding; masks of another shape.
+            ValueError: ``target_layer`` is not the input embedding, or a mask has another shape.
         """
         embedding = self.base_model.get_input_embeddings()
         if not self._targets_embeddings():
             raise ValueError(
-                f"only a transform of the input embeddings can be applied before the model runs; "
-                f"target_layer is {self.target_layer!r}"
+                f"target_layer must be the input embedding to transform a prompt before the model runs; "
+                f"got {self.target_layer!r}"
             )
         _, attended, selected = prepare_inputs(input_ids, attention_mask, noise_mask, {}, self._base_arguments)
         return self._apply_layer(embedding(input_ids), selected, attended, seed)
 
     def _apply_layer(self, clean: Tensor, selected: Tensor, attended: Tensor, seed: int | Tensor | None) -> Tensor:
-        """The noise layer's output, given the attention mask if its estimators take one."""
+        """Return the noise layer's output. Its estimators get the attention mask if they take one."""
         takes_attention = "attention_mask" in inspect.signature(self.noise_layer.estimate).parameters
         arguments = {"attention_mask": attended.long()} if takes_attention else {}
         return cast(Tensor, self.noise_layer(clean, selected, seed=seed, **arguments))
 
     @property
     def target_depth(self) -> int | None:
-        """Index of the last decoder layer to run for the target layer to run: −1 for none, None for all of them."""
+        """The last decoder layer that must run so that the target layer runs: −1 for none, None for all."""
         return -1 if self._targets_embeddings() else layer_index_of(self.base_model, self._target)
 
     def _runs_whole(self) -> bool:
-        """Whether both halves run to the logits, whoever reads what."""
+        """Return whether both halves run up to the logits, independent of the consumers."""
         return not self.training or not self._consumers
 
     def _last_layer(self, half: Half) -> int | None:
-        """The last layer to run for all that is read of this half, and for the transform; None for the whole model."""
+        """Return the last layer that consumers of a half, or else the transform, need; None for the whole model."""
         readers = [consumer for consumer in self._consumers if consumer.reads(half)]
         if self._runs_whole() or any(consumer.logits for consumer in readers):
             return None
@@ -350,7 +375,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         return clean_logits if current.clean_graph else clean_logits.detach(), noisy_logits
 
     def _call_base(self, arguments: dict[str, Tensor], last_layer: int | None) -> Tensor | None:
-        """Logits of the whole model, or None after running layers 0..last_layer."""
+        """Run the whole model and return its logits, or run the layers 0..last_layer and return None."""
         embeddings = arguments.get("inputs_embeds")
         if embeddings is not None and self._targets_embeddings():
             arguments = arguments | {"inputs_embeds": self._transform(embeddings)}
@@ -386,7 +411,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         return (self._transform(output[0]), *output[1:])
 
     def _transform(self, hidden: Tensor) -> Tensor:
-        """What the target layer passes on, in the pass that is running."""
+        """Return the value that replaces the target layer's output in the running pass."""
         current = self._running
         if current is None or current.half == "clean":
             return hidden

@@ -1,4 +1,4 @@
-"""What noisy models return."""
+"""Outputs of noisy models."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +11,7 @@ from sgfast.model.capture import Capture
 
 @dataclass
 class NoisyModelOutput:
-    """A noisy model's forward: the base model's output and what its noise layer did.
+    """Output of a noisy model's forward: the base model's output, and inputs and results of the noise layer.
 
     ``input``, ``transformed``, ``mean``, ``std`` and ``mask`` are None while noise is disabled.
     """
@@ -27,11 +27,11 @@ class NoisyModelOutput:
 
 @dataclass
 class SuperBatchOutput:
-    """The base model on clean and on noisy embeddings, B rows each.
+    """Logits of the base model on clean and on noisy embeddings, B rows each.
 
     Attributes:
-        clean_logits: (B, T, V) without graph, or None if only shallow layers were run.
-        noisy_logits: likewise, with graph.
+        clean_logits: (B, T, V), or None if the clean half did not run up to the logits. No graph by default.
+        noisy_logits: (B, T, V) with graph, or None if the noisy half did not run up to the logits.
     """
 
     clean_logits: Tensor | None
@@ -39,14 +39,14 @@ class SuperBatchOutput:
 
     @property
     def logits(self) -> Tensor | None:
-        """(2B, T, V): the clean half, then the noisy half. Concatenated when asked for: read the halves instead."""
+        """Clean logits, then noisy logits, (2B, T, V). Every read concatenates both, so read the halves if possible."""
         if self.clean_logits is None or self.noisy_logits is None:
             return None
         return torch.cat([self.clean_logits, self.noisy_logits])
 
 
 def super_batch_output(capture: Capture) -> NoisyModelOutput:
-    """What a noisy language model returns of a forward."""
+    """Return the output of a noisy language model for a captured forward."""
     transform = capture.enabled_transform
     return NoisyModelOutput(
         base_model_output=SuperBatchOutput(capture.clean.logits, capture.noisy.logits),

@@ -1,4 +1,4 @@
-"""What the hooks of a noisy language model know and gather while its base model runs."""
+"""State that the hooks of a noisy language model read and fill while its base model runs."""
 
 from typing import Any
 
@@ -9,13 +9,13 @@ from sgfast.model.decoder import hidden_states_of
 
 
 class Pass:
-    """The state of one forward, over both halves.
+    """State of one forward, for both halves.
 
     Args:
         attended: (B, T) bool.
-        selected: (B, T) bool, to be transformed.
+        selected: (B, T) bool, True = transform this token.
         layers: indices of the decoder layers whose outputs are kept.
-        batch: the caller's own tensors, by which a shared draw knows the batch again.
+        batch: the caller's tensors. A shared draw recognizes a batch by these objects.
         clean_graph: whether the clean half keeps its graph.
     """
 
@@ -32,14 +32,14 @@ class Pass:
         self.layers = layers
         self.batch = batch
         self.clean_graph = clean_graph
-        self.seed: int | Tensor | None = None  # of a draw that is shared
+        self.seed: int | Tensor | None = None  # seed of a shared draw
         self.half = "clean"
         self.transform: Transform | None = None
         self.clean_layers: dict[int, Tensor] = {}
         self.noisy_layers: dict[int, Tensor] = {}
 
     def keep_layer(self, index: int, layer_output: Any) -> None:
-        """Keep what a decoder layer gave, if anything reads it."""
+        """Keep the output of a decoder layer if a consumer reads it."""
         if index not in self.layers:
             return
         hidden = hidden_states_of(layer_output)
@@ -50,7 +50,7 @@ class Pass:
             (self.clean_layers if self.half == "clean" else self.noisy_layers)[index] = hidden
 
     def capture(self, clean_logits: Tensor | None, noisy_logits: Tensor | None) -> Capture:
-        """All that both halves have left, for losses and metrics."""
+        """Return the kept outputs of both halves, for losses and metrics."""
         return Capture(
             attention_mask=self.attended,
             noise_mask=self.selected,

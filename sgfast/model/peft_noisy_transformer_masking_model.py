@@ -1,4 +1,4 @@
-"""Causal language models with PEFT adapters under a noise layer: the student that learns to read transformed tokens."""
+"""Causal language models with PEFT adapters and a noise layer: students that learn to read transformed tokens."""
 
 from typing import Any
 
@@ -8,26 +8,27 @@ from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransfo
 
 
 class PeftNoiseMaskedNoisyTransformerModel(NoiseMaskedNoisyTransformerModel):
-    """`NoiseMaskedNoisyTransformerModel` over a PEFT model, run with its adapters.
+    """`NoiseMaskedNoisyTransformerModel` over a PEFT model that runs with its adapters.
 
-    All but the adapters is frozen and stays in eval mode; the adapters keep the ``requires_grad`` that PEFT gave them
-    and follow ``.train()``, dropout included. A teacher and this student may share one base: PEFT puts adapters into
-    the base in place, and a `NoiseMaskedNoisyTransformerModel` over that base runs it without them. Given
-    ``noise_layer=teacher.noise_layer`` they also share one transform and one noise draw: called in turn with the same
-    tensors, the second reuses what the first transformed, graph included (call backward once, on the sum of losses).
+    The base model except the adapters is frozen and stays in eval mode. The adapters keep the ``requires_grad`` that
+    PEFT set, and their dropout follows ``.train()``. A teacher and this student may share one base model: PEFT puts
+    adapters into the base model in place, and a `NoiseMaskedNoisyTransformerModel` runs that model without adapters.
+    With ``noise_layer=teacher.noise_layer`` both models also share the transform and its noise. If both are called with
+    the same tensors, the second model reuses the transformed values of the first, with their graph. Then call
+    ``backward`` once, on the sum of the losses.
 
     Args:
-        noise_layer_class: a `BaseNoiseLayer` class, or None with a ready ``noise_layer``.
-        base_model: a ``peft.PeftModel`` over a causal language model, whose adapters leave the sequence as it is (LoRA
-            and its kin; prompt and prefix tuning do not).
-        input_shape: (-1, D); checked against the embedding width. None to skip the check.
+        noise_layer_class: a subclass of `BaseNoiseLayer`, or None with a ready ``noise_layer``.
+        base_model: a ``peft.PeftModel`` over a causal language model. Its adapters must not add tokens to the sequence:
+            LoRA and similar adapters work, prompt and prefix tuning do not.
+        input_shape: (-1, D); D is checked against the embedding width. None skips the check.
         target_layer: path of the module whose output is transformed, relative to the unwrapped model.
         clean_pass: ``"separate"`` or ``"joint"``.
-        noise_layer: a ready layer to share, in place of ``noise_layer_class`` and its arguments.
-        noise_layer_kwargs: what ``noise_layer_class`` takes.
+        noise_layer: a ready noise layer to share, instead of ``noise_layer_class`` and its arguments.
+        noise_layer_kwargs: arguments of ``noise_layer_class``.
 
     Raises:
-        ValueError: as `NoiseMaskedNoisyTransformerModel`, or prompt learning.
+        ValueError: as in `NoiseMaskedNoisyTransformerModel`, or the adapters use prompt learning.
         TypeError: base_model is not a PEFT model.
 
     Example:
@@ -51,10 +52,12 @@ class PeftNoiseMaskedNoisyTransformerModel(NoiseMaskedNoisyTransformerModel):
         if causal_lm_of(base_model) is base_model:
             raise TypeError(f"base_model must be a peft.PeftModel; got {type(base_model).__name__}")
         if base_model.active_peft_config.is_prompt_learning:
-            raise ValueError("base_model's adapters add tokens (prompt learning), which have no place in the masks")
+            raise ValueError(
+                "base_model must not have adapters that add tokens (prompt learning): masks do not cover added tokens"
+            )
 
     def train(self, mode: bool = True) -> "PeftNoiseMaskedNoisyTransformerModel":
-        """Set the mode of the noise layer and of the adapters; the frozen rest stays in eval mode."""
+        """Set the mode of the noise layer and of the adapters. All other modules stay in eval mode."""
         super().train(mode)
         train_adapters(self.base_model, mode)
         return self

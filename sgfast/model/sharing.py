@@ -1,4 +1,4 @@
-"""One noise draw for several models over one noise layer: what a student sees is what its teacher saw."""
+"""Noise draws that several models with one noise layer share: a student and its teacher get the same noisy values."""
 
 import weakref
 from typing import Any, NamedTuple
@@ -11,11 +11,12 @@ from sgfast.noise_layer.base import BaseNoiseLayer
 
 
 class SharedDraw:
-    """What a shared noise layer made of the last batch, for the models that have not run on it yet.
+    """Last draw of a shared noise layer, for the models that have not yet run on the same batch.
 
-    A batch is known by its tensors themselves, not by their values: comparing those would stop a GPU's queue. What is
-    always shared is the noise, by its seed. What the layer made of it is shared too while that would come out the same
-    again: over the same target module, with the same parameters, and with a graph if one is wanted.
+    A batch is recognized by its tensor objects, not by their values: a comparison of values would synchronise a GPU.
+    The seed of the noise is always shared. The transformed values are shared too if a new computation would repeat
+    them: the target module is the same, the noise layer's parameters have not changed, and a graph exists if one is
+    needed.
     """
 
     def __init__(self) -> None:
@@ -28,7 +29,7 @@ class SharedDraw:
     def find(
         self, model: Any, batch: tuple[Tensor | None, ...], noise_layer: BaseNoiseLayer, target: nn.Module
     ) -> "Draw | None":
-        """What another model drew for this batch, if this one has not used it; else forget it."""
+        """Return the draw of another model for this batch; None, and forget the draw, if this model has used it."""
         same = len(batch) == len(self._batch) and all(
             one is other and _version(one) == version for one, (other, version) in zip(batch, self._batch, strict=True)
         )
@@ -39,7 +40,7 @@ class SharedDraw:
         return Draw(self._seed, self._transform if self._would_repeat(noise_layer, target) else None)
 
     def _would_repeat(self, noise_layer: BaseNoiseLayer, target: nn.Module) -> bool:
-        # A loss that has consumed the transform has let go of its graph.
+        # A loss that has used the transform has freed its graph.
         if self._transform is None or noise_layer.output is not self._transform.output:
             return False
         has_graph = self._transform.output.requires_grad or not torch.is_grad_enabled()
@@ -62,14 +63,14 @@ class SharedDraw:
 
 
 class Draw(NamedTuple):
-    """The seed of a batch's noise, and what it made of the batch while the graph of that lives."""
+    """Seed of a batch's noise, and the transform of the batch if the transform can be reused."""
 
     seed: int | Tensor | None
     transform: Transform | None
 
 
 def _version(tensor: Tensor | None) -> int:
-    """Counts changes in place; tensors made under inference_mode do not."""
+    """Return how often a tensor was changed in place; −1 for None and inference tensors, which have no count."""
     return -1 if tensor is None or tensor.is_inference() else tensor._version
 
 
@@ -81,10 +82,10 @@ _draws: "weakref.WeakKeyDictionary[BaseNoiseLayer, SharedDraw]" = weakref.WeakKe
 
 
 def share_draws(noise_layer: BaseNoiseLayer) -> None:
-    """Let the models over this layer see the same noise on the same batch."""
+    """Let all models with this noise layer use the same noise on the same batch."""
     _draws.setdefault(noise_layer, SharedDraw())
 
 
 def shared_draw(noise_layer: BaseNoiseLayer) -> SharedDraw | None:
-    """The layer's shared draw, or None where a single model has it."""
+    """Return the shared draw of a noise layer, or None if the noise layer is not shared."""
     return _draws.get(noise_layer)

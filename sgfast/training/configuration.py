@@ -1,7 +1,7 @@
-"""The settings of a training run: checked values from a small YAML file and overrides.
+"""Settings of a training run, read from a YAML file and overrides, and checked.
 
-Every error is one line that names the origin of a setting, the given value, and the allowed values. The type hints of
-`Configuration`, `TransformerCloak` and the loss factories say which values a setting may have.
+Every error is one line that names the source of a setting, the value that came, and the allowed values. The allowed
+types are the type hints of `Configuration`, of `TransformerCloak` and of the loss factories.
 """
 
 import dataclasses
@@ -25,30 +25,30 @@ from sgfast.utils.records import TextAs, TextUnit
 
 Precision = Literal["float32", "bfloat16"]
 
-# The model decides the first two. No file may hold the third.
+# Arguments that the model determines, and the seed, which no file may hold.
 _NOT_SETTINGS_OF_THE_LAYER = ("config_path", "transformer_type", "seed")
 _OLDER_NAME = "distillation_layer_distance_loss_weight"
 _CURRENT_NAME = "distillation_layer_cosine_distance_loss_weight"
 _DEFAULT_LOSS = "distillation"
 _POSITIVE = ("learning_rate", "max_gradient_norm")
 _AT_LEAST_ONE = ("steps", "batch_size", "accumulation", "max_length", "save_steps")
-# Beyond any machine. Without a bound, a loop up to the number would not end.
+# No machine reaches this count. Without a bound, a run could count without end.
 _LARGEST_COUNT = 2**31 - 1
 _LARGEST_RANK = 2**12
-# PEFT's module names are short, so an expression may read the text more than once.
+# PEFT matches expressions with names of modules. Names are short, so three nested passes over the text are allowed.
 _MOST_LOOPS = 3
 _LONGEST_SHOWN = 100
-# Settings inside settings inside settings.
+# Most dots in a key of --set, such as loss.alpha.
 _DEEPEST = 3
 
 
 class ConfigurationError(ValueError):
-    """A setting that cannot be used; the message names it."""
+    """Error of an invalid setting. The message names the setting."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraOptions:
-    """The adapters of a jigsaw student; None for target_modules takes PEFT's choice for the model."""
+    """Options of a jigsaw student's adapters. With ``target_modules=None``, PEFT chooses the modules for the model."""
 
     r: int = 8
     lora_alpha: int = 16
@@ -58,7 +58,7 @@ class LoraOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Configuration:
-    """All settings of a run; ``docs/training.md`` explains each."""
+    """Settings of a run. ``docs/training.md`` explains each setting."""
 
     data: Path
     out: Path = Path("train-output")
@@ -83,20 +83,20 @@ class Configuration:
 
     @property
     def loss_name(self) -> str:
-        """The key of `FACTORIES` of the loss."""
+        """Name of the loss factory in `FACTORIES`."""
         return str(self.loss["name"])
 
     @property
     def loss_options(self) -> dict[str, Any]:
-        """The factory's arguments besides the models."""
+        """Arguments of the loss factory, without the models."""
         return {name: value for name, value in self.loss.items() if name != "name"}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the mapping in a YAML file, an empty one if the file holds nothing.
+    """Read a YAML file that holds a mapping. An empty file gives an empty mapping.
 
     Raises:
-        ConfigurationError: `sgfast.training.yaml_settings` refuses the file, or the file holds no mapping.
+        ConfigurationError: `sgfast.training.yaml_settings` refuses the file, or the file does not hold a mapping.
     """
     try:
         content = read_yaml_file(path)
@@ -110,10 +110,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def with_overrides(settings: Mapping[str, Any], overrides: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """Return settings with some values replaced; ``loss.alpha`` means ``alpha`` inside ``loss``.
+    """Return settings with overrides. The key ``loss.alpha`` means ``alpha`` inside ``loss``.
 
     Raises:
-        ConfigurationError: a value that is no mapping is addressed as a mapping.
+        ConfigurationError: a key such as ``steps.alpha`` goes into a setting that is not a mapping.
 
     Example:
         >>> with_overrides({"steps": 10, "loss": {"name": "jigsaw"}}, [("loss.alpha", 0.3), ("steps", 20)])
@@ -135,10 +135,10 @@ def with_overrides(settings: Mapping[str, Any], overrides: Iterable[tuple[str, A
 
 
 def parse_override(text: str) -> tuple[str, Any]:
-    """Parse one ``key=value`` of the command line, the value as YAML.
+    """Parse one ``key=value`` of the command line, with the value in YAML.
 
     Raises:
-        ConfigurationError: the text is no ``key=value``.
+        ConfigurationError: the text has no ``key=value``, or the value is not YAML.
 
     Example:
         >>> parse_override("noise_layer.scale=[1e-3, 1.0]")
@@ -154,11 +154,11 @@ def parse_override(text: str) -> tuple[str, Any]:
 
 
 def configuration_from(settings: Mapping[str, Any]) -> Configuration:
-    """Check settings and fill in the defaults, also of the loss's weights. A key without a value has its default.
+    """Check settings and add the defaults, also those of the loss's weights. A key without a value gets its default.
 
     Raises:
-        ConfigurationError: an unknown key (the message names the closest valid one), a value of another type or out
-            of range, or no ``data``.
+        ConfigurationError: a key is unknown (the message names the closest valid key), a value has the wrong type or is
+            out of range, or ``data`` is missing.
     """
     settings = {key: value for key, value in settings.items() if value is not None}
     if "data" not in settings:
@@ -179,7 +179,7 @@ def configuration_from(settings: Mapping[str, Any]) -> Configuration:
 
 
 def settings_of(configuration: Configuration) -> dict[str, Any]:
-    """Return a configuration as JSON types for the record of a run, without the seed, which no artefact holds."""
+    """Return a configuration in JSON types for the record of a run, without the seed, which no file may hold."""
     values = dataclasses.asdict(configuration)
     del values["seed"]
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
@@ -237,7 +237,7 @@ def _check_ranges(configuration: Configuration) -> None:
     for name in ("warmup_steps", "weight_decay"):
         if getattr(configuration, name) < 0:
             raise ConfigurationError(f"{name} must not be negative; got {getattr(configuration, name)}")
-    if not 0 <= configuration.seed < 2**32:  # numpy's generator
+    if not 0 <= configuration.seed < 2**32:  # the range of NumPy's generator
         raise ConfigurationError(f"seed must lie in [0, 2**32); got {_described(configuration.seed)}")
     if configuration.loss_name.startswith("mutual_information") and configuration.batch_size % 2:
         raise ConfigurationError(
@@ -263,7 +263,7 @@ def _check_modules(pattern: str) -> None:
 def _checked_values(
     given: Mapping[Any, Any], hints: Mapping[str, Any], where: str, of_what: str = ""
 ) -> dict[str, Any]:
-    """Bring each value to its hint's type. Null is a key without a value, unless the hint allows None."""
+    """Convert each value to the type of its hint. Null counts as a missing value, unless the hint allows None."""
     prefix = f"{where}." if where else ""
     for key in given:
         if key not in hints:
@@ -280,7 +280,7 @@ def _checked_values(
 
 
 def _brought_to(hint: Any, value: Any, name: str) -> Any:
-    """Return ``value`` as the type of ``hint``, or raise ConfigurationError."""
+    """Convert a value to the type of a hint, or raise ConfigurationError."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     for choice in choices:
         matched, brought = _match(choice, value, name)
@@ -291,7 +291,7 @@ def _brought_to(hint: Any, value: Any, name: str) -> Any:
 
 
 def _match(hint: Any, value: Any, name: str) -> tuple[bool, Any]:
-    """Return True and the value as the hint's type if the value fits, else False. The hint is no union."""
+    """Return whether a value fits a type that is not a union, and the value in that type."""
     origin, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin is float:
         number = _number(value)
@@ -330,7 +330,7 @@ def _path(value: Any, name: str) -> tuple[bool, Path | None]:
 
 
 def _number(value: Any) -> float | None:
-    """Return a finite number, or None. A string may hold a number, because YAML 1.1 takes 1e-3 for a string."""
+    """Convert a value to a finite number, or return None. Strings are converted: YAML 1.1 reads 1e-3 as a string."""
     if isinstance(value, str):
         try:
             value = float(value)

@@ -1,1 +1,1 @@
-"""Small helpers that belong to no single part of the library."""
+"""Small helpers that several parts of the library use."""

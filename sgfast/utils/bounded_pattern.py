@@ -1,15 +1,15 @@
-"""Regular expressions whose time can be bounded before they run.
+"""Check that the time of an untrusted regular expression is bounded, before the expression runs.
 
-A backtracking matcher takes exponential time on ``(a+)+b`` and memory by the product of counts on ``(a{999}){999}``.
-So a pattern from elsewhere is read here first, and only what can be bounded is allowed: literals, classes, groups,
-alternatives, lookarounds and quantifiers, without references to groups, and without a repetition of something that
-matches in more than one way. The patterns of published tokenizers are of this kind.
+A backtracking matcher takes exponential time on ``(a+)+b``. On ``(a{999}){999}`` the memory grows with the product of
+the counts. This module therefore parses a pattern first and allows only parts whose cost has a bound: literals,
+classes, groups, alternatives, lookarounds and quantifiers. References to groups are refused, and so are repetitions of
+a part that matches in more than one way. The patterns of published tokenizers need no more.
 """
 
 import re
 from typing import NamedTuple
 
-# Those of published tokenizers: 300 characters, 20 ways, once per text length.
+# Patterns of published tokenizers have 300 characters, match in 20 ways, and pass over the text once.
 _LONGEST = 10_000
 _MOST_WAYS = 256
 _LARGEST_SIZE = 2**14
@@ -27,31 +27,32 @@ _CHARACTERS, _PLACES = "sSdDwWhHrntfv", "bBAzZ"
 
 
 class _Part(NamedTuple):
-    """What is known of a part of a pattern."""
+    """Properties of a part of a pattern."""
 
-    # The fewest characters it matches.
+    # The fewest characters that the part matches.
     width: int = 0
-    # How many ways there are to match, repetitions aside.
+    # The number of ways to match, without repetitions.
     ways: int = 1
-    # Characters and classes once all counts are written out.
+    # The number of characters and classes after all counts are written out.
     size: int = 0
-    # Nested loops over the text: those inside, and those that a failure behind this part would add.
+    # The depth of nested loops over the text inside the part.
     loops: int = 0
+    # The depth of nested loops if a later part of the pattern can fail.
     open_loops: int = 0
     can_fail: bool = False
 
 
 def check_pattern(pattern: str, where: str, *, most_loops: int = 1) -> int:
-    r"""Check that a pattern's time is bounded; return the fewest characters that it matches.
+    r"""Check that a pattern's time is bounded, and return the fewest characters that the pattern matches.
 
     Args:
-        pattern: in the syntax that Oniguruma and Python have in common.
-        where: what to call it in an error.
-        most_loops: the number of passes over the text that may lie inside each other, for each place where a match
-            may begin: 1 allows ``a*b``, 2 allows ``a*b*c``.
+        pattern: a regular expression in the syntax that Oniguruma and Python share.
+        where: name of the pattern in errors.
+        most_loops: the largest depth of nested passes over the text, for each place where a match may begin: 1 allows
+            ``a*b``, 2 allows ``a*b*c``.
 
     Raises:
-        ValueError: a pattern whose time or memory is not bounded so, or that has parts not known here.
+        ValueError: the time or the memory of the pattern exceeds the bounds, or the pattern has an unknown part.
 
     Example:
         >>> check_pattern(r" ?\p{L}+|\s+(?!\S)", "pattern")
@@ -108,7 +109,7 @@ class _Reader:
                     width=whole.width + part.width,
                     ways=whole.ways * part.ways,
                     size=whole.size + part.size,
-                    # Where what follows can fail, each choice of a loop is tried.
+                    # If a later part can fail, the matcher tries each choice of a loop.
                     loops=whole.loops + (part.open_loops if whole.can_fail else part.loops),
                     open_loops=whole.open_loops + part.open_loops,
                     can_fail=whole.can_fail or part.can_fail,
@@ -123,7 +124,7 @@ class _Reader:
         return part
 
     def counts(self) -> tuple[int, int | None] | None:
-        """The least and the greatest number (None: without end) of the quantifier that is next, if one is."""
+        """Read a quantifier and return its least and greatest count (None: unlimited); None if none follows."""
         character = self.pattern[self.position : self.position + 1]
         count = _COUNT.match(self.pattern, self.position)
         if character and character in "*+?":
@@ -135,7 +136,7 @@ class _Reader:
             self.position = count.end()
         else:
             return None
-        # Lazy or possessive: not more work than without. After a count, a plus sign is another quantifier.
+        # A lazy or possessive mark adds no work. After a count, a plus sign is another quantifier.
         if self.pattern.startswith(("?",) if character == "{" else ("?", "+"), self.position):
             self.position += 1
         return least, most
@@ -148,7 +149,7 @@ class _Reader:
                 self.refuse("repeats something that matches in more than one way")
             return _Part(part.width * least, 1, size, part.loops, 1, can_fail)
         if most < least:
-            self.refuse("has a count that is no count")
+            self.refuse("has a count whose end is below its start")
         ways = min(sum(min(part.ways, _MOST_WAYS) ** number for number in range(least, most + 1)), 2 * _MOST_WAYS)
         return _Part(part.width * least, ways, size, part.loops * most, part.open_loops * most, can_fail)
 
@@ -198,7 +199,7 @@ class _Reader:
         return _Part(can_fail=True) if character in _PLACES else _Part(width=1, size=1, can_fail=True)
 
     def character_class(self) -> None:
-        """Pass over ``[…]``, in which brackets may nest."""
+        """Skip a class ``[…]``, in which brackets may nest."""
         depth, start = 0, self.position
         while self.position < len(self.pattern):
             character = self.pattern[self.position]

@@ -1,4 +1,4 @@
-"""Output files: whole or not there, in place of regular files alone, and nothing left of saves that were killed."""
+"""Output files that are written whole or not at all, replace only regular files, and leave no temporary files."""
 
 import contextlib
 import errno
@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sgfast.utils import locks
 
-# A file that is being written is `.NAME.RANDOM` with this ending. Sweeps delete such files: no others end so.
+# A file that is being written is `.NAME.RANDOM` with this ending. Sweeps delete only files with this ending.
 _UNFINISHED = ".sgfast-unfinished"
 _KINDS = {
     stat.S_IFDIR: "a folder",
@@ -20,25 +20,27 @@ _KINDS = {
     stat.S_IFIFO: "a pipe",
     stat.S_IFSOCK: "a socket",
 }
-# What a disk reports that takes no more.
+# Errors of a disk that cannot store more.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, alone: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` to write to; rename it over ``path`` if the block succeeds.
+    """Yield a temporary path in the folder of ``path``, and rename that file to ``path`` if the block succeeds.
 
-    The content is on the disk before it gets the name: after a crash there is the old file or the new one. A symbolic
-    link stays: the file that it names is replaced. Temporary files of this function whose process is dead are removed
-    from the folder; those of living processes and of other users stay.
+    The content is on the disk before the file is renamed, so a crash leaves either the old or the new file. If ``path``
+    is a symbolic link, the link stays and its target is replaced. The function removes temporary files of earlier calls
+    from the folder if their process is dead. Temporary files of living processes and of other users stay.
 
     Args:
-        path: of the file.
-        alone: refuse to begin while another process writes the same file. By default the last to finish wins.
+        path: path of the file.
+        alone: refuse to begin while another process writes the same file. By default, the last process to finish
+            determines the content.
 
     Raises:
-        OSError: before the block is entered, what `check_output_file` refuses, a folder that takes no new file, and
-            with ``alone`` another writer (BlockingIOError); afterwards a full disk, with the file's name.
+        OSError: before the block, `check_output_file` refuses the path, the folder takes no new file, or with
+            ``alone`` another process writes the file (BlockingIOError). After the block, the disk is full; the error
+            has the file's name.
 
     Example:
         >>> import tempfile
@@ -55,11 +57,11 @@ def replacing(path: str | os.PathLike[str], *, alone: bool = False) -> Iterator[
             raise BlockingIOError(f"{path} is being written by another process: wait for it, or give another file")
         yield temporary
         synchronize(temporary)
-        # mkstemp makes files for their owner alone; a file that is handed out gets the usual permissions.
+        # mkstemp makes files that only their owner can read. The final file gets the usual permissions.
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
-        check_output_file(path)  # again: the block may have taken hours
+        check_output_file(path)  # again, because the block may have taken hours
         temporary.replace(target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -75,7 +77,7 @@ def replacing(path: str | os.PathLike[str], *, alone: bool = False) -> Iterator[
 
 @contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give the error of a full disk the name of the file that the block writes; Python's own has none.
+    """Add the name of the file that the block writes to errors of a full disk. Python's own errors have no name.
 
     Raises:
         OSError: the disk is full.
@@ -89,15 +91,15 @@ def naming(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_output_file(path: str | os.PathLike[str]) -> Path:
-    """Check that a file may be written at ``path``: a new one, or in place of a regular file.
+    """Check that ``path`` can be written: the file is new or a regular file, and its folder exists.
 
     Returns:
-        The file itself, where ``path`` is a symbolic link to it.
+        The path of the file, with symbolic links resolved.
 
     Raises:
-        FileNotFoundError: there is no folder for it.
-        IsADirectoryError: it is a folder.
-        OSError: it is a device, a pipe, a socket, or a link that leads back to itself.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        IsADirectoryError: ``path`` is a folder.
+        OSError: ``path`` is a device, a pipe, a socket, or a link that leads back to itself.
     """
     given = Path(path)
     try:
@@ -120,8 +122,8 @@ def check_output_folder(path: str | os.PathLike[str]) -> None:
     """Check that ``path`` is a folder or can become one.
 
     Raises:
-        NotADirectoryError: it is something else, or lies in something else.
-        OSError: it is a link that leads nowhere.
+        NotADirectoryError: ``path`` or one of its parents is not a folder.
+        OSError: ``path`` is a link to a path that does not exist.
     """
     folder = Path(path)
     try:
@@ -138,7 +140,7 @@ def check_output_folder(path: str | os.PathLike[str]) -> None:
 
 def synchronize(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
-    if path.is_dir() and os.name != "posix":  # where a folder cannot be opened
+    if path.is_dir() and os.name != "posix":  # Windows cannot open a folder
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
@@ -148,9 +150,10 @@ def synchronize(path: Path) -> None:
 
 
 def _temporary(target: Path) -> tuple[int | None, Path]:
-    """A new file beside the target, locked by what is open, so that sweeps see that its process lives.
+    """Make a temporary file beside the target, and return its open descriptor and its path.
 
-    None is open where files have no locks, or, as on Windows, a locked file can be neither written nor renamed.
+    The descriptor holds a lock, so that sweeps see that the process is alive. The descriptor is None if the file system
+    has no locks, and on Windows, where a locked file can be neither written nor renamed.
     """
     while True:
         try:
@@ -161,7 +164,7 @@ def _temporary(target: Path) -> tuple[int | None, Path]:
             locked = locks.try_lock(descriptor) if os.name == "posix" else None
         except OSError:
             locked = None
-        if locked is None:  # nothing here is ever swept
+        if locked is None:  # without locks, sweeps remove nothing
             os.close(descriptor)
             return None, Path(name)
         if not locked:
@@ -170,11 +173,11 @@ def _temporary(target: Path) -> tuple[int | None, Path]:
             return descriptor, Path(name)
         else:
             locks.release(descriptor)
-        # A sweep came between the file and its lock, and removes it.
+        # A sweep of another process locked the new file first and removes it.
 
 
 def _sweep(target: Path, own: Path) -> bool:
-    """Remove what dead processes left half-written in the target's folder; whether a living one writes the target."""
+    """Remove temporary files of dead processes from the folder; return whether a living process writes the target."""
     written = False
     for path in target.parent.glob(f".*{_UNFINISHED}"):
         if path != own and not _removed(path):
@@ -183,7 +186,7 @@ def _sweep(target: Path, own: Path) -> bool:
 
 
 def _removed(path: Path) -> bool:
-    """Remove an unfinished file of this user that no process holds."""
+    """Remove a temporary file of this user if no process holds its lock, and return whether that was the case."""
     flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         descriptor = os.open(path, flags)

@@ -1,4 +1,4 @@
-"""Files that a user names, opened without waiting: a pipe or a device has no end, or none that comes soon."""
+"""Opening of files that a user names, without waiting. Pipes and devices are refused, because they may have no end."""
 
 import io
 import os
@@ -10,18 +10,19 @@ def open_regular(path: str | os.PathLike[str], *, wanted: str = "file") -> io.Bu
     """Open a regular file, or a link to one, to read its bytes.
 
     Args:
-        path: of the file.
-        wanted: what the file should be, for the error that says it is a folder.
+        path: path of the file.
+        wanted: kind of file, for the error if the path is a folder.
 
     Raises:
-        ValueError: no such file, not readable, or a folder, pipe, socket or device; the message names the path.
+        ValueError: the file does not exist, is not readable, or is a folder, pipe, socket or device. The message names
+            the path.
     """
     check_path(path)
     try:
-        # A pipe is waited for when it is opened, unless told not to.
+        # Without O_NONBLOCK, opening a pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     except OSError as error:
-        if Path(path).is_dir():  # Windows does not open it
+        if Path(path).is_dir():  # Windows cannot open a folder
             raise ValueError(f"{path} is a folder, not a {wanted}") from error
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from error
     kind = os.fstat(descriptor).st_mode
@@ -32,10 +33,10 @@ def open_regular(path: str | os.PathLike[str], *, wanted: str = "file") -> io.Bu
 
 
 def check_path(path: str | os.PathLike[str]) -> None:
-    """Check that a path can be one: without a zero, and in the characters that names of files have.
+    """Check that a path has no zero byte and can be encoded as the name of a file.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: the path has a zero byte or cannot be encoded.
     """
     try:
         encoded = os.fsencode(path)

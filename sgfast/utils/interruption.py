@@ -1,4 +1,4 @@
-"""Ctrl-C at a place of the program's choosing."""
+"""Handling of Ctrl-C at a place that the program chooses."""
 
 import signal
 import threading
@@ -9,7 +9,7 @@ from typing import Any
 
 @contextmanager
 def noting_interruption() -> Iterator[threading.Event]:
-    """Let the first Ctrl-C set the event that is yielded; the second raises KeyboardInterrupt as ever."""
+    """Yield an event that the first Ctrl-C sets. The second Ctrl-C raises KeyboardInterrupt as usual."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked

@@ -1,4 +1,4 @@
-"""Locks that die with their process: the kernel keeps a lock for an open file and drops it when the file is closed."""
+"""Locks that end with their process: the operating system drops the lock of an open file when the file is closed."""
 
 import contextlib
 import errno
@@ -11,21 +11,22 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-# Open files with a lock. Forked children inherit them, and would keep a lock alive after its owner.
+# Open files with a lock. Forked children inherit open files and would keep the locks after the owner has ended.
 _held: set[int] = set()
 
 
 def try_lock(descriptor: int) -> bool:
-    """Lock an open file or folder until `release`, or until this process ends in whatever way.
+    """Lock an open file or folder until `release`, or until this process ends in any way.
 
     Args:
-        descriptor: of the open file. It stays the caller's when the answer is False.
+        descriptor: descriptor of the open file. If the result is False, the caller must close the descriptor.
 
     Returns:
-        False if another opening of the same file holds the lock, in this process or in another.
+        True if the lock is now held; False if another open descriptor of the same file holds the lock, in this process
+        or in another.
 
     Raises:
-        OSError: this file system, or Windows for a folder, has no such locks.
+        OSError: the file system has no such locks, or the descriptor is a folder on Windows.
     """
     try:
         if sys.platform == "win32":
@@ -41,14 +42,14 @@ def try_lock(descriptor: int) -> bool:
 
 
 def release(descriptor: int) -> None:
-    """Close a file that `try_lock` locked, which gives up its lock. A forked child's copy is closed already."""
+    """Close a file that `try_lock` locked, and so release its lock. In a forked child, do nothing."""
     if descriptor in _held:
         _held.discard(descriptor)
         os.close(descriptor)
 
 
 def is_at(descriptor: int, path: Path) -> bool:
-    """Whether a path still names an open file: between opening and locking it may have been removed or renamed."""
+    """Return whether a path still names an open file, which may have been removed or renamed before it was locked."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""One run writes to a folder at a time."""
+"""Lock of a folder, so that only one run at a time writes to the folder."""
 
 import contextlib
 import os
@@ -11,25 +11,25 @@ import torch
 from sgfast.utils import locks
 from sgfast.utils.files import check_output_folder
 
-# Only where a folder itself cannot be locked: on Windows and on some network file systems.
+# Used only if the folder itself cannot be locked: on Windows and on some network file systems.
 _LOCK_FILE = ".sgfast-lock"
 
 
 @contextmanager
 def one_writer(folder: str | os.PathLike[str]) -> Iterator[None]:
-    """Hold a folder for this run alone while the block runs; make the folder if it is not there.
+    """Lock a folder for this run while the block runs, and make the folder if it does not exist.
 
-    The lock dies with its process, also by ``kill -9``, and leaves no file. Of several processes of one run
-    (``torch.distributed``) the first holds the lock for all of them, so that every process must call this. A folder
-    that was made here and is still empty when the block fails is removed.
+    The lock ends with its process, also after ``kill -9``. The lock leaves no file, except on file systems that cannot
+    lock a folder. If a run has several processes (``torch.distributed``), the first process holds the lock for all, and
+    every process must call this function. If the block fails, an empty folder that this function made is removed.
 
     Args:
-        folder: of the run's files.
+        folder: folder of the run's files.
 
     Raises:
-        BlockingIOError: another run writes there; on every process of this run.
-        NotADirectoryError: it is no folder.
-        OSError: it cannot be made.
+        BlockingIOError: another run writes to the folder. Every process of this run raises the error.
+        NotADirectoryError: ``folder`` is not a folder.
+        OSError: the folder cannot be made.
 
     Example:
         >>> import tempfile
@@ -62,7 +62,7 @@ def _held(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # not empty
+        with contextlib.suppress(OSError):  # a folder that is not empty stays
             for path in absent:
                 path.rmdir()
         raise
@@ -72,14 +72,14 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _locked(folder: Path) -> int | None:
-    """An open file that holds the lock; None where there are no locks at all."""
+    """Return the descriptor of an open file that holds the lock; None if the file system has no locks."""
     folder = Path(os.path.realpath(folder))
     for path, flags in ((folder, os.O_RDONLY), (folder / _LOCK_FILE, os.O_RDWR | os.O_CREAT)):
         while True:
             folder.mkdir(parents=True, exist_ok=True)
             try:
                 descriptor = os.open(path, flags, 0o666)
-            except FileNotFoundError:  # removed meanwhile by a run that was refused
+            except FileNotFoundError:  # a run that was refused has just removed the folder
                 continue
             except OSError:
                 break
@@ -102,7 +102,7 @@ def _rank() -> int:
 
 
 def _told_by_the_first(refusal: OSError | None) -> OSError | None:
-    """What the first process found, on every process."""
+    """Return the first process's refusal (None: no refusal) on every process."""
     if not _is_distributed():
         return refusal
     told = [refusal]

@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def position_ids_of(attention_mask: Tensor) -> Tensor:
-    """Positions that count attended tokens from 0, (B, T): right for left and right padding.
+    """Return positions (B, T) that count attended tokens from 0, correct for left and for right padding.
 
     Example:
         >>> import torch

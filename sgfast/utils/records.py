@@ -1,9 +1,9 @@
-"""Records of text: what a user's text or JSONL file holds, one at a time, whatever the file's size.
+"""Records of a text or JSONL file, read one at a time, so that files may have any size.
 
-A JSONL file (``.jsonl``, ``.ndjson`` or ``.json``, one JSON object a line) holds ``{"text": "…"}`` or
-``{"messages": [{"role": …, "content": …}, …]}``, with ``"id"`` as the record's key if there is one. Any other file is
-plain text: a record for each line or, if asked for, for each paragraph. Files are UTF-8; blank lines are no records.
-Errors name the file and the line, never a text: that may be private.
+A JSONL file (``.jsonl``, ``.ndjson`` or ``.json``) has one JSON object on each line: ``{"text": "…"}`` or
+``{"messages": [{"role": …, "content": …}, …]}``, optionally with a key ``"id"`` that becomes the record's key. Any
+other file is plain text, with one record for each line or, on request, for each paragraph. Files are UTF-8, and blank
+lines are skipped. Errors name the file and the line. They never show a text, because texts may be private.
 """
 
 import hashlib
@@ -20,17 +20,17 @@ from sgfast.utils.input_files import open_regular
 
 TextUnit = Literal["line", "paragraph"]
 TEXT_UNITS: tuple[TextUnit, ...] = ("line", "paragraph")
-# A text as the message of a user, or as it is.
+# Treatment of a text: as the message of a user, or without a chat template.
 TextAs = Literal["message", "plain"]
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _ROLES = ("system", "user", "assistant")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Millions of tokens. A file without line ends would be one record of its whole size.
+# In bytes: enough for millions of tokens. A file without line ends would otherwise be one record of the file's size.
 _LARGEST_RECORD = 2**24
 
 
 class Record(NamedTuple):
-    """One record: its key, the line where it starts (from 1), and either a text or the messages of a chat."""
+    """Record of a file: its key, its first line (counted from 1), and either a text or the messages of a chat."""
 
     key: str
     line: int
@@ -39,11 +39,11 @@ class Record(NamedTuple):
 
 
 class RecordError(ValueError):
-    """A file of records that cannot be read; the message names the file and, where there is one, the line."""
+    """Error of a file of records that cannot be read. The message names the file and, if there is one, the line."""
 
 
 class _Lines(NamedTuple):
-    """The bytes of one record in its file."""
+    """Bytes of one record, and their place in the file."""
 
     line: int
     start: int
@@ -51,23 +51,23 @@ class _Lines(NamedTuple):
 
 
 def read_records(path: str | os.PathLike[str], *, text_unit: TextUnit = "line") -> Iterator[Record]:
-    """Read a file record by record; memory holds one at a time.
+    """Read a file record by record. Only one record at a time is in memory.
 
     Args:
-        path: a JSONL file, known by its suffix, or a text file.
-        text_unit: what a record of a text file is: ``"line"``, or ``"paragraph"``, lines up to a blank one. JSONL
-            files do not depend on it.
+        path: a JSONL file, recognized by its suffix, or a text file.
+        text_unit: unit of a record in a text file: ``"line"``, or ``"paragraph"`` for lines up to a blank line. JSONL
+            files ignore this argument.
 
     Yields:
-        Records in the file's order. The key is the ``id`` of a JSONL record (a string or an integer), or the number
-        of the line.
+        Records in the order of the file. The key is the ``id`` of a JSONL record (a string or an integer), or the
+        number of the line.
 
     Raises:
-        RecordError: while iterating: no such file or not readable, bytes that are not UTF-8, a line that is no JSON
-            object, a key twice in an object, without ``text`` or ``messages`` or with both, values of another type, no
-            text in ``text``, a message without role or content, a record of more than 16 MiB, a file without records,
-            or no regular file (a pipe, say).
-        ValueError: unknown ``text_unit``.
+        RecordError: during iteration. The file does not exist, is not readable, is not a regular file (for example, a
+            pipe), or has no records; a record has more than 16 MiB or bytes that are not UTF-8; a line is not a JSON
+            object; an object has a key twice, or both or neither of ``text`` and ``messages``; a value has the wrong
+            type; ``text`` is empty; a message lacks role or content.
+        ValueError: ``text_unit`` is unknown.
 
     Example:
         >>> import tempfile
@@ -83,18 +83,19 @@ def read_records(path: str | os.PathLike[str], *, text_unit: TextUnit = "line") 
 
 
 class IndexedRecords(Sequence[Record]):
-    """A file's records by number, for training in any order.
+    """Sequence of a file's records, for training in any order.
 
-    Reads the whole file once, checks every record, and keeps where each begins (24 bytes a record); a record is read
-    again when it is asked for.
+    The constructor reads the whole file once and checks every record. Only the places of the records stay in memory
+    (24 bytes for each record); indexing reads a record from the file again.
 
     Args:
-        path: as for `read_records`.
-        text_unit: as for `read_records`.
+        path: as in `read_records`.
+        text_unit: as in `read_records`.
 
     Raises:
-        RecordError: as `read_records`; while indexing also if the file changed since.
-        ValueError: unknown ``text_unit``.
+        RecordError: as in `read_records`. Indexing also raises this error if the file has changed and a record cannot
+            be read.
+        ValueError: ``text_unit`` is unknown.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, text_unit: TextUnit = "line") -> None:
@@ -116,7 +117,7 @@ class IndexedRecords(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | list[Record]:
         if isinstance(index, slice):
             return [self[one] for one in range(*index.indices(len(self)))]
-        # Opened for each record: processes that load data side by side must not share a file's position.
+        # Each access opens the file, because parallel data loaders must not share a file's position.
         with _opened(self.path) as file:
             file.seek(self._starts[index])
             content = file.read(self._lengths[index])
@@ -124,10 +125,10 @@ class IndexedRecords(Sequence[Record]):
 
 
 def data_digest(path: str | os.PathLike[str]) -> str:
-    """The SHA-256 of a file's bytes in hexadecimal, to tell whether a run continues over the same data.
+    """Return the SHA-256 of a file's bytes in hexadecimal. A resumed run uses the digest to recognize its data.
 
     Raises:
-        RecordError: no such file, or not readable.
+        RecordError: the file does not exist or is not readable.
     """
     with _opened(Path(path)) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -151,7 +152,7 @@ def _opened(path: Path) -> io.BufferedReader:
 
 
 def _each(path: Path, text_unit: TextUnit) -> Iterator[_Lines]:
-    """The bytes of every record; an error if there is none."""
+    """Yield the bytes of every record. A file without records is an error."""
     empty = True
     with _opened(path) as file:
         lines = _numbered_lines(path, file)
@@ -209,12 +210,12 @@ def _parse(path: Path, lines: _Lines) -> Record:
 
 
 class _MalformedError(Exception):
-    """What is wrong with a line."""
+    """Error of a line; `_parse` adds the file and the line's number."""
 
 
 def _json_record(text: str, line: int) -> Record:
     try:
-        values = strict_json.loads(text.rstrip("\r\n"), allow_nan=True)  # Python writes it, and it is not read here
+        values = strict_json.loads(text.rstrip("\r\n"), allow_nan=True)  # other keys may hold NaN, as Python writes it
     except ValueError as error:
         reason = f"{error.msg} (column {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
         raise _MalformedError(f"not JSON: {reason}") from error
@@ -258,12 +259,12 @@ def _checked_string(value: Any, where: str) -> str:
         raise _MalformedError(f"{where} must be a string; got {_named_type(value)}")
     try:
         value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which is no character
+    except UnicodeEncodeError as error:  # JSON can write half a surrogate pair, which is not a character
         raise _MalformedError(f"{where} is not Unicode text ({error.reason})") from error
     return value
 
 
 def _named_type(value: Any) -> str:
-    """What JSON calls a value's type."""
+    """Return JSON's name of a value's type."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")

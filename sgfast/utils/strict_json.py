@@ -1,11 +1,11 @@
-"""JSON from elsewhere: without duplicate keys, without NaN, and in memory bounded by the text's own size."""
+"""Parser of untrusted JSON that refuses duplicate keys and NaN, and whose memory is bounded by the size of the text."""
 
 import json
 import re
 from typing import Any
 
-# What a document may hold outside its strings. Parsed, a byte of text costs some bytes inside a string but up to
-# thirty outside: lists of empty lists.
+# Most characters of a document outside its strings. After parsing, a byte of text inside a string takes a few bytes of
+# memory, and a byte outside takes up to thirty (in lists of empty lists).
 _LARGEST_STRUCTURE = 2**20
 _STRING = re.compile(r'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
@@ -14,13 +14,14 @@ def loads(text: str, *, largest_structure: int = _LARGEST_STRUCTURE, allow_nan: 
     r"""Parse a JSON text.
 
     Args:
-        text: one JSON value.
-        largest_structure: how many characters it may have outside strings.
-        allow_nan: take ``NaN``, ``Infinity`` and ``-Infinity``, which JSON does not have and Python writes.
+        text: a text with one JSON value.
+        largest_structure: the most characters that the text may have outside strings.
+        allow_nan: accept ``NaN``, ``Infinity`` and ``-Infinity``. JSON does not have these values, but Python writes
+            them.
 
     Raises:
-        ValueError: no JSON, a key twice in one object, NaN or an infinity, nested too deeply, or more than
-            ``largest_structure`` characters outside strings.
+        ValueError: the text is not JSON, has a key twice in one object, NaN or an infinity, is nested too deeply, or
+            has more than ``largest_structure`` characters outside strings.
 
     Example:
         >>> loads('{"a": [1, "\\u00e9"]}')

@@ -1,6 +1,6 @@
-"""Safetensors files, written here because safetensors' own writer orders metadata anew each time.
+"""Writer of safetensors files. The same tensors and metadata give the same bytes in every process.
 
-The same tensors and metadata give the same bytes in every process, and a full disk is an OSError.
+The writer of the package safetensors changes the order of metadata between calls. Here a full disk raises OSError.
 """
 
 import json
@@ -31,13 +31,13 @@ _DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-# What readers of the format accept.
+# Largest header, in bytes, that readers of the format accept.
 _LARGEST_HEADER = 100_000_000
 _ALIGNMENT = 8
 
 
 class TensorStream:
-    """What is being written; see `streamed_tensors`."""
+    """Safetensors file that is being written; see `streamed_tensors`."""
 
     def __init__(self, data: IO[bytes], metadata: Mapping[str, str]) -> None:
         self._data = data
@@ -49,8 +49,8 @@ class TensorStream:
         """Append one tensor.
 
         Raises:
-            ValueError: a name that was written before, a complex dtype or another that the format does not have, or
-                more tensors than the format's header holds (100 MB).
+            ValueError: the name was written before, the format does not have the dtype (for example, a complex one),
+                or the header of all tensors would exceed the format's 100 MB.
         """
         if name in self._header:
             raise ValueError(f"the tensor {name!r} is written already")
@@ -72,15 +72,15 @@ class TensorStream:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a whole safetensors file in place, tensors by falling width of their elements and by name.
+    """Write a whole safetensors file in place. Tensors are ordered by element size, the largest first, then by name.
 
     Args:
-        path: a file, `sgfast.utils.files.replacing`'s temporary one, say.
-        tensors: on any device; those that share memory are written each for itself.
-        metadata: of the header.
+        path: path of the file, such as the temporary path of `sgfast.utils.files.replacing`.
+        tensors: tensors on any device. Tensors that share memory are written separately.
+        metadata: metadata of the header.
 
     Raises:
-        ValueError: a dtype that the format does not have, or a header beyond 100 MB.
+        ValueError: the format does not have a tensor's dtype, or the header exceeds 100 MB.
         OSError: the disk is full.
 
     Example:
@@ -90,7 +90,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         >>> sorted(load_file(path).items())
         [('a', tensor([1.])), ('b', tensor([2]))]
     """
-    # Wider elements first: each tensor then begins at a multiple of its element's size.
+    # Larger elements come first, so that each tensor begins at a multiple of its element size.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     position = 0
@@ -118,7 +118,7 @@ def _bytes_of(tensor: Tensor) -> memoryview:
 
 
 def _encoded(header: Mapping[str, Any]) -> bytes:
-    """The header's length and the header, filled up with spaces."""
+    """Encode the header's length and the header, padded with spaces."""
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
@@ -126,14 +126,14 @@ def _encoded(header: Mapping[str, Any]) -> bytes:
 
 @contextmanager
 def streamed_tensors(path: str | os.PathLike[str], metadata: Mapping[str, str]) -> Iterator[TensorStream]:
-    """Write a safetensors file one tensor at a time, replacing what is at ``path`` once the block has succeeded.
+    """Write a safetensors file one tensor at a time, and replace the file at ``path`` if the block succeeds.
 
-    The tensors wait in an unnamed file in the same folder, since the format's header, which says where each one lies,
-    comes first: the disk needs room for both.
+    The format's header comes first and holds the place of every tensor. The tensors are therefore stored in an unnamed
+    file in the same folder until the block ends, and the disk needs room for two copies.
 
     Raises:
-        OSError: before the block is entered, another process writes the same file, or what
-            `sgfast.utils.files.replacing` refuses.
+        OSError: before the block, another process writes the same file, or `sgfast.utils.files.replacing` refuses the
+            path.
 
     Example:
         >>> from safetensors.torch import load_file

@@ -9,11 +9,11 @@ def split_2d(tensor: Tensor, max_batch_size: int | None, max_sequence_length: in
 
     Args:
         tensor: (B, T, ...).
-        max_batch_size: rows of a piece; the last pieces may have fewer. None does not split the dimension.
+        max_batch_size: the number of rows of a piece. The last pieces may have fewer. None does not split the rows.
         max_sequence_length: the same for the second dimension.
 
     Returns:
-        Views of ``tensor``: one list for each range of rows, in it one view for each range of columns.
+        Views of ``tensor``: a list for each range of rows, which holds a view for each range of columns.
 
     Raises:
         ValueError: the tensor has fewer than two dimensions, or a size is below 1.

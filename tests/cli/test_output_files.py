@@ -84,7 +84,7 @@ def test_a_file_that_is_there_is_replaced_by_force_alone(command, tmp_path, name
             path.symlink_to(out)
         code, error = command(name, out=path)
         assert code == 2
-        assert_one_line(error, f"--out {path} is there already: give another file, or replace this one by --force")
+        assert_one_line(error, f"--out {path} exists: give another file, or replace it with --force")
         assert out.read_text() == "old"
         assert command(name, "--force", out=path) == (0, command(name, "--force", out=path)[1])
         assert out.read_bytes()[8:9] == b"{"

@@ -152,8 +152,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(save_client, records, transf
     twice.write_text('{"text": "x", "id": "a"}\n{"text": "y", "id": "a"}\n')
     broken.write_text('{"text": "x"}\n{"text": "y"\n')
     for arguments, message in (
-        ((), "give --prompt or --data, one of them"),
-        (("--prompt", "x", "--data", records), "give --prompt or --data, one of them"),
+        ((), "give exactly one of --prompt and --data"),
+        (("--prompt", "x", "--data", records), "give exactly one of --prompt and --data"),
         (("--data", twice), f"{twice}, line 2: the \"id\" 'a' occurred before"),
         (("--data", broken), f"{broken}, line 2: not JSON"),
         (("--data", tmp_path / "absent"), "absent cannot be read"),
@@ -172,5 +172,5 @@ def test_what_is_read_is_not_overwritten(save_client, records, transform, tmp_pa
     for out in (file, records):
         before = out.read_bytes()
         assert transform(file, "--data", records, out=out) == 2
-        assert "is what is read: it would be replaced" in capsys.readouterr().err
+        assert "is an input file, which would be replaced" in capsys.readouterr().err
         assert out.read_bytes() == before

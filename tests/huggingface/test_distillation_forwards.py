@@ -259,11 +259,11 @@ def test_outputs_of_several_forwards_or_of_none_are_refused(with_graph):
     with torch.set_grad_enabled(with_graph):
         parts = [student(input_ids).logits for input_ids in (first, second)]
         gathered = {"logits": torch.cat(parts)}  # as DataParallel does
-        message = "come from 2 forwards.*one process for each GPU" if with_graph else "no forward is known"
+        message = "got outputs of 2 forwards.*one process for each GPU" if with_graph else "no forward is known"
         with pytest.raises(RuntimeError, match=message):
             compute_loss(gathered, torch.cat([first, second]))
         other = copy.deepcopy(student)
-        with pytest.raises(RuntimeError, match="as the model returned them"):
+        with pytest.raises(RuntimeError, match="must be what a forward of the student returned"):
             compute_loss(other(first), first)  # of another model
     with pytest.raises(RuntimeError, match="no forward is known"):
         compute_loss({"logits": torch.randn(2, 6, VOCABULARY)}, first)

@@ -165,7 +165,7 @@ def test_a_continued_message_ends_with_its_content(tokenizer):
     assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nthe keyword "
     assert selected_text(tokenizer.tokenizer, encoding, "loss_mask") == "the keyword "
     dropping = "{% for m in messages[:-1] %}{{ m.content }}{% endfor %}"
-    with pytest.raises(ValueError, match="example 0 cannot be continued: the chat template leaves out its final"):
+    with pytest.raises(ValueError, match="example 0 cannot be continued: the chat template leaves out the final"):
         tokenizer.apply_chat_template(chat, dropping, continue_final_message=True)
 
 

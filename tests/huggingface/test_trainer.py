@@ -323,5 +323,5 @@ def test_errors():
     for name in ("label_smoothing_factor", "neftune_noise_alpha"):
         with pytest.raises(ValueError, match=f"SgtTrainer takes no {name}"):
             SgtTrainer(noisy_model, transformers.TrainingArguments(use_cpu=True, **{name: 0.1}), loss=loss)
-    with pytest.raises(ValueError, match="every decoder layer is checkpointed; got every_n_layers=2"):
+    with pytest.raises(ValueError, match="every_n_layers must be 1 and other options must be false; got 2"):
         noisy_model.activation_checkpointing_enable(every_n_layers=2)

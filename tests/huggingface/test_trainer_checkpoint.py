@@ -201,7 +201,7 @@ def test_foreign_and_damaged_files(tmp_path):
     with pytest.raises(ValueError, match=r"is no checkpoint of this trainer: it has no noise_layer\.safetensors"):
         load_trained(noisy_model, tmp_path)
     save_trained(deeper, trained_state(deeper), tmp_path)
-    with pytest.raises(ValueError, match="another architecture than the model: it differs in mean_estimator"):
+    with pytest.raises(ValueError, match="another architecture than the model: they differ in mean_estimator"):
         load_trained(noisy_model, tmp_path)
     path = tmp_path / "noise_layer.safetensors"
     path.write_bytes(path.read_bytes()[:-1])
@@ -210,7 +210,7 @@ def test_foreign_and_damaged_files(tmp_path):
     save_trained(student, trained_state(student), tmp_path / "student")
     adapted = peft.get_peft_model(noisy_model.base_model, peft.LoraConfig(r=2, target_modules=["k_proj"]))
     other = PeftNoiseMaskedNoisyTransformerModel(None, adapted, noise_layer=noisy_model.noise_layer)
-    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is of another architecture than the model"):
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors has another architecture than the model"):
         load_trained(other, tmp_path / "student")
 
 

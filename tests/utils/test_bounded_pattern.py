@@ -53,7 +53,7 @@ def test_allowed_patterns_and_what_they_match_at_least(pattern, width):
         ("a)", "too many"),
         ("[a", "not closed"),
         ("+a", "of nothing"),
-        ("a{5,2}", "no count"),
+        ("a{5,2}", "whose end is below its start"),
         ("\\", "escape"),
         ("a" * 10_001, "10001 characters"),
     ],
