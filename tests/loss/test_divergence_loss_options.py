@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgfast.loss import DivergenceLoss, divergences
 from sgfast.ops.divergence_terms import KINDS
-from tests.gates.implementations import DEVICE
+from tests.implementations import DEVICE
 from tests.ops.test_divergence import each_fast_implementation
 
 IGNORED = -100

@@ -10,9 +10,9 @@ from torch import Tensor
 from sgfast.loss import divergences as losses
 from sgfast.metrics import get_top_k_support_mask
 from sgfast.ops import divergence, divergence_chunks
-from tests.gates import registration
-from tests.gates.implementations import RUNS_TRITON
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.implementations import RUNS_TRITON
+from tests.live_bytes import LiveBytes
 from tests.ops.problems import problem
 
 FUNCTIONS = {

@@ -15,9 +15,9 @@ from sgfast.ops import divergence_chunks, divergences, top_k_support, topk
 from sgfast.ops.divergence_atoms import LABEL_KIND, Settings
 from sgfast.ops.divergence_rows import forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
+from tests.live_bytes import LiveBytes
 from tests.ops.problems import problem
 
 SUPPORTS = (None, "truncate", "renormalize", "tail")

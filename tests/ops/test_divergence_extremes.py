@@ -14,7 +14,7 @@ from sgfast.loss import divergences as losses
 from sgfast.ops import divergences
 from sgfast.ops.divergence import masked_divergence
 from sgfast.ops.divergence_terms import KINDS
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
+from tests.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
 from tests.ops import divergence_attack
 from tests.ops.divergence_oracle import exact, top_k_mask
 

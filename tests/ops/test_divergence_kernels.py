@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sgfast.ops import divergences
 from sgfast.ops.divergence_terms import KINDS
-from tests.gates.implementations import DEVICE, RUNS_TRITON
+from tests.implementations import DEVICE, RUNS_TRITON
 from tests.ops.test_divergence import atoms, oracle, pair
 
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(not RUNS_TRITON, reason="needs kernels")]

@@ -15,9 +15,9 @@ from sgfast.ops.divergence_atoms import LABEL_KIND, Settings
 from sgfast.ops.divergence_rows import forward_rows, write_gradients
 from sgfast.ops.divergence_terms import KINDS
 from sgfast.ops.topk import union_of_top_k
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON
+from tests.live_bytes import LiveBytes
 from tests.ops.test_divergence import masked_case
 
 SUPPORTS = ("truncate", "renormalize", "tail")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import sgfast
 from sgfast.ops import embedding_ranks, nearest_embeddings, nearest_scan
-from tests.gates.implementations import DEVICE, RUNS_TRITON
+from tests.implementations import DEVICE, RUNS_TRITON
 from tests.ops.test_nearest import METRICS, embeddings, oracle_distances, oracle_order
 
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(not RUNS_TRITON, reason="needs kernels")]

@@ -11,9 +11,9 @@ from torch import Tensor
 
 import sgfast
 from sgfast.ops import apply_noise, dispatch, noise, philox, standard_normal
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON, each_implementation
+from tests.live_bytes import LiveBytes
 
 if RUNS_TRITON:
     import sgfast_kernels.noise
@@ -353,7 +353,7 @@ def test_explain_says_what_kernels_do_not_take():
 @pytest.mark.skipif(not dispatch.interpreting(), reason="the interpreter counts what is read")
 @pytest.mark.triton
 def test_unselected_rows_read_no_mean_and_no_std():
-    from tests.gates import strict
+    from kernel_proofs import strict
 
     input, mean, std = operands(6, 64)
     with strict.count_traffic() as launches:

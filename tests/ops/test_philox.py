@@ -11,12 +11,11 @@ from torch.overrides import TorchFunctionMode
 
 import sgfast
 from sgfast.ops import philox, standard_normal
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
+from tests.implementations import DEVICE, RUNS_TRITON, each_implementation
 
 if RUNS_TRITON:
     import sgfast_kernels.noise
-
-    from tests.gates import philox_kernels
+    from kernel_proofs import philox_kernels
 
 # A GPU divides within 2 units in the last place and takes roots within 1.
 ERROR = 1.2e-6 if DEVICE == "cpu" else philox.NORMAL_ERROR

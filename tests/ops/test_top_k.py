@@ -7,8 +7,8 @@ from torch import Tensor
 import sgfast
 from sgfast.ops import divergences, top_k_support, topk
 from sgfast.ops.divergence_terms import KINDS
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON
 from tests.ops.test_divergence import atoms, each_fast_implementation, masked_case, oracle, pair
 from tests.ops.test_divergence_kernels import far_apart
 

@@ -8,20 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from sgfast_kernels import (
+    divergence_backward,
+    divergence_forward,
+    divergence_topk_backward,
+    divergence_topk_forward,
+    hidden_backward,
+    hidden_forward,
+    lse_pair,
+    nearest_candidates,
+    noise_backward,
+    noise_forward,
+    rank_candidates,
+    standard_normal,
+    top_k_union,
+)
+from sgfast_kernels._divergence_atoms import SUPPORTS
+from sgfast_kernels._divergence_launch import DIVERGENCES
 from torch import Tensor
-
-from ._divergence_atoms import SUPPORTS
-from ._divergence_launch import DIVERGENCES
-from .divergence import divergence_forward
-from .divergence_backward import divergence_backward
-from .divergence_topk import divergence_topk_forward
-from .divergence_topk_backward import divergence_topk_backward
-from .hidden import hidden_backward, hidden_forward
-from .lse import lse_pair
-from .nearest import nearest_candidates, rank_candidates
-from .noise import noise_forward, standard_normal
-from .noise_backward import noise_backward
-from .topk import top_k_union
 
 
 class Case(NamedTuple):
