@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.peers import textbrewer_loss
 from sgfast.benchmarking.measuring import Outputs, Task
 from sgfast.loss.presets import KD_LOSS_MAP, MATCH_LOSS_MAP
-from tests.loss.presets import real
 
 COMPILED = "TextBrewer, torch.compile"
 # Batch, heads, length, width, classes.
@@ -33,10 +33,11 @@ def preset_task(name: str, masked: bool, sizes: tuple[int, ...], device: str) ->
     batch, heads, length, width, classes = sizes
     pair = name in ("fsp", "nst")
     shape = (batch, heads, length, length) if name.startswith("attention") else (batch, length, width)
-    losses = {"TextBrewer": real.match_loss(name) if name in MATCHING else None, "sgfast": MATCH_LOSS_MAP.get(name)}
     if name.startswith("kd "):
-        shape, kind = (batch, length // 2, classes), name.removeprefix("kd ")
-        losses = {"TextBrewer": real.KD_LOSS_MAP[kind], "sgfast": KD_LOSS_MAP[kind]}
+        shape, own = (batch, length // 2, classes), KD_LOSS_MAP[name.removeprefix("kd ")]
+    else:
+        own = MATCH_LOSS_MAP[name]
+    losses = {"TextBrewer": textbrewer_loss(name), "sgfast": own}
     generator = torch.Generator().manual_seed(0)
     inputs = tuple(torch.randn(shape, generator=generator).to(device) for _ in range(4 if pair else 2))
     mask = torch.ones(batch, length, device=device)

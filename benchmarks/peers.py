@@ -1,7 +1,12 @@
-"""Losses as others write them, from the definitions in their papers: what the divergences are measured beside.
+"""Losses as others write them: the peers that the divergences and the presets are measured beside.
 
-Functions of (N, V) logits that return one value per position, in float32 unless an input is float64.
+The divergences are written from the definitions in their papers. They are functions of (N, V) logits and return one
+value per position, in float32 unless an input is float64.
 """
+
+import sys
+import types
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -39,3 +44,23 @@ def reverse_kl_by_chunks(student: Tensor, teacher: Tensor, chunks: int = 8) -> T
         a = log_softmax(x)
         values.append((a.exp() * (a - log_softmax(y))).sum(-1))
     return torch.cat(values)
+
+
+def textbrewer_loss(name: str) -> Callable[..., Tensor]:
+    """TextBrewer's own loss: a name of its ``MATCH_LOSS_MAP``, or ``"kd "`` and a name of its ``KD_LOSS_MAP``."""
+    # TextBrewer imports a TensorBoard writer, which no loss uses.
+    sys.modules.setdefault("tensorboardX", types.SimpleNamespace(SummaryWriter=None))
+    import textbrewer
+
+    if name.startswith("kd "):
+        return textbrewer.KD_LOSS_MAP[name.removeprefix("kd ")]
+    loss = textbrewer.MATCH_LOSS_MAP[name]
+
+    def nst(student: Sequence[Tensor], teacher: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+        # The release divides masked matrices by the length. TextBrewer's repository divides by the width, as sgfast.
+        if mask is None:
+            return loss(student, teacher)
+        scaled = [[first * (first.shape[1] / first.shape[2]), second] for first, second in (student, teacher)]
+        return loss(*scaled, mask)
+
+    return nst if name == "nst" else loss

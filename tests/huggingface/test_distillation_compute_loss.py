@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sgfast.examples.distillation import IGNORED
 from sgfast.huggingface import distillation_compute_loss
 from sgfast.loss import DivergenceLoss
-from tests.gates.live_bytes import LiveBytes
+from tests.live_bytes import LiveBytes
 from tests.processes import in_processes
 from tests.tiny_models import VOCABULARY, tiny_causal_lm
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sgfast.loss import DivergenceLoss, divergences
 from sgfast.ops.divergence.kinds import KINDS
-from tests.gates.implementations import DEVICE, each_fast_implementation
+from tests.implementations import DEVICE, each_fast_implementation
 
 IGNORED = -100
 LABELS = torch.tensor([[1, IGNORED, 4, 0], [IGNORED, 2, 3, 3], [4, 1, IGNORED, 2]])

@@ -11,9 +11,9 @@ from sgfast.loss import divergences as losses
 from sgfast.metrics import get_top_k_support_mask
 from sgfast.ops.divergence import chunks, masked_divergence
 from sgfast.ops.divergence.operator import BackwardProblem, backward, forward
-from tests.gates import registration
-from tests.gates.implementations import RUNS_TRITON
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.implementations import RUNS_TRITON
+from tests.live_bytes import LiveBytes
 from tests.ops.divergence.problems import problem
 
 FUNCTIONS = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sgfast.metrics import fano_error_bound, information, information_bounds, pac_privacy_success_bound
-from tests.gates.live_bytes import LiveBytes
+from tests.live_bytes import LiveBytes
 
 
 def mixture(count: int, *shape: int, spread: float = 1.0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

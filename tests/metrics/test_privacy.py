@@ -14,7 +14,7 @@ from sgfast.metrics import (
 )
 from sgfast.metrics.privacy import token_ranks
 from sgfast.ops import nearest_embeddings
-from tests.gates.live_bytes import LiveBytes
+from tests.live_bytes import LiveBytes
 
 V = 200
 

@@ -14,7 +14,7 @@ from sgfast.metrics.utility import (
     token_divergences,
 )
 from sgfast.model.decoder import backbone_of
-from tests.gates.live_bytes import LiveBytes
+from tests.live_bytes import LiveBytes
 from tests.tiny_models import tiny_causal_lm
 
 

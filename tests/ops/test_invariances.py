@@ -17,7 +17,7 @@ from sgfast.ops import (
     top_k_support,
 )
 from sgfast.ops.divergence.kinds import KINDS
-from tests.gates.implementations import DEVICE, each_implementation
+from tests.implementations import DEVICE, each_implementation
 
 SHIFTS = [(0.0, 0.0), (1e4, 0.0), (0.0, -1e4), (300.0, 310.0), (-1e4, 1e4), (1e4, 1e4)]
 SCALES = [1e-12, 1e-3, 1.0, 1e3, 1e12]

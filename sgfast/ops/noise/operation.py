@@ -12,7 +12,7 @@ the input's own. For an upstream gradient g, zero where unselected or outside th
 
 each summed over the dimensions in which mean or std was broadcast. eps is regenerated in backward from the seed;
 nothing but the inputs is kept. `philox` has the stream; the Triton kernels are in
-``sgfast_kernels.noise`` and ``sgfast_kernels.noise_backward``.
+``sgfast_kernels.noise``.
 """
 
 from torch import Tensor

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from sgfast.loss.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, TEMPERATURE_SCHEDULER
-from tests.gates import registration
+from tests import registration
 
 
 def draw(*shape: int, dtype: torch.dtype, seed: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sgfast.examples.presets import Distillation, first_layers
 from sgfast.loss.presets import KD_LOSS_MAP, MATCH_LOSS_MAP, DistillationConfig, DistillationLoss
-from tests.gates.live_bytes import LiveBytes
+from tests.live_bytes import LiveBytes
 from tests.processes import in_processes
 from tests.tiny_models import VOCABULARY, WIDTH, tiny_causal_lm
 

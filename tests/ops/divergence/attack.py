@@ -183,7 +183,7 @@ def main() -> None:
     arguments = parser.parse_args()
     widths = tuple(width for width in WIDTHS if width <= arguments.widest)
     if dispatch.interpreting():
-        from tests.gates import strict
+        from kernel_proofs import strict
 
         strict.install()
     worst: dict[str, tuple[float, str]] = {}

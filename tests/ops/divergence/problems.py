@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sgfast.ops.divergence.problem import Problem
-from tests.gates.implementations import DEVICE
+from tests.implementations import DEVICE
 
 SUPPORTS = (None, "truncate", "renormalize", "tail")
 

@@ -5,7 +5,7 @@ import torch
 
 import sgfast
 from sgfast.ops import divergences
-from tests.gates.implementations import RUNS_TRITON
+from tests.implementations import RUNS_TRITON
 from tests.ops.divergence.problems import pair
 
 

@@ -14,7 +14,7 @@ from sgfast.loss import divergences as losses
 from sgfast.ops import divergences
 from sgfast.ops.divergence import masked_divergence
 from sgfast.ops.divergence.kinds import KINDS
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
+from tests.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
 from tests.ops.divergence import attack
 from tests.ops.divergence.oracle import exact, top_k_mask
 

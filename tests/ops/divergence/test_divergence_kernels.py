@@ -6,7 +6,7 @@ from torch import Tensor
 
 from sgfast.ops import divergences
 from sgfast.ops.divergence.kinds import KINDS
-from tests.gates.implementations import DEVICE, RUNS_TRITON
+from tests.implementations import DEVICE, RUNS_TRITON
 from tests.ops.divergence.plain_sums import atoms, oracle
 from tests.ops.divergence.problems import pair
 

@@ -8,8 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from sgfast.ops import divergences
 from sgfast.ops.divergence.kinds import KINDS
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON, each_implementation
 from tests.ops.divergence.problems import masked_case, pair
 
 DTYPES = (torch.float32, torch.bfloat16, *(() if RUNS_TRITON else (torch.float64,)))

@@ -14,8 +14,8 @@ from sgfast.ops.divergence.operator import BackwardProblem, backward, forward
 from sgfast.ops.divergence.rows import forward_rows, write_gradients
 from sgfast.ops.topk import operator as top_k_operator
 from sgfast.ops.topk import selection
-from tests.gates.implementations import each_fast_implementation
-from tests.gates.live_bytes import LiveBytes
+from tests.implementations import each_fast_implementation
+from tests.live_bytes import LiveBytes
 from tests.ops.divergence.problems import SUPPORTS, pair, problem
 
 

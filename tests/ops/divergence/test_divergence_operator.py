@@ -7,8 +7,8 @@ from torch import Tensor
 from sgfast.ops import divergences
 from sgfast.ops.divergence.kinds import KINDS, LABEL_KIND
 from sgfast.ops.divergence.operator import BackwardProblem, backward, forward
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON
 from tests.ops.divergence.problems import SUPPORTS, masked_case, pair, problem
 
 

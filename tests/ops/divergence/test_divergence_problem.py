@@ -15,9 +15,9 @@ from sgfast.ops.divergence.atoms import Chunk, Settings
 from sgfast.ops.divergence.kinds import KINDS, LABEL_KIND
 from sgfast.ops.divergence.rows import forward_rows, write_gradients
 from sgfast.ops.topk.selection import union_of_top_k
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON
+from tests.live_bytes import LiveBytes
 from tests.ops.divergence.problems import masked_case
 
 SUPPORTS = ("truncate", "renormalize", "tail")

@@ -5,7 +5,7 @@ import torch
 
 from sgfast.ops import divergences
 from sgfast.ops.divergence.kinds import KINDS
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
+from tests.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
 from tests.ops.divergence.plain_sums import atoms, oracle
 from tests.ops.divergence.problems import SUPPORTS, pair
 

@@ -10,7 +10,7 @@ import torch
 from sgfast.ops import divergences, top_k_support
 from sgfast.ops.divergence.definitions import definition_values
 from sgfast.ops.divergence.kinds import KINDS
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
+from tests.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
 from tests.ops.divergence.plain_sums import atoms, oracle
 from tests.ops.divergence.problems import SUPPORTS, pair, problem
 

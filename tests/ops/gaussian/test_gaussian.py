@@ -9,8 +9,8 @@ from torch import Tensor
 import sgfast
 from sgfast.ops import pairwise_gaussian_kl
 from sgfast.ops.gaussian import operator
-from tests.gates import registration
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.live_bytes import LiveBytes
 
 IMPLEMENTATIONS = ("torch", "compile")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

@@ -6,8 +6,8 @@ from torch import Tensor
 
 import sgfast
 from sgfast.ops import HiddenDistances, dispatch, hidden_distances
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, each_implementation
+from tests import registration
+from tests.implementations import DEVICE, each_implementation
 
 # Norm-wise error of a gradient row: one rounding to its dtype; float32 adds a few of arithmetic.
 EPSILON = {torch.float64: 1e-12, torch.float32: 5e-6, torch.float16: 2**-11, torch.bfloat16: 2**-8}

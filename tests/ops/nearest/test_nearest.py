@@ -11,8 +11,8 @@ import sgfast
 from sgfast.ops.nearest import embedding_ranks, nearest_embeddings, scan
 from sgfast.ops.nearest.operator import Ranking, Search, nearest, ranks
 from sgfast.ops.precision import full_precision_products
-from tests.gates import registration
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.live_bytes import LiveBytes
 
 IMPLEMENTATIONS = ("torch", "compile")
 METRICS = ("l2", "cosine")

@@ -10,7 +10,7 @@ import sgfast
 from sgfast.ops import embedding_ranks, nearest_embeddings
 from sgfast.ops.nearest import kernels as kernel_search
 from sgfast.ops.nearest import scan as table_scan
-from tests.gates.implementations import DEVICE, RUNS_TRITON
+from tests.implementations import DEVICE, RUNS_TRITON
 from tests.ops.nearest.test_nearest import METRICS, embeddings, oracle_distances, oracle_order
 
 pytestmark = [pytest.mark.triton, pytest.mark.skipif(not RUNS_TRITON, reason="needs kernels")]

@@ -12,9 +12,9 @@ from torch import Tensor
 import sgfast
 from sgfast.ops import apply_noise, dispatch, standard_normal
 from sgfast.ops.noise import normal_draws, operator, philox
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
-from tests.gates.live_bytes import LiveBytes
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON, each_implementation
+from tests.live_bytes import LiveBytes
 
 if RUNS_TRITON:
     import sgfast_kernels.noise.forward
@@ -354,7 +354,7 @@ def test_explain_says_what_kernels_do_not_take():
 @pytest.mark.skipif(not dispatch.interpreting(), reason="the interpreter counts what is read")
 @pytest.mark.triton
 def test_unselected_rows_read_no_mean_and_no_std():
-    from tests.gates import strict
+    from kernel_proofs import strict
 
     input, mean, std = operands(6, 64)
     with strict.count_traffic() as launches:

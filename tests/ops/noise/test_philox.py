@@ -13,12 +13,11 @@ import sgfast
 from sgfast.ops import standard_normal
 from sgfast.ops.noise import philox
 from sgfast.ops.noise.normal_draws import Draw, forward
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_implementation
+from tests.implementations import DEVICE, RUNS_TRITON, each_implementation
 
 if RUNS_TRITON:
     import sgfast_kernels.noise.forward
-
-    from tests.gates import philox_kernels
+    from kernel_proofs import philox_kernels
 
 # A GPU divides within 2 units in the last place and takes roots within 1.
 ERROR = 1.2e-6 if DEVICE == "cpu" else philox.NORMAL_ERROR

@@ -8,8 +8,8 @@ import sgfast
 from sgfast.ops import divergences, top_k_support
 from sgfast.ops.divergence.kinds import KINDS
 from sgfast.ops.topk import selection
-from tests.gates import registration
-from tests.gates.implementations import DEVICE, RUNS_TRITON, each_fast_implementation
+from tests import registration
+from tests.implementations import DEVICE, RUNS_TRITON, each_fast_implementation
 from tests.ops.divergence.plain_sums import atoms, oracle
 from tests.ops.divergence.problems import masked_case, pair
 from tests.ops.divergence.test_divergence_kernels import far_apart

@@ -1,4 +1,4 @@
-"""The parts of the GPU programme: ``python -m benchmarks.gpu_parts NAME FILE``, started by ``benchmarks.gpu``.
+"""The parts of the GPU programme: ``python -m kernel_proofs.gpu_parts NAME FILE``, started by ``benchmarks.gpu``.
 
 A part is a function of a ``Notes``, to which it gives what it finds; that is on disk at once.
 """
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.baselines import BASELINES
+from kernel_proofs.baselines import BASELINES, assert_equal_results
 from sgfast import ops
 from sgfast.benchmarking import families, sweeps
 from sgfast.benchmarking.growth import growth
 from sgfast.benchmarking.measuring import copy_gb_per_s, measure
 from sgfast.benchmarking.results import without_nan
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 _SEED = 7
 #: Rows and columns of the logits that peers are compared on.
 LARGE_SHAPE = (8192, 151936)
@@ -127,7 +127,7 @@ def sanitizer(notes: Notes) -> None:
     problems = []
     for tool in ("memcheck", "racecheck"):
         command = [program, "--tool", tool, "--error-exitcode", "9", "--print-limit", "5"]
-        command += [sys.executable, "-m", "benchmarks.gpu_parts", "launches", os.devnull]
+        command += [sys.executable, "-m", "kernel_proofs.gpu_parts", "launches", os.devnull]
         seconds = (notes.remaining() - 3) * (0.5 if tool == "memcheck" else 1.0)
         status, printed = _run(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY.*", printed)
@@ -148,7 +148,7 @@ def find_sanitizer() -> str | None:
 
 def launches(notes: Notes, device: str = "cuda", rows: int = 3) -> None:
     """Launch every case once: what the sanitizer watches."""
-    from sgfast_kernels.cases import CASES
+    from kernel_proofs.cases import CASES
 
     for case in CASES:
         case.function(*case.arguments(rows, device))
@@ -158,23 +158,6 @@ def launches(notes: Notes, device: str = "cuda", rows: int = 3) -> None:
         notes.add("launched", case.name)
 
 
-def assert_equal_results(
-    function: Callable[..., Any], baseline: Callable[..., Any], arguments: Sequence[Any], jumps: float = 0.0
-) -> None:
-    """Check that two functions compute the same, up to the rounding of sums and of bfloat16.
-
-    A share ``jumps`` of the elements may differ by more: an intermediate rounded or clamped the other way.
-    """
-    for one, other in zip(function(*arguments), baseline(*arguments), strict=True):
-        if one is None and other is None:
-            continue
-        if jumps > 0 and one.shape == other.shape:
-            close = torch.isclose(one, other, rtol=1e-2, atol=1e-4)
-            assert (~close).float().mean() <= jumps
-            other = torch.where(close, other, one)
-        torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-4)
-
-
 def kernels(
     notes: Notes,
     device: str = "cuda",
@@ -182,7 +165,7 @@ def kernels(
     rows: int | None = None,
 ) -> None:
     """Time every case; then check each against its baseline; then time the compiled baselines while the time lasts."""
-    from sgfast_kernels.cases import CASES
+    from kernel_proofs.cases import CASES
 
     median_ms = median_ms or _do_bench
     copied = copy_gb_per_s(device)

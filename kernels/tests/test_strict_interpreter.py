@@ -9,11 +9,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from kernel_proofs import strict
 from triton.language.extra import libdevice
-
-from tests.gates import strict
-
-strict.install()
 
 pytestmark = pytest.mark.triton
 

@@ -8,20 +8,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from sgfast_kernels import (
+    divergence_backward,
+    divergence_forward,
+    divergence_topk_backward,
+    divergence_topk_forward,
+    hidden_backward,
+    hidden_forward,
+    lse_pair,
+    nearest_candidates,
+    noise_backward,
+    noise_forward,
+    rank_candidates,
+    standard_normal,
+    top_k_union,
+)
+from sgfast_kernels.divergence.atoms import SUPPORTS
+from sgfast_kernels.divergence.kinds import DIVERGENCES
 from torch import Tensor
-
-from .divergence.atoms import SUPPORTS
-from .divergence.backward import divergence_backward
-from .divergence.forward import divergence_forward
-from .divergence.kinds import DIVERGENCES
-from .divergence.lse import lse_pair
-from .divergence.topk_backward import divergence_topk_backward
-from .divergence.topk_forward import divergence_topk_forward
-from .divergence.topk_select import top_k_union
-from .hidden import hidden_backward, hidden_forward
-from .nearest import nearest_candidates, rank_candidates
-from .noise.backward import noise_backward
-from .noise.forward import noise_forward, standard_normal
 
 
 class Case(NamedTuple):

@@ -5,14 +5,12 @@ Run by test_gates.py in a process of its own: ``TRITON_INTERPRET=1 python -m pyt
 
 import pytest
 import torch
+from kernel_proofs import strict
 from sgfast_kernels import lse_pair
 from sgfast_kernels.divergence.backward import divergence_backward
 from sgfast_kernels.divergence.forward import divergence_forward
 
 from sgfast.benchmarking.growth import largest_cliff
-from tests.gates import strict
-
-strict.install()
 
 pytestmark = pytest.mark.triton
 

@@ -1,4 +1,4 @@
-"""Compile the launches of ``sgfast_kernels.cases`` for GPUs that are not here, and read what came out.
+"""Compile the launches of ``kernel_proofs.cases`` for GPUs that are not here, and read what came out.
 
 A case is called with tensors on the meta device, at the size that is timed, while launches are caught instead of made:
 Triton's own launcher code then derives signature and specialisations, so that what is compiled is what would run.

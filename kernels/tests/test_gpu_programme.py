@@ -4,8 +4,7 @@ import json
 import sys
 
 import pytest
-
-from benchmarks import gpu, gpu_parts
+from kernel_proofs import gpu, gpu_parts
 
 WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('{\"half\": 1}'); "
 

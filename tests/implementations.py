@@ -15,7 +15,7 @@ DEVICE = os.environ.get("SGFAST_TEST_DEVICE", "cpu")
 RUNS_TRITON = dispatch.interpreting() or DEVICE != "cpu"
 
 if dispatch.interpreting():
-    from tests.gates import strict
+    from kernel_proofs import strict
 
     strict.install()
 

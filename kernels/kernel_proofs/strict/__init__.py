@@ -28,8 +28,8 @@ import torch
 import triton
 from triton.runtime import interpreter
 
-from tests.gates.strict import arithmetic, libraries, memory
-from tests.gates.strict.memory import StrictError, Traffic, count_traffic, program_order
+from kernel_proofs.strict import arithmetic, libraries, memory
+from kernel_proofs.strict.memory import StrictError, Traffic, count_traffic, program_order
 
 __all__ = ["StrictError", "Traffic", "count_traffic", "install", "program_order"]
 

@@ -1,6 +1,6 @@
-"""The gates that need a process of their own, and what packaging must hold.
+"""The compile report and the traffic count, in processes of their own, and the rules of packaging.
 
-Triton decides at its first import whether kernels are interpreted or compiled, hence the processes.
+Triton decides at its first import whether the process interprets kernels or compiles them.
 """
 
 import ast
@@ -8,11 +8,11 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-from benchmarks import kernel_report
+from kernel_proofs import kernel_report
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "kernels" / "torch-ext" / "sgfast_kernels"
@@ -21,7 +21,7 @@ needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, re
 
 
 def run(*arguments: str, **variables: str) -> str:
-    """Run Python from the repository's root; return what it printed, or fail with it."""
+    """Run Python from the repository's root. Return the output, or fail with the output."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("PYTEST_", "TRITON_INT"))}
     process = subprocess.run(
         [sys.executable, *arguments],
@@ -36,10 +36,15 @@ def run(*arguments: str, **variables: str) -> str:
     return process.stdout
 
 
-@needs_triton
-def test_kernels_in_the_strict_interpreter():
-    own = [f"tests/gates/{name}.py" for name in ("planted_bugs", "interpreted_cases", "interpreted_growth")]
-    run("-m", "pytest", "-q", "-n", "2", "-m", "triton", *own, "tests/ops", TRITON_INTERPRET="1")
+def imports(folder: Path) -> Iterator[tuple[str, str]]:
+    """Each file below a folder, with the top-level name of each absolute import in the file."""
+    for path in sorted(folder.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and node.level == 0:
+                names = [node.module or ""]
+            for name in names:
+                yield str(path.relative_to(ROOT)), name.partition(".")[0]
 
 
 @needs_triton
@@ -96,14 +101,23 @@ def test_kernels_is_never_a_package_of_ours(tmp_path):
 
 
 def test_kernels_import_nothing_but_torch_and_triton():
-    for path in KERNELS.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom) and node.level == 0:
-                names = [node.module or ""]
-            for name in names:
-                root = name.partition(".")[0]
-                assert root in {"torch", "triton"} | sys.stdlib_module_names, f"{path.name} imports {name}"
+    for path, imported in imports(KERNELS):
+        assert imported in {"torch", "triton"} | sys.stdlib_module_names, f"{path} imports {imported}"
+
+
+@pytest.mark.parametrize(
+    ("folder", "forbidden"),
+    [
+        ("tests", {"benchmarks"}),
+        ("benchmarks", {"tests"}),
+        ("kernels", {"benchmarks", "kernels", "tests"}),
+        ("sgfast", {"benchmarks", "kernel_proofs", "kernels", "tests"}),
+    ],
+)
+def test_neither_of_tests_and_benchmarks_imports_the_other(folder, forbidden):
+    found = list(imports(ROOT / folder))
+    assert {imported for _, imported in found} >= {"torch"}
+    assert [(path, imported) for path, imported in found if imported in forbidden] == []
 
 
 def test_torch_implementations_need_neither_triton_nor_the_kernels():

@@ -1,6 +1,6 @@
 """Every loss factory beside an independent float64 rewrite: how far values and gradients are apart.
 
-    python -m benchmarks.factory_agreement [--out benchmarks/results/factories-cpu.md]
+    python -m tests.loss.factory_agreement [--out benchmarks/results/factories-cpu.md]
 
 A tiny Llama in float32 runs one training step: forward, loss, backward. The rewrite (``tests.loss.rewrites``) runs a
 float64 copy of the model by hand, on the same noise, and writes every formula out row by row.
@@ -17,10 +17,10 @@ from tests.loss.factory_cases import CASES, COMBINE, MASK, four_rows, rewritten
 from tests.loss.rewrites import Rewrite, learning_parameters, relative_error
 from tests.tiny_models import tiny_pair, uneven_tokens
 
-RESULTS = Path(__file__).parent / "results" / "factories-cpu.md"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "factories-cpu.md"
 HEADING = """# Loss factories beside float64 rewrites
 
-`python -m benchmarks.factory_agreement`: one training step of a tiny Llama (4 layers of width 16) in float32 on four
+`python -m tests.loss.factory_agreement`: one training step of a tiny Llama (4 layers of width 16) in float32 on four
 padded rows of text, every component weighted, beside an independent rewrite in float64 that runs the model by hand.
 `loss` and `component` are relative differences of values, the latter that of the worst component (a cosine counts by
 its absolute difference: it may cross 0), `gradients` is ‖g - g64‖ / ‖g64‖ over all parameters that learn.

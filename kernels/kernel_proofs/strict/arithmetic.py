@@ -11,7 +11,7 @@ import numpy as np
 import triton.language as tl
 from triton.runtime import interpreter
 
-from tests.gates.strict.memory import StrictError, patch
+from kernel_proofs.strict.memory import StrictError, patch
 
 Handle = interpreter.TensorHandle
 _BITWISE = (np.bitwise_and, np.bitwise_or, np.bitwise_xor)

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import sgfast
-from tests.gates.implementations import DEVICE, RUNS_TRITON
+from tests.implementations import DEVICE, RUNS_TRITON
 
 
 class Case(NamedTuple):
@@ -140,7 +140,7 @@ def each_check(
             with sgfast.use_impl("triton"):
                 check(case)
 
-        return pytest.param(run, marks=pytest.mark.triton, id=check.__name__)
+        return pytest.param(run, marks=pytest.mark.triton, id=f"{check.__name__}-triton")
 
     checks = [under_triton(check) for check in TRITON_CHECKS] if RUNS_TRITON and has_kernel else CHECKS
 

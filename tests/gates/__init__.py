@@ -1,1 +1,0 @@
-"""What proves a kernel on a machine without a GPU. See docs/adding_a_kernel.md."""
