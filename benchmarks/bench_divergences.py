@@ -1,8 +1,8 @@
-"""The divergences beside what a user would write, eager and through torch.compile, and beside others' losses.
+"""The divergences beside the code that a user would write, eager and compiled, and beside other libraries' losses.
 
     python -m pytest benchmarks/bench_divergences.py [--small] [--device cuda] [--out benchmarks/results] [-k NAMES]
 
-With ``-k "four and 32000"`` only what is so named.
+``-k "four and 32000"`` runs only the jobs with these words in their names.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from sgfast.ops.divergence.kinds import KINDS
 
 SHAPES = [(512, 32000, torch.float32), (128, 128256, torch.bfloat16)]
 SMALL_SHAPES = [(16, 4096, torch.float32), (8, 8192, torch.bfloat16)]
-# What is computed, and whether the gradient to the noisy side is too.
+# The kinds that are computed, and whether the gradient to the noisy side is computed as well.
 JOBS: dict[str, tuple[tuple[str, ...], bool]] = {
     "four metrics": (METRICS, False),
     "jensen_shannon with gradient": (("jensen_shannon",), True),
@@ -29,7 +29,7 @@ JOBS: dict[str, tuple[tuple[str, ...], bool]] = {
     **{f"{kind} alone": ((kind,), False) for kind in KINDS},
 }
 IMPLEMENTATIONS = [EAGER, COMPILED, "sgfast", "sgfast compile"]
-# Other people's losses, by the job that they do.
+# Losses of other libraries, by the job that they do.
 PEERS: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
     "jensen_shannon with gradient": {"GKD's formula": peers.generalized_jsd},
     "forward_kl with gradient": {"chunked forward KL": peers.forward_kl_by_chunks},
@@ -38,7 +38,7 @@ PEERS: dict[str, dict[str, Callable[[Tensor, Tensor], Tensor]]] = {
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Every job by everyone who can do it here."""
+    """All jobs, each with the implementations that can run here."""
     device, cases = metafunc.config.getoption("--device"), []
     for job, (kinds, _) in JOBS.items():
         names = [*IMPLEMENTATIONS, *PEERS.get(job, {})]
@@ -49,7 +49,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def job_task(job: str, shape: tuple[int, int, torch.dtype], device: str) -> Task:
-    """A job on logits of a shape, by PyTorch, by us and by its peers."""
+    """A job on logits of a shape, by PyTorch, by sgfast and by peers."""
     tokens, vocab, dtype = shape
     kinds, gradient = JOBS[job]
     task = divergence_task(

@@ -2,8 +2,8 @@
 
     python -m pytest benchmarks/bench_evaluation.py [--small] [--device cuda] [--out benchmarks/results]
 
-A forward of the clean and the noisy half of a small Llama, four divergences per token over the vocabulary and over the
-top 100, averaged, and how often the nearest embedding is another token's.
+One evaluation is a forward of the clean and the noisy half of a small Llama, the averages of four divergences per token
+over the vocabulary and over the top 100, and the share of tokens whose nearest embedding belongs to another token.
 """
 
 from collections.abc import Callable

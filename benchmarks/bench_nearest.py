@@ -20,7 +20,7 @@ CHUNKED, CHUNK_BYTES = "eager PyTorch, in chunks", 2**26
 
 
 def nearest_task(queries: int, rows: int, width: int, metric: str, k: int, device: str) -> Task:
-    """Noisy rows of a table are looked up in it."""
+    """Look up noisy rows of a table in the table."""
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(rows, width, generator=generator)
     noisy = table[torch.randint(rows, (queries,), generator=generator)]

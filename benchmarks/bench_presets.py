@@ -2,9 +2,9 @@
 
     python -m pytest benchmarks/bench_presets.py [--small] [--device cuda] [--out benchmarks/results]
 
-TextBrewer computes in the inputs' dtype, sgfast in float32. On a CPU ``hidden_mse`` and ``cos`` pay for the four
-distances that the fused operation computes at once; ``fsp`` and ``nst`` compute their Gram matrices again in backward
-in place of keeping them.
+TextBrewer computes in the inputs' dtype, sgfast in float32. The fused operation behind ``hidden_mse`` and ``cos``
+computes four distances at once, which costs time on a CPU. ``fsp`` and ``nst`` do not keep their Gram matrices and
+compute them again in backward.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ CASES = [
 
 
 def preset_task(name: str, masked: bool, sizes: tuple[int, ...], device: str) -> Task:
-    """One loss, ours and TextBrewer's; ``masked`` leaves out a quarter of the first text."""
+    """One loss by sgfast and by TextBrewer. ``masked`` leaves out a quarter of the first text."""
     batch, heads, length, width, classes = sizes
     pair = name in ("fsp", "nst")
     shape = (batch, heads, length, length) if name.startswith("attention") else (batch, length, width)

@@ -2,7 +2,7 @@
 
     python -m pytest benchmarks/bench_training.py [--small] [--device cuda] [--out benchmarks/results]
 
-Every loss factory beside plain PyTorch, each in a process of its own: ``python -m benchmarks.training_step``.
+``python -m benchmarks.training_step`` measures every loss factory beside plain PyTorch, each in a process of its own.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""One table for `pytest benchmarks/bench_*.py`, in place of pytest-benchmark's, and one JSON file for each of them."""
+"""The table of `pytest benchmarks/bench_*.py`, in place of pytest-benchmark's, and a JSON file for each module."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +18,7 @@ _run = pytest.StashKey[tuple[dict[str, Any], float]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--small", action="store_true", help="sizes that take seconds: to see that a benchmark runs")
+    parser.addoption("--small", action="store_true", help="sizes that take seconds, to see that a benchmark runs")
     parser.addoption("--device", default="cpu", choices=["cpu", "cuda"])
     parser.addoption("--out", type=Path, help="folder for FAMILY-DEVICE.json, as benchmarks.report reads them")
 
@@ -28,7 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what compiles, which takes longer than --small may."""
+    """Leave out compilations with --small: they take too long."""
     if not config.getoption("--small"):
         return
     compiling = [item for item in items if "compile" in item.name]
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
-    """Rows of this file, to print at the end: dicts."""
+    """Return the rows of this module, dicts that are printed at the end."""
     name = request.path.stem.removeprefix("bench_").replace("_", "-")
     return request.config.stash[_tables].setdefault(name, [])
 
@@ -55,15 +55,15 @@ def device(pytestconfig: pytest.Config) -> str:
 
 @pytest.fixture
 def run_task(benchmark: Any, pytestconfig: pytest.Config, table: Table, small: bool) -> Callable[[Task, str], None]:
-    """Time an implementation of a task by pytest-benchmark, in turns with its peer; measure the rest; note it all."""
+    """Time an implementation of a task by pytest-benchmark, in turns with its peer. Note times, memory and errors."""
 
     def run(task: Task, implementation: str) -> None:
-        torch._dynamo.reset()  # sizes are constants to a first compilation
+        torch._dynamo.reset()  # the first compilation takes sizes as constants
         peer = next(iter(task.implementations))
         peer_seconds, found = [], []
 
         def run_peer() -> None:
-            found.clear()  # so that no round pays for freeing
+            found.clear()  # so that no round includes the freeing of memory
             if implementation != peer:
                 peer_seconds.append(run_timed(lambda: task.run(peer), task.device)[0])
 
@@ -76,7 +76,7 @@ def run_task(benchmark: Any, pytestconfig: pytest.Config, table: Table, small: b
         run_peer()
         seconds = run_timed(once, task.device)[0] + sum(peer_seconds)
         peer_seconds.clear()
-        # Four seconds of rounds, or five of them.
+        # Rounds for four seconds, and at least five rounds.
         rounds = 3 if small else max(5, min(30, int(4 / seconds)))
         benchmark.pedantic(once, setup=run_peer, rounds=rounds)
         found.clear()
@@ -86,14 +86,14 @@ def run_task(benchmark: Any, pytestconfig: pytest.Config, table: Table, small: b
             record["times_peer"] = median(ours / theirs for ours, theirs in zip(times, peer_seconds, strict=True))
         benchmark.extra_info.update(record)
         table.append(record)
-        _write(pytestconfig)  # what is measured stays, whatever ends the run
+        _write(pytestconfig)  # results are kept if a later benchmark fails
 
     return run
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_group_stats() -> list[Any]:
-    return []  # its own table
+    return []  # no table of pytest-benchmark
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -122,7 +122,7 @@ def _write(config: pytest.Config) -> None:
 
 
 def _lines(rows: Table) -> list[str]:
-    """Columns for all keys that a row has."""
+    """Format the rows as a table with a column for each key of any row."""
     keys = list(dict.fromkeys(key for row in rows for key in row if key != "family"))
     lines = [keys, *([_cell(row.get(key)) for key in keys] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,10 +1,10 @@
-"""The CPU's speed goals for the divergences, measured in one run and written as a table.
+"""The speed goals of the divergences on a CPU, measured in one run and written as a table.
 
     python -m benchmarks.divergences_cpu [--output benchmarks/results/divergences-cpu.md] [--threads 1 2]
 
-Milliseconds, the fastest of ten rounds after one that compiles; within a round one implementation after the other, as
-the machine's speed changes. Run it on a machine with nothing else to do: with two threads every operation waits for the
-slower one.
+The table shows the milliseconds of the fastest of ten rounds, after a round that compiles. A round runs one
+implementation after the other, because the machine's speed changes with time. Use a machine that runs nothing else:
+with two threads every operation waits for the slower thread.
 """
 
 import argparse

@@ -1,11 +1,11 @@
-"""What ``sgfast evaluate`` takes beyond the loaded model and one pass through its body, and how fast it is, on a CPU.
+"""Memory of ``sgfast evaluate`` beyond the loaded model and one pass through its body, and its speed, on a CPU.
 
     python -m benchmarks.evaluation_memory                       # writes benchmarks/results/evaluation-cpu.md
     python -m benchmarks.evaluation_memory --budget 256MiB       # one measurement, as a line of JSON
 
-Each measurement is a process of its own: it loads the packaged SmolLM2-135M and an untrained transform, runs the body
-once on one sequence, and then evaluates texts of 2048 tokens under a budget. Peaks are the process's (VmHWM). Python's
-documentation is the text. Linux only.
+Each measurement is a process of its own. The process loads the packaged SmolLM2-135M and an untrained transform, runs
+the body once on one sequence, and then evaluates texts of 2048 tokens under a budget. Peaks are those of the process
+(VmHWM). The text is Python's documentation. Linux only.
 """
 
 import argparse
@@ -39,7 +39,7 @@ BUDGETS = ("64MiB", "256MiB", "1GiB")
 
 
 class Silent:
-    """Watches nothing."""
+    """A progress display that shows nothing."""
 
     def begin(self, stage: str, total: int, unit: str) -> None: ...
 
@@ -52,7 +52,7 @@ def peak_anew() -> None:
 
 
 def write_inputs(folder: Path, records: int) -> None:
-    """An untrained transform, and texts that are cut at `LENGTH` tokens."""
+    """Write an untrained transform, and texts that are cut at `LENGTH` tokens."""
     model, tokenizer = load_causal_lm(None)
     wrapper = TokenizerWrapper(tokenizer, type(model))
     torch.manual_seed(0)
@@ -138,7 +138,7 @@ def main() -> None:
         budgets = BUDGETS if arguments.budget is None else (arguments.budget,)
         lines = []
         for budget in budgets:
-            # Each in a process of its own: what one leaves resident would count for the next.
+            # A process of its own for each: memory left by one measurement would count for the next.
             command = [sys.executable, "-m", "benchmarks.evaluation_memory", "--inputs", name, "--budget", budget]
             command += ["--attacks", arguments.attacks]
             finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,12 +1,13 @@
-"""What the utility metrics take beyond their inputs, in resident bytes, on a CPU.
+"""The resident memory of the utility metrics beyond their inputs, on a CPU.
 
     python -m benchmarks.metrics_memory                          # [4, 2048, 151936] in bfloat16, full and top 100
     python -m benchmarks.metrics_memory --hidden 576 --vocabulary 49152 --rows 1 --budgets 16 64 256
 
-The first measures `get_utility_metrics_factory` on logits that exist as a whole, the second what evaluation does: the
-logits of final hidden states, a few tokens at a time, within budgets in MiB. Every measurement is one line of JSON. The
-peak is the process's (VmHWM) less what was resident before; ``first_call_mib`` is what PyTorch takes once in a process,
-measured on a single token. Linux only.
+The first command measures `get_utility_metrics_factory` on logits that exist as a whole. The second command measures
+the way of `sgfast evaluate`: logits are computed from final hidden states, a few tokens at a time, within budgets in
+MiB. Every measurement is one line of JSON. ``peak_mib`` is the peak of the process (VmHWM) less the resident memory
+before the call. ``first_call_mib`` is the memory that PyTorch takes once in a process, measured on a single token.
+Linux only.
 """
 
 import argparse
@@ -33,10 +34,10 @@ def resident_mib(field: str) -> float:
 
 
 def measured(call: Callable[[], Any]) -> tuple[dict[str, float], Any]:
-    """Peak beyond what was there, and seconds."""
+    """Return the peak beyond the memory before the call and the seconds, and the result."""
     gc.collect()
     with open("/proc/self/clear_refs", "w") as peak:
-        peak.write("5")  # the peak starts anew
+        peak.write("5")  # the peak starts again from here
     before, start = resident_mib("VmRSS"), time.perf_counter()
     result = call()
     seconds = time.perf_counter() - start
@@ -44,7 +45,7 @@ def measured(call: Callable[[], Any]) -> tuple[dict[str, float], Any]:
 
 
 def random_logits(rows: int, length: int, vocabulary: int, seed: int) -> Tensor:
-    """Filled block by block: a whole float32 copy would be larger than what is measured."""
+    """Random logits, filled block by block: a whole float32 copy would be larger than the measured memory."""
     generator = torch.Generator().manual_seed(seed)
     logits = torch.empty(rows * length, vocabulary, dtype=torch.bfloat16)
     block = 3 * torch.randn(16, vocabulary, generator=generator)
@@ -54,7 +55,7 @@ def random_logits(rows: int, length: int, vocabulary: int, seed: int) -> Tensor:
 
 
 class Vocabulary(torch.nn.Module):
-    """As much of a language model as says how large its vocabulary is."""
+    """The part of a language model that tells the size of its vocabulary."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -65,7 +66,7 @@ class Vocabulary(torch.nn.Module):
 
 
 class LogitsAtHand(NoiseMaskedNoisyTransformerModel):
-    """A noisy model whose last forward left these logits: a real one would take memory of its own."""
+    """A noisy model whose last forward left these logits. A real model would take memory of its own."""
 
     def __init__(self, clean: Tensor, noisy: Tensor) -> None:
         torch.nn.Module.__init__(self)
@@ -80,7 +81,7 @@ class LogitsAtHand(NoiseMaskedNoisyTransformerModel):
 
 
 def factory(logits: tuple[Tensor, Tensor], num_logits: int | None, sizes: tuple[int | None, int | None]) -> Any:
-    """The metric of a model whose last forward left these logits."""
+    """Return the metric of a model whose last forward left these logits."""
     return get_utility_metrics_factory(LogitsAtHand(*logits), num_logits, *sizes)
 
 

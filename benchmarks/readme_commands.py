@@ -1,8 +1,8 @@
-"""What the README's commands show and how long they take.
+"""The output and the times of the README's commands.
 
     python -m benchmarks.readme_commands [--output benchmarks/results/readme-cpu.md]
 
-About ten minutes. Run it on a machine with nothing else to do.
+The run takes about ten minutes. Use a machine that runs nothing else.
 """
 
 import argparse
@@ -35,7 +35,7 @@ HEADING = """# What the README's commands show and how long they take
 
 
 def seconds_of(command: list[str], folder: Path) -> float:
-    """How long a command takes in a folder; raises if it fails."""
+    """Return the seconds of a command in a folder. Raise if the command fails."""
     start = time.perf_counter()
     subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start

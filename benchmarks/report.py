@@ -2,8 +2,8 @@
 
     python -m benchmarks.report [FILE …] [--out docs/benchmarks.md]
 
-Without files: every JSON under ``benchmarks/results``. Each file is a section under its device, date and commit; every
-number on the page is one that a file holds, or the ratio of two of them in one file.
+Without files the page shows every JSON under ``benchmarks/results``. Each file is a section with its device, date and
+commit. Every number on the page stands in a file, or is the ratio of two numbers in one file.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from sgfast.utils.files import replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-TRAINING_CURVES = RESULTS / "training-curves.json"  # of another form; docs/training.md shows them
+TRAINING_CURVES = RESULTS / "training-curves.json"  # in another format; docs/training.md shows the curves
 _FIRST_LINES = """# Benchmarks
 
 Written by `python -m benchmarks.report` from the files named below. Times are medians. *floor GB/s*: the bytes that
@@ -43,7 +43,7 @@ _SIZES = ("tokens", "vocab", "top_k", "batch", "width", "queries", "rows", "shap
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file; ValueError, naming it, for anything else."""
+    """Read a result file. Raise ValueError with the path if the file is anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -55,7 +55,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def section(path: Path, content: dict[str, Any], page: Path) -> Iterator[str]:
-    """One file's part of the page; its plots are written beside the page."""
+    """Yield the part of the page for one file, and write its plots beside the page."""
     name = path.relative_to(RESULTS).with_suffix("") if path.is_relative_to(RESULTS) else Path(path.stem)
     described = content["environment"]
     yield f"\n## {' '.join(name.parts).replace('-', ' ')}\n"
@@ -78,7 +78,7 @@ def section(path: Path, content: dict[str, Any], page: Path) -> Iterator[str]:
 
 
 def task_lines(task: str, records: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """A table: a line for each size and implementation."""
+    """Yield a table with a line for each size and implementation."""
     sizes = [name for name in _SIZES if any(record.get(name) is not None for record in records)]
     columns = [name for name in _COLUMNS if any(record.get(name) is not None for record in records)]
     rows = []
@@ -92,7 +92,7 @@ def task_lines(task: str, records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def growth_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Exponents and cliffs; a cliff is how much the cost per unit of size rises at most from one size to the next."""
+    """Yield exponents and cliffs. A cliff is the largest rise of the cost per unit of size to the next size."""
     if not rows:
         return
     headings = ["varied", "task", "by", "time ^", "time cliff", "rise over eager's", "memory ^", "memory cliff"]
@@ -114,7 +114,7 @@ def growth_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def gpu_parts(parts: dict[str, Any]) -> Iterator[str]:
-    """What the parts of the GPU programme found, failures included."""
+    """Yield the results of the parts of the GPU programme, failures included."""
     for name, part in parts.items():
         if "error" in part:
             yield f"\nThe part `{name}` failed: `{part['error'].strip().splitlines()[-1]}`."
@@ -151,7 +151,7 @@ def gpu_parts(parts: dict[str, Any]) -> Iterator[str]:
 def table(
     title: str, headings: Sequence[str], rows: Iterator[Sequence[str]] | Sequence[Sequence[str]]
 ) -> Iterator[str]:
-    """Markdown."""
+    """Yield a table in Markdown."""
     yield f"\n**{title}**\n"
     yield f"| {' | '.join(headings)} |"
     yield f"|{'---|' * len(headings)}"
@@ -160,7 +160,7 @@ def table(
 
 
 def _is_peer(one: dict[str, Any], record: dict[str, Any], sizes: Sequence[str]) -> bool:
-    """Whether it is what others are compared with at the record's sizes: eager PyTorch, or TextBrewer."""
+    """Return whether others are compared with ``one`` at the record's sizes: eager PyTorch, or TextBrewer."""
     return one["implementation"] in (EAGER, "TextBrewer") and all(one.get(name) == record.get(name) for name in sizes)
 
 

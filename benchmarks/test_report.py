@@ -1,4 +1,4 @@
-"""The page shows what files hold, and nothing else."""
+"""The page shows the numbers of the files, and no others."""
 
 import json
 import re
@@ -40,7 +40,7 @@ def test_figures_under_device_date_and_commit(tmp_path):
     text = page(tmp_path, {"environment": ENVIRONMENT, "records": records})
     assert "Some Device" in text
     assert "2026-01-02, commit 0123456789" in text
-    # What is said of a CPU's figures is not said of these; the list of other files may name one.
+    # The remark about times on a CPU is absent here. The list of other files may name a CPU.
     assert "Times on a CPU" not in text
     assert "CPU" not in text[: text.index("## Other")]
     assert "| 7 | float32 | sgfast | 1 | 3.0 | 2e-07 | 0.25 |" in text
@@ -61,7 +61,7 @@ def test_without_records_there_are_no_figures(tmp_path):
     text = page(tmp_path, {"environment": ENVIRONMENT, "records": []})
     section = text[text.index("## measured") : text.index("## Other")]
     assert "|" not in section
-    assert re.findall(r"\d+\.\d+", section) == ["0.1"]  # of the version
+    assert re.findall(r"\d+\.\d+", section) == ["0.1"]  # the version of sgfast
 
 
 def test_gpu_parts_and_their_failures(tmp_path):
@@ -107,7 +107,7 @@ def test_the_page_is_made_from_the_results_that_are_there(tmp_path):
 
 
 def test_results_show_no_cliff_over_the_vocabulary():
-    """From one vocabulary to the next time over eager PyTorch's, and memory a logit, rise 1.3-fold at most."""
+    """From one vocabulary to the next, time over eager PyTorch and memory per logit rise at most 1.3-fold."""
     content = report.read(report.RESULTS / "growth-cpu" / "divergences.json")
     rows = [row for row in report.growth(content["records"]) if row["sweep"] == "vocab" and "ratio_cliff" in row]
     ours = [row for row in rows if row["implementation"] == "sgfast"]

@@ -1,13 +1,13 @@
-"""What each loss trains: sigma where a strength weight is raised, divergence where alpha is lowered.
+"""The effect of each loss: sigma with a higher strength weight, divergence with a lower alpha.
 
-Trains a transform over SmolLM2-135M-Instruct by each loss, from one start on one sequence of batches: with the weights
-of ``sgfast train``, with a strength weight raised and, where there is an alpha, with alpha lowered. Writes
-``benchmarks/results/training-curves.json`` and ``.png``.
+The program trains transforms over SmolLM2-135M-Instruct by each loss, all from one start on one sequence of batches:
+with the weights of ``sgfast train``, with a higher strength weight and, if the loss has an alpha, with a lower alpha.
+The results are ``benchmarks/results/training-curves.json`` and ``.png``.
 
     python -m benchmarks.training_curves [--steps 300] [--out benchmarks/results]
 
-The batches are small, the base model in bfloat16: some ten minutes on one idle core. The curves show directions, not
-good transforms.
+The batches are small and the base model is in bfloat16, so the run takes about ten minutes on one idle core. The curves
+show directions, not good transforms.
 """
 
 import argparse
@@ -37,19 +37,19 @@ HELD_OUT, WORDS_PER_PASSAGE = 8, 40
 
 
 class Setup(NamedTuple):
-    """How a loss is trained, and which of its options the claims are about."""
+    """The training of a loss, and the options that are changed."""
 
     steps: int
     batch_size: int
     tokens: int
-    common: dict[str, Any]  # differs from the weights of `sgfast train`
-    utility: str  # the component that utility is read from
+    common: dict[str, Any]  # changes to the weights of `sgfast train`
+    utility: str  # the component that measures utility
     stronger: dict[str, float]
     truer: dict[str, float]
 
 
 _SHALLOW = {"distillation_layer_index": 2}
-# A loss that reads logits runs all 30 layers: its batches are smaller, and there are fewer.
+# A loss that reads logits runs all 30 layers. Its batches are smaller and fewer.
 SETUPS = {
     "distillation": Setup(
         300, 4, 12, _SHALLOW, "distillation_layer_cosine_distance", {"std_log_ratio_loss_weight": 1.0}, {"alpha": 0.1}
@@ -70,7 +70,7 @@ SETUPS = {
 
 
 def run_one(base_model: Any, wrapper: TokenizerWrapper, name: str, changed: dict[str, float], steps: int) -> Any:
-    """Train one transform; its curves, and what it does to held-out text."""
+    """Train one transform. Return its curves and its effect on held-out text."""
     setup = SETUPS[name]
     torch.manual_seed(SEED)
     models = models_over(base_model, wrapper, {}, LoraOptions() if name == "jigsaw" else None)
@@ -98,7 +98,7 @@ def run_one(base_model: Any, wrapper: TokenizerWrapper, name: str, changed: dict
     seconds = time.perf_counter() - started
     held_out = measure(models, next(_batches(wrapper, passages.held_out, HELD_OUT, setup.tokens, 1)))
     if models.student is not None:
-        models.student.base_model.unload()  # takes the adapters out of the base, which the next run starts from
+        models.student.base_model.unload()  # removes the adapters from the base, from which the next run starts
     return {"options": options, "held_out": held_out, "seconds": round(seconds, 1), "curves": curves}
 
 
@@ -118,18 +118,18 @@ def _batches(
 
 @torch.no_grad()
 def measure(models: Models, inputs: dict[str, Tensor]) -> dict[str, float]:
-    """Mean sigma, and the divergence of next-token distributions from the clean model's, in nats."""
+    """Return mean sigma, and the divergence between noisy and clean next-token distributions in nats."""
     torch.manual_seed(SEED)
     outputs = [model.eval()(**inputs).base_model_output for model in _trained_models(models)]
     attended = inputs["attention_mask"] != 0
-    # The student's or the one model's noisy logits, against the clean ones of the teacher or of the same model.
+    # Noisy logits of the student or of the only model, clean logits of the teacher or of the same model.
     divergence = token_divergences(outputs[0].noisy_logits, outputs[-1].clean_logits, attended, None)[DIVERGENCE]
     sigma = models.noisy_model.noise_layer.std[inputs["noise_mask"]].mean()
     return {"mean_sigma": float(sigma), DIVERGENCE: float(mean_over_sequences(divergence, attended))}
 
 
 def plot(path: Path, results: dict[str, Any]) -> None:
-    """A row for each loss: sigma at two strengths, the utility component at two alphas, or two strengths."""
+    """Plot a row for each loss: sigma at two strengths, the utility component at two alphas or two strengths."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -194,12 +194,12 @@ def main() -> None:
 
 
 def _second_claim(setup: Setup) -> tuple[str, dict[str, float]]:
-    """The run that the base is compared with in divergence."""
+    """Return the name of the run whose divergence is compared with the base."""
     return ("truer", setup.truer) if setup.truer else ("stronger", setup.stronger)
 
 
 def rounded(value: Any) -> Any:
-    """Every float to five digits."""
+    """Round every float to five digits."""
     if isinstance(value, dict):
         return {key: rounded(one) for key, one in value.items()}
     if isinstance(value, list):

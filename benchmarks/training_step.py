@@ -2,9 +2,10 @@
 
     python -m benchmarks.training_step [--out benchmarks/results/training-step-cpu.md]
 
-Every measurement runs in a process of its own. The plain step uses the same noise layer and the same noise; it runs the
-base model on clean embeddings without a graph and on transformed ones with one, takes a layer from
-``output_hidden_states`` of the body or the logits of the whole model, and writes the formulas with PyTorch's functions.
+Every measurement runs in a process of its own. The plain step uses the same noise layer and the same noise. It runs the
+base model on clean embeddings without a graph and on transformed embeddings with a graph. It takes a layer from
+``output_hidden_states`` of the body, or the logits of the whole model, and computes the formulas with
+PyTorch's functions.
 """
 
 import argparse
@@ -118,7 +119,7 @@ def build(jigsaw: bool) -> tuple[Any, Any]:
 
 
 def tokens() -> dict[str, Tensor]:
-    """Right-padded rows of uneven lengths; the first quarter is a prompt, which does not count."""
+    """Right-padded rows of uneven lengths. The first quarter is a prompt, which the loss does not count."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.tensor([[LENGTH], [LENGTH * 7 // 8], [LENGTH * 3 // 4], [LENGTH]])
     attention_mask = (torch.arange(LENGTH) < lengths).long()
@@ -209,7 +210,7 @@ class PlainStep:
         return float(total.detach())
 
     def run(self, model: Any, embeddings: Tensor) -> Tensor:
-        """A layer's outputs, or the logits."""
+        """Return the outputs of a layer, or the logits."""
         base_model = model.base_model
         if self.jigsaw and model is self.teacher:
             with self.student.base_model.disable_adapter():
@@ -217,7 +218,7 @@ class PlainStep:
         return self.body_or_logits(model.causal_lm if self.jigsaw else base_model, embeddings)
 
     def body_or_logits(self, causal_lm: Any, embeddings: Tensor) -> Tensor:
-        """Of a transformers model, with its adapters as they are."""
+        """Return a layer's outputs or the logits of a transformers model, with its adapters as they are."""
         attention_mask = self.batch["attention_mask"]
         inputs = {
             "inputs_embeds": embeddings,
@@ -231,7 +232,7 @@ class PlainStep:
 
 
 def mutual_information(mean: Tensor, std: Tensor, selected: Tensor) -> Tensor:
-    """All pairs at once, as a (pairs, pairs, T, D) tensor."""
+    """Compute all pairs at once, as a (pairs, pairs, T, D) tensor."""
     half = len(mean) // 2
     m_i, s_i, m_j, s_j = mean[:half, None], std[:half, None], mean[None, half:], std[None, half:]
     both = (selected[:half, None] & selected[None, half:])[..., None]
@@ -240,7 +241,7 @@ def mutual_information(mean: Tensor, std: Tensor, selected: Tensor) -> Tensor:
 
 
 def memory_mib(key: str) -> float:
-    """VmRSS, or VmHWM (the highest so far) in MiB."""
+    """Return VmRSS, or VmHWM (the highest so far), in MiB."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key):
             return int(line.split()[1]) / 1024
@@ -248,10 +249,10 @@ def memory_mib(key: str) -> float:
 
 
 def measure(case: str, plain: bool) -> dict[str, float]:
-    """In this process: the first step's peak and loss, and the shortest of the others."""
+    """Measure in this process: peak and loss of the first step, and the shortest time of the other steps."""
     step = PlainStep(case) if plain else FactoryStep(case)
     before = memory_mib("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the highest so far is what it is now
+    Path("/proc/self/clear_refs").write_text("5")  # the highest so far starts again from here
     loss = step()
     peak = memory_mib("VmHWM") - before
     times = []

@@ -1,4 +1,4 @@
-"""Fixtures over tiny causal language models; draws that are the same in every run, and no time limits for examples."""
+"""Fixtures over tiny causal language models, equal random draws in every run, no time limits for examples."""
 
 import sys
 from collections.abc import Callable
@@ -10,16 +10,16 @@ import torch
 
 from tests.tiny_models import tiny_noisy_model, tiny_pair, uneven_tokens
 
-# How long an example takes says something of the machine alone.
+# The time of an example depends on the machine, so there is no deadline.
 hypothesis.settings.register_profile("sgfast", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.load_profile("sgfast")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Seed PyTorch: what a test draws depends on no other, and one that fails fails again.
+    """Seed PyTorch, so that the draws of a test do not depend on other tests and a failure can be repeated.
 
-    Noise layers remember the generator's states of their draws, which the seed brings back in every test.
+    Noise layers remember the generator's states of their draws. The seed brings these states back in every test.
     """
     torch.manual_seed(0)
     if (seeds := sys.modules.get("sgfast.noise_layer.seeds")) is not None:

@@ -1,8 +1,10 @@
 """One test body for every implementation that this process can run.
 
-``@each_implementation`` gives a test its ``impl``: ``"torch"`` and ``"compile"`` in the ordinary run; ``"triton"``,
-marked ``triton``, in a process that interprets kernels (``TRITON_INTERPRET=1``, started by test_gates.py) or that tests
-on a GPU (``SGFAST_TEST_DEVICE=cuda``, started by ``python -m benchmarks.gpu``). Tensors belong on ``DEVICE``.
+``@each_implementation`` gives a test its ``impl``. In an ordinary process ``impl`` is ``"torch"`` and ``"compile"``. In
+a process that interprets kernels (``TRITON_INTERPRET=1``) or that tests on a GPU (``SGFAST_TEST_DEVICE=cuda``) ``impl``
+is ``"triton"``, and the test is marked ``triton``. pytest starts the interpreting process beside the ordinary one
+(``kernel_proofs.interpreted``); ``python -m benchmarks.gpu`` starts the process for the GPU. Tensors belong on
+``DEVICE``.
 """
 
 import os

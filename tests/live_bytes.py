@@ -1,4 +1,4 @@
-"""How much memory an operation's PyTorch implementation holds at once."""
+"""The memory that the PyTorch implementation of an operation holds at once."""
 
 import weakref
 from typing import Any
@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors made inside the block: ``live`` now, ``peak`` at most.
 
-    A registered operator is one call to it; what happens inside is seen when its function is called directly, as
-    ``operator.implementation``.
+    A registered operator counts as one call. To count the tensors made inside the operator, call its function
+    directly, as ``operator.implementation``.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What comes in without having been made here was there before: it and its views are not counted.
+        # An argument that was not made inside the block existed before: the argument and its views are not counted.
         for tensor in tree_leaves((args, kwargs)):
             self._meet(tensor, counted=False)
         outputs = operator(*args, **(kwargs or {}))

@@ -1,6 +1,6 @@
-"""What a registered operation owes PyTorch, checked for a table of cases.
+"""The duties of a registered operation towards PyTorch, checked for a table of cases.
 
-An operation's test file names its cases and applies every check to them:
+An operation's test file names its cases and applies every check to the cases:
 
     CASES = [registration.Case("masked", function, arguments)]
 
@@ -27,7 +27,7 @@ from tests.implementations import DEVICE, RUNS_TRITON
 
 
 class Case(NamedTuple):
-    """A call to check. Plant NaN at masked rows: no result may change for it."""
+    """A call to check. Plant NaN at masked rows: the NaN must not change any result."""
 
     name: str
     #: ``function(*tensors)`` → a tensor or a tuple of tensors.
@@ -43,7 +43,7 @@ def check_schema(case: Case) -> None:
         _values_and_gradients(case.function, _leaves(case))
     assert recorder.calls, "no operator of sgfast ran"
     for operator, arguments in recorder.calls:
-        # The gradient of a gradient is PyTorch's alone.
+        # Only the PyTorch implementation has gradients of gradients.
         leaf = torch.detach if RUNS_TRITON and "backward" in operator.name() else _leaf
         tensors = (leaf(argument) if isinstance(argument, Tensor) else argument for argument in arguments)
         torch.library.opcheck(operator, tuple(tensors))
@@ -54,7 +54,7 @@ def check_gradients(case: Case) -> None:
     leaves = tuple(_leaves(case, dtype=torch.float64, rows=3))
 
     def differentiable(*tensors: Tensor) -> tuple[Tensor, ...]:
-        # gradcheck counts outputs of integers where it takes their slots, and not where it fills them.
+        # gradcheck numbers outputs of integers in one place and leaves them out in another.
         return tuple(output for output in _tuple(case.function(*tensors)) if output.is_floating_point())
 
     torch.autograd.gradcheck(differentiable, leaves, eps=1e-6, atol=1e-6)
@@ -80,7 +80,7 @@ def check_inductor(case: Case) -> None:
 
 
 def check_fake_gpu(case: Case) -> None:
-    """Shapes, dtypes and device of the GPU path, without a GPU."""
+    """Compare shapes, dtypes and device of the GPU path, without a GPU."""
     expected = _tuple(case.function(*case.arguments(5, torch.bfloat16)))
     with FakeTensorMode():
         arguments = [
@@ -93,7 +93,7 @@ def check_fake_gpu(case: Case) -> None:
 
 
 def check_export(case: Case) -> None:
-    """``torch.export`` with a dynamic number of rows gives a program that is right for another number."""
+    """``torch.export`` with a dynamic number of rows gives a program that is right for another number of rows."""
 
     class Program(torch.nn.Module):
         def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -122,14 +122,14 @@ CHECKS = [
     check_export,
     check_checkpointing,
 ]
-# The kernels have no float64; fake tensors and a second compiler see nothing of them.
+# The kernels have no float64. Fake tensors and a second compiler do not look inside kernels.
 TRITON_CHECKS = [check_schema, check_compiled, check_export, check_checkpointing]
 
 
 def each_check(
     cases: Sequence[Case], *, has_kernel: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Parametrise a test over checks and cases; without a kernel they are PyTorch's in every process."""
+    """Parametrise a test over checks and cases. Without a kernel every process checks the PyTorch implementation."""
 
     def name(value: Any) -> str:
         return value.name if isinstance(value, Case) else value.__name__
@@ -153,7 +153,7 @@ def each_check(
 
 
 class Recorder(TorchDispatchMode):
-    """Collects the calls of sgfast's operators."""
+    """Collects the calls of sgfast operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class Recorder(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
     def backward_arguments(self) -> dict[str, Any]:
-        """The arguments of the one backward operator that ran, by their names."""
+        """Return the arguments of the only backward operator that ran, by name."""
         ((operator, arguments),) = [call for call in self.calls if "backward" in str(call[0])]
         return dict(zip((one.name for one in operator._schema.arguments), arguments, strict=True))
 

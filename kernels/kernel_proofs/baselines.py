@@ -1,6 +1,7 @@
-"""What each launching function of ``kernel_proofs.cases`` computes, in PyTorch: what torch.compile is given beside it.
+"""The computation of each launching function of ``kernel_proofs.cases``, written in PyTorch.
 
-Every case's results are compared with these, in the interpreter and on a GPU.
+The results of every case are compared with these functions, in the interpreter and on a GPU. The GPU programme also
+compiles them with torch.compile and times them beside the kernels.
 """
 
 import math
@@ -50,7 +51,7 @@ def _atoms(noisy: Tensor, clean: Tensor, temperature: Tensor, scalars: Sequence[
 
 
 def _partials(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) -> list[Tensor]:
-    """One kind's partials with respect to log p and log q."""
+    """The partial derivatives of one kind with respect to log p and log q."""
     found = []
     for side, probability in enumerate((atoms.p, atoms.q)):
         factor, rest = partial_derivative(kind, side, atoms, beta, skew, truncated)
@@ -186,7 +187,7 @@ def _divergence_topk_backward(
             gradients.append(None)
             continue
         inside = torch.zeros_like(gradient, dtype=torch.bool).scatter(-1, indices, True)
-        # Outside the support the kernel multiplies what forward kept, which in these cases is arbitrary.
+        # Outside the support the kernel multiplies the row scalars of forward, which are arbitrary in these cases.
         first = 2 * i + (4 if support == "tail" else 0)
         largest, total = row_scalars[first][:, None], row_scalars[first + 1][:, None]
         rate = (upstream * row_scalars[8 + i :: 2]).sum(0)[:, None] / temperature[:, None]
@@ -250,7 +251,7 @@ def _standard_normal(seed: Tensor, shape: Sequence[int], offset: int, dtype: tor
     return philox.normals(offset, count // 4 + 1, philox.round_keys(seed))[:count].view(shape).to(dtype)
 
 
-# What torch.compile is given for each function that cases launch: the PyTorch implementation of the same result.
+# The name of each function that cases launch, with the function that computes the same in PyTorch.
 BASELINES: dict[str, Callable[..., Any]] = {
     "hidden_forward": _hidden_forward,
     "hidden_backward": _hidden_backward,
@@ -273,7 +274,8 @@ def assert_equal_results(
 ) -> None:
     """Check that two functions compute the same, up to the rounding of sums and of bfloat16.
 
-    A share ``jumps`` of the elements may differ by more: an intermediate rounded or clamped the other way.
+    A share ``jumps`` of the elements may differ by more: one of their intermediate values was rounded or clamped the
+    other way.
     """
     for one, other in zip(function(*arguments), baseline(*arguments), strict=True):
         if one is None and other is None:

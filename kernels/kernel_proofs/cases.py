@@ -1,7 +1,7 @@
-"""Every launch that is proved: compiled for each GPU, counted in the interpreter, timed where there is a GPU.
+"""The launches that are proved: compiled for each GPU, counted in the interpreter, timed where there is a GPU.
 
-A case calls a launching function of this package with real arguments, so that what is compiled has the signature, the
-specialisations and the tile of a real launch. To add a kernel, add its cases.
+A case calls a launching function of ``sgfast_kernels`` with real arguments. The compiled kernel therefore has the
+signature, the specialisations and the tile of a real launch. To add a kernel, add its cases.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,34 +29,34 @@ from torch import Tensor
 
 
 class Case(NamedTuple):
-    """One launch, its floor and its budgets. An element is one column of one row, however many tensors hold it."""
+    """One launch, its floor and its budgets. An element is one column of one row in all tensors together."""
 
     name: str
     function: Callable[..., Any]
-    #: ``arguments(rows, device)`` → what to call the function with.
+    #: ``arguments(rows, device)`` → the arguments of the function.
     arguments: Callable[[int, str], tuple[Any, ...]]
     width: int
     #: Bytes that must move per element: each input read once, each output written once.
     floor: float
-    #: Counted bytes over the floor's: what masks, row scalars and a ragged tail may add.
+    #: The limit of counted bytes over the floor: masks, row scalars and a ragged tail add bytes.
     traffic: float = 1.025
-    #: Rows that are compiled for and timed; enough that no cache holds the tensors, few enough for a 16 GB GPU.
+    #: Rows that are compiled for and timed: too many for any cache, few enough for a GPU of 16 GB.
     rows: int = 32768
     #: Registers a thread may use on NVIDIA (of 65536: 32 leave room for all 2048 threads, 64 for half).
     registers: int = 64
     #: Bytes per element that are loaded also where every row is masked.
     masked: float = 0.0
-    #: Share of elements that another device's arithmetic may round or clamp differently, so that a result jumps.
+    #: Share of elements whose result may jump, since another device's arithmetic rounds or clamps differently.
     jumps: float = 0.0
     #: Loads of 16 bytes or more in the compiled loop; 0 where rows are not aligned.
     vector_loads: int = 0
-    #: Instructions per element in each launch's loop on sm90, as many launches as are held to it. An H200 reads 4 bytes
-    #: an element while it issues 26 instructions: more, and memory waits.
+    #: Instructions per element in the loop on sm90, one limit for each of the first launches. An H200 reads the 4 bytes
+    #: of an element while it issues 26 instructions: with more instructions, memory waits.
     instructions: tuple[float, ...] = ()
 
 
 def _hidden(dtype: torch.dtype, width: int, *gradients: bool) -> Callable[[int, str], tuple[Any, ...]]:
-    """Arguments of hidden_forward, or of hidden_backward if it is said which gradients are needed."""
+    """Arguments of hidden_forward, or of hidden_backward if ``gradients`` says which gradients are needed."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         noisy, clean = (torch.randn(rows, width, dtype=dtype, device=device) for _ in range(2))
@@ -84,7 +84,7 @@ def _lse(dtype: torch.dtype, width: int) -> Callable[[int, str], tuple[Any, ...]
 def _divergence(
     dtype: torch.dtype, width: int, kinds: Sequence[str], *gradients: bool
 ) -> Callable[[int, str], tuple[Any, ...]]:
-    """Arguments of divergence_forward, or of divergence_backward if it is said which gradients are needed."""
+    """Arguments of divergence_forward, or of divergence_backward if ``gradients`` says which are needed."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(dtype, width, rows, device)
@@ -92,7 +92,7 @@ def _divergence(
         labels = [torch.full((rows,), width // 2, device=device)] if "label_cross_entropy" in kinds else []
         if not gradients:
             return *logits, kinds, 0.5, 0.1, *labels
-        # Maxima and sums must be the logits'; what the partials add up to may be anything.
+        # Maxima and sums must be the maxima and sums of the logits. The sums of partials may be anything.
         row_scalars = torch.rand(4 + 2 * len(kinds), rows, device=device)
         for i, side in enumerate(logits[:2]):
             row_scalars[2 * i] = side.amax(-1)
@@ -106,7 +106,7 @@ def _divergence(
 def _noise(
     dtype: torch.dtype, width: int, spread: str, *gradients: bool, clamped: bool = False
 ) -> Callable[[int, str], tuple[Any, ...]]:
-    """Arguments of noise_forward, or of noise_backward if it is said which gradients are needed.
+    """Arguments of noise_forward, or of noise_backward if ``gradients`` says which gradients are needed.
 
     ``spread`` is the shape of mean and std: ``"full"``, a ``"vector"`` for all rows, or one ``"number"``.
     """
@@ -141,7 +141,7 @@ _KINDS = {
 
 
 def _forward(dtype: torch.dtype, width: int, kinds: str, **limits: Any) -> Case:
-    """A case whose floor is one read of both sides: two passes move twice that."""
+    """A case whose floor is one read of both sides. Two passes move twice the floor."""
     name = f"divergence_forward {'bf16' if dtype == _bf16 else 'fp32'} {width} {kinds}"
     arguments = _divergence(dtype, width, _KINDS[kinds])
     return Case(name, divergence_forward, arguments, width, 2 * dtype.itemsize, traffic=2.05, rows=2048, **limits)
@@ -157,7 +157,7 @@ def _backward(dtype: torch.dtype, width: int, kinds: str, *needs: bool, **limits
 
 
 def _top_k(width: int, k: int, support: str | None = None, kinds: str = "kl") -> Case:
-    """The support alone, or also divergences over it. The floor is both sides once, groups and what is read again."""
+    """The support alone, or also divergences over it. The floor: both sides once, groups, groups read again."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(_bf16, width, rows, device)
@@ -165,7 +165,7 @@ def _top_k(width: int, k: int, support: str | None = None, kinds: str = "kl") ->
 
     groups = (2**i for i in range(3, 8))
     floor = 4 + min(32 / group + 4 * group * k / width for group in groups)
-    # A thread of the selection holds 16 logits, or groups; the tail's second read of few rows may cost more.
+    # A thread of the selection holds 16 logits or groups. The tail's second read of few rows may cost more.
     registers = 224 if kinds == "all" else 160 if support == "tail" else 128
     limits = {"rows": 4096, "traffic": 1.03 if k <= 64 else 1.05, "registers": registers}
     if support is None:
@@ -175,14 +175,14 @@ def _top_k(width: int, k: int, support: str | None = None, kinds: str = "kl") ->
 
 
 def _top_k_backward(width: int, k: int, support: str, kinds: str, *needs: bool) -> Case:
-    """Reads the side whose gradient it writes, under ``renormalize`` nothing."""
+    """A case that reads the side whose gradient it writes. Under ``renormalize`` neither side is read."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         noisy, clean, mask, temperature = _logits(_bf16, width, rows, device)
         both = torch.cat([side.topk(k, dim=-1).indices for side in (noisy, clean)], dim=-1).sort(dim=-1).values
         both[:, 1:].masked_fill_(both[:, 1:] == both[:, :-1], width)
         union = both.sort(dim=-1).values
-        # What the gradients outside the support are multiples of may be anything; all else must be the logits'.
+        # The factors of the gradients outside the support may be anything. Maxima and sums must be the logits'.
         scalars = torch.rand(8 + 2 * len(_KINDS[kinds]), rows, device=device)
         for i, side in enumerate((noisy, clean)):
             logits = torch.cat([side.float(), torch.full((rows, 1), -torch.inf, device=device)], dim=-1)
@@ -203,7 +203,7 @@ def _top_k_backward(width: int, k: int, support: str, kinds: str, *needs: bool) 
 
 
 def _nearest(dtype: torch.dtype, width: int, scaled: bool, count: int, ranks: bool = False) -> Case:
-    """64 table rows for each query. The floor is both once; every tile of the table reads the queries again."""
+    """64 table rows for each query. The floor is one read of both; each tile of the table reads the queries again."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         queries, center = torch.randn(rows, width, device=device), torch.randn(width, device=device) / 8
@@ -225,9 +225,9 @@ def _nearest(dtype: torch.dtype, width: int, scaled: bool, count: int, ranks: bo
 def _noised(
     name: str, arguments: Callable[[int, str], tuple[Any, ...]], width: int, floor: float, **limits: Any
 ) -> Case:
-    """A case of noise_forward or noise_backward: few registers more than 64, and eps rounded to bfloat16."""
+    """A case of noise_forward or noise_backward. They need a few registers more than 64 and round eps."""
     function = noise_forward if name.startswith("forward") else noise_backward
-    # Masked rows copy the input, or the upstream gradient.
+    # Masked rows copy the input or the upstream gradient.
     masked = 4.0 if "fp32" in name else 2.0
     settings = {"traffic": 1.01, "registers": 80, "masked": masked, "jumps": 1e-3} | limits
     return Case(f"noise_{name}", function, arguments, width, floor, **settings)
@@ -267,7 +267,7 @@ CASES = [
     _backward(_bf16, 151936, "kl", True, False, instructions=(14,)),
     _backward(_bf16, 32000, "js", True, False, instructions=(26,)),
     _backward(_bf16, 32000, "labels", True, False, instructions=(23,)),
-    # Half the columns a thread; on AMD the loads have 8 bytes.
+    # A thread has half as many columns, and loads 8 bytes on AMD.
     _backward(_bf16, 32000, "all", True, True, registers=128, vector_loads=0),
     _backward(_fp32, 32000, "js", True, False),
     *(_top_k(width, k) for width, k in ((151936, 64), (32000, 100))),
@@ -294,6 +294,6 @@ CASES = [
         14,
         vector_loads=8,
     ),
-    # Of the few rows that are counted each is a partial sum: sixty-four share one where there are enough.
+    # Each of the few counted rows is a partial sum. With more rows, sixty-four rows share one partial sum.
     _noised("backward bf16 4096 vector", _noise(_bf16, 4096, "vector", True, True, True), 4096, 4, traffic=3.01),
 ]

@@ -1,7 +1,7 @@
-"""Compile the launches of ``kernel_proofs.cases`` for GPUs that are not here, and read what came out.
+"""Compile the launches of ``kernel_proofs.cases`` for GPUs that are not here, and read the machine code.
 
-A case is called with tensors on the meta device, at the size that is timed, while launches are caught instead of made:
-Triton's own launcher code then derives signature and specialisations, so that what is compiled is what would run.
+A case is called with tensors on the meta device, at the size that is timed. Its launches are caught and not made.
+Triton's own launcher derives the signature and the specialisations, so the compiled kernel is the one that would run.
 """
 
 import re
@@ -37,26 +37,29 @@ class Launch(NamedTuple):
 
 
 class Resources(NamedTuple):
-    """What a compiled kernel needs. Per element: in its loop, or all of it without one, over the tile's elements."""
+    """The resources of a compiled kernel.
+
+    Numbers per element count the loop's instructions, or the kernel's where there is no loop, over the tile's elements.
+    """
 
     registers: int
     spills: int
     shared_bytes: int
-    #: In the loop: loads and stores of at least 16 bytes, and all of them.
+    #: Counts in the loop: loads and stores of at least 16 bytes, and all loads and stores.
     vector_loads: int
     loads: int
     vector_stores: int
     stores: int
     special_per_element: float
     instructions_per_element: float
-    #: In the whole kernel.
+    #: Counts in the whole kernel.
     instructions: int
     float64: int
 
 
 @contextmanager
 def caught_launches() -> Iterator[list[Launch]]:
-    """Collect launches instead of making them."""
+    """Collect launches in place of making them."""
     launches: list[Launch] = []
 
     def catch(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -71,7 +74,7 @@ def caught_launches() -> Iterator[list[Launch]]:
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> Resources:
-    """Compile a launch as its launcher would on ``target``, and read the resources off the machine code."""
+    """Compile a launch as its launcher would on ``target``, and read the resources from the machine code."""
     kernel, backend = launch.kernel, make_backend(target)
     bind = jit.create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.arguments, **launch.options)
@@ -101,7 +104,7 @@ def _resources(compiled: Any, bound: dict[str, Any], target: GPUTarget) -> Resou
 
 
 class _Syntax(NamedTuple):
-    """How an assembly listing names labels, instructions (operation, operands), the targets of jumps, and loads."""
+    """Patterns of an assembly listing: labels, instructions (operation, operands), targets of jumps, loads."""
 
     label: str
     instruction: str
@@ -125,9 +128,9 @@ _AMDGCN = _Syntax(r"(\.LBB\w+):", r"\t([a-z]+_[a-z0-9_]+)(.*)", r"s_c?branch\S*\
 
 
 def _parse(listing: str, syntax: _Syntax) -> tuple[list[str], list[str]]:
-    """All instructions, and those of the first innermost loop that loads (all of them without one).
+    """All instructions, and the instructions of the first innermost loop that loads.
 
-    Loops behind it are for tails, and for the rows that need care.
+    Without such a loop the second list is the first. Later loops serve tails and the rows that need care.
     """
     code: list[str] = []
     labels: dict[str, int] = {}
@@ -140,7 +143,7 @@ def _parse(listing: str, syntax: _Syntax) -> tuple[list[str], list[str]]:
             jump = re.match(syntax.jump, code[-1])
             if jump and jump[1] in labels:
                 spans.append((labels[jump[1]], len(code)))
-    # Behind every NVIDIA kernel waits an endless loop of one instruction.
+    # Every NVIDIA kernel ends with an endless loop of one instruction.
     loops = [span for span in spans if span[1] - span[0] > 1]
     innermost = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]
     start, end = min(((a, b) for a, b in innermost if _count(code[a:b], syntax.load)), default=(0, len(code)))
@@ -160,7 +163,7 @@ def _read_nvidia(compiled: Any, elements_per_thread: float) -> Resources:
     registers = re.search(r"REG:(\d+)", usage)
     assert registers is not None, usage
     _, ptx_loop = _parse(compiled.asm["ptx"], _PTX)
-    # The assembler may unroll the loop: one trip then does the work of several.
+    # The assembler may unroll the loop. One trip through the unrolled loop does the work of several trips.
     loads = _count(loop, r"LD(G|GSTS)\b")
     trips = max(1, round(loads / max(1, _count(ptx_loop, r"(ld\.global|cp\.async)\S*"))))
     return Resources(

@@ -1,21 +1,22 @@
-"""The GPU programme: everything that only a GPU can tell, in one run and one JSON file.
+"""The GPU programme: all measurements and tests that need a GPU, in one run and one JSON file.
 
     python -m benchmarks.gpu [--only kernels,divergences] [--minutes 8] [--out benchmarks/results]
 
-Parts, each in a process of its own with a time limit, so that one that fails or hangs takes no other with it:
+Each part is a process of its own with a time limit: a part that fails or hangs does not end the others.
 
 ============ ==========================================================================================================
-copy         what a plain copy reaches: the ceiling that every other figure is set against
+copy         the bandwidth of a plain copy: the ceiling that every other figure is compared with
 tests        the numerical tests of the kernels, on the GPU
-large        tensors of more than 2^31 elements: the last rows' results are those of the last rows alone
-sanitizer    compute-sanitizer's memcheck and racecheck over every kernel at small shapes, where it is installed
-kernels      every kernel: percent of its floor, of the copy, and beside torch.compile while the time lasts
+large        tensors of more than 2^31 elements: the last rows give the same results as the last rows alone
+sanitizer    memcheck and racecheck of compute-sanitizer, if installed, over every kernel at small shapes
+kernels      every kernel: its floor as a percentage of the copy, and torch.compile beside it while time is left
 divergences  the public operation at [8192, 151936] in bfloat16 beside eager PyTorch, torch.compile, Liger-Kernel
 growth       time and memory against vocabulary, tokens and top-k
 ============ ==========================================================================================================
 
-What a part has found when its time is up stays. Writes ``results/gpu-<device>-<date>.json``; the exit status is 1 if a
-part failed. Without a GPU it says so and exits 0. The parts themselves are in ``kernel_proofs.gpu_parts``.
+The results that a part has found before its time is up are kept. The programme writes
+``benchmarks/results/gpu-<device>-<date>.json``. The exit status is 1 if a part failed. Without a GPU the programme says
+so and exits 0. The parts are functions of ``kernel_proofs.gpu_parts``.
 """
 
 import argparse
@@ -42,7 +43,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Part(NamedTuple):
-    """A process that writes what it finds, as it finds it, to the file named by its last argument."""
+    """A process that writes each result at once to the file named by its last argument."""
 
     name: str
     command: Sequence[str]
@@ -53,7 +54,7 @@ def _part(name: str, seconds: float) -> Part:
     return Part(name, [sys.executable, "-m", "kernel_proofs.gpu_parts", name], seconds)
 
 
-# The limits add up to less than eight minutes. The tests come last: they take what the others leave.
+# Without the tests the limits add up to less than six minutes. The tests come last and take the time that is left.
 PARTS = [
     _part("copy", 30),
     _part("kernels", 110),
@@ -66,7 +67,7 @@ PARTS = [
 
 
 def run_parts(parts: Sequence[Part], minutes: float) -> dict[str, dict[str, Any]]:
-    """Run the parts one after the other; a part's entry has its ``seconds``, and ``error`` if it did not end well."""
+    """Run the parts one after the other. A part's entry has its ``seconds``, and ``error`` if the part failed."""
     deadline = time.monotonic() + 60 * minutes
     found = {}
     for part in parts:
@@ -79,7 +80,7 @@ def run_parts(parts: Sequence[Part], minutes: float) -> dict[str, dict[str, Any]
 
 
 def run_part(part: Part, limit: float) -> dict[str, Any]:
-    """Run one part; what it wrote before it failed is kept."""
+    """Run one part. The results that the part wrote before a failure are kept."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         file, log = Path(folder) / "found.json", Path(folder) / "log"
@@ -87,7 +88,7 @@ def run_part(part: Part, limit: float) -> dict[str, Any]:
         with log.open("w") as stream:
             environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
             environment["PYTHONPATH"] = os.pathsep.join([str(ROOT / "kernels"), environment.get("PYTHONPATH", "")])
-            # A session of its own: a time limit must end the part's own children too.
+            # A time limit must also end the part's children, hence a session of its own.
             process = subprocess.Popen(
                 [*part.command, str(file)],
                 cwd=ROOT,
@@ -117,7 +118,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def write_result(folder: Path, described: Mapping[str, Any], parts: Mapping[str, dict[str, Any]]) -> Path:
-    """One file for the run; records of all parts together, as the other result files have them."""
+    """Write one file for the run. Like other result files, it has the records of all parts in one list."""
     folder.mkdir(parents=True, exist_ok=True)
     records = [record for part in parts.values() for record in part.pop("records", [])]
     name = str(described["device"]).replace(" ", "-")

@@ -1,6 +1,6 @@
 """The parts of the GPU programme: ``python -m kernel_proofs.gpu_parts NAME FILE``, started by ``benchmarks.gpu``.
 
-A part is a function of a ``Notes``, to which it gives what it finds; that is on disk at once.
+A part is a function of a ``Notes``. The part gives its results to the notes, which write them to disk at once.
 """
 
 import json
@@ -31,7 +31,7 @@ LARGE_SHAPE = (8192, 151936)
 
 
 class Notes:
-    """What a part has found so far, kept in a file."""
+    """The results of a part so far, kept in a file."""
 
     def __init__(self, file: Path, seconds: float) -> None:
         self._file, self._deadline = file, time.monotonic() + seconds
@@ -47,7 +47,7 @@ class Notes:
         self._write()
 
     def add(self, name: str, value: Any) -> None:
-        """Append to a list of results, and say so."""
+        """Append to a list of results."""
         self.found.setdefault(name, []).append(value)
         self._write()
 
@@ -58,12 +58,12 @@ class Notes:
 
 
 def copy(notes: Notes, device: str = "cuda") -> None:
-    """What a plain copy reaches."""
+    """Measure the bandwidth of a plain copy."""
     notes.set("gb_per_s", copy_gb_per_s(device))
 
 
 def tests(notes: Notes) -> None:
-    """The kernels' numerical tests, in a few processes on one GPU."""
+    """Run the numerical tests of the kernels, in a few processes on one GPU."""
     command = [sys.executable, "-m", "pytest", "-q", "-m", "triton", "-n", "8", "--color=no", "tests/ops"]
     status, printed = _run(command, notes.remaining() - 3, SGFAST_TEST_DEVICE="cuda")
     lines = printed.strip().splitlines()
@@ -74,7 +74,7 @@ def tests(notes: Notes) -> None:
 
 
 def large(notes: Notes, device: str = "cuda", elements: int = 2**31) -> None:
-    """Each operation on just over ``elements`` elements: its last rows are those of the last rows alone."""
+    """Run each operation on just over ``elements`` elements: its last rows equal the results of these rows alone."""
     failures = []
     for name, function, inputs in large_cases(device, elements):
         whole = function(*inputs)
@@ -82,7 +82,7 @@ def large(notes: Notes, device: str = "cuda", elements: int = 2**31) -> None:
         bad = [
             index
             for index, (one, other) in enumerate(zip(whole, alone, strict=True))
-            # One rounding of a gradient to bfloat16 apart at most.
+            # Gradients may differ by one rounding to bfloat16.
             if (one[-3:].float() - other.float()).norm() > 1e-2 * other.float().norm()
         ]
         notes.add("cases", {"case": name, "shape": list(inputs[0].shape), "equal": not bad})
@@ -93,14 +93,14 @@ def large(notes: Notes, device: str = "cuda", elements: int = 2**31) -> None:
 
 
 def large_cases(device: str, elements: int) -> Iterator[tuple[str, Callable[..., Sequence[Tensor]], list[Tensor]]]:
-    """Name, function of row tensors, inputs."""
+    """Yield a name, a function of row tensors, and its inputs."""
     vocab = 151936
     logits = [torch.randn(elements // vocab + 2, vocab, device=device, dtype=torch.bfloat16) for _ in range(2)]
 
     def with_gradient(noisy: Tensor, clean: Tensor, **settings: Any) -> Sequence[Tensor]:
         leaf = noisy.detach().requires_grad_()
         values = ops.divergences(leaf, clean, ["jensen_shannon"], **settings)["jensen_shannon"]
-        # All but the last rows' gradients are written and not looked at.
+        # Gradients of all rows are written; the last rows' are compared.
         return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
     yield "divergences with gradient", with_gradient, logits
@@ -119,7 +119,7 @@ def large_cases(device: str, elements: int) -> Iterator[tuple[str, Callable[...,
 
 
 def sanitizer(notes: Notes) -> None:
-    """compute-sanitizer over one launch of every case at few rows."""
+    """Run compute-sanitizer over one launch of every case at few rows."""
     program = find_sanitizer()
     if program is None:
         notes.set("skipped", "compute-sanitizer is not installed")
@@ -141,13 +141,13 @@ def sanitizer(notes: Notes) -> None:
 
 
 def find_sanitizer() -> str | None:
-    """On the path or in CUDA's folder."""
+    """Return the program, from the path or from CUDA's folder, or None."""
     candidates = ["compute-sanitizer", "/usr/local/cuda/bin/compute-sanitizer"]
     return next(filter(None, map(shutil.which, candidates)), None)
 
 
 def launches(notes: Notes, device: str = "cuda", rows: int = 3) -> None:
-    """Launch every case once: what the sanitizer watches."""
+    """Launch every case once, for the sanitizer."""
     from kernel_proofs.cases import CASES
 
     for case in CASES:
@@ -164,7 +164,7 @@ def kernels(
     median_ms: Callable[[Callable[[], Any]], float] | None = None,
     rows: int | None = None,
 ) -> None:
-    """Time every case; then check each against its baseline; then time the compiled baselines while the time lasts."""
+    """Time every case, check every case against its baseline, and time compiled baselines while time is left."""
     from kernel_proofs.cases import CASES
 
     median_ms = median_ms or _do_bench
@@ -189,7 +189,7 @@ def kernels(
             entries[case.name]["agrees"] = False
             failures.append(f"{case.name}: {str(error).strip().splitlines()[0] if str(error) else 'too many jumps'}")
     notes.set("cases", list(entries.values()))
-    # One case of every function first: a compilation takes seconds, and the time may end among them.
+    # A compilation takes seconds and the time may end, so one case of every function comes first.
     first = list({case.function.__name__: case for case in reversed(CASES)}.values())
     for case in [*first, *(case for case in CASES if case not in first)]:
         if notes.remaining() < 20:
@@ -200,7 +200,7 @@ def kernels(
         baseline = torch.compile(BASELINES[case.function.__name__])
         try:
             entries[case.name]["torch_compile_ms"] = median_ms(lambda b=baseline, a=arguments: b(*a))
-        except Exception as error:  # a baseline that cannot be compiled, or has not the memory, is no failure of ours
+        except Exception as error:  # a baseline that cannot be compiled or needs too much memory is no failure here
             entries[case.name]["torch_compile_error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         notes.set("cases", list(entries.values()))
     if failures:
@@ -208,14 +208,14 @@ def kernels(
 
 
 def divergences(notes: Notes, device: str = "cuda", shape: tuple[int, int] = LARGE_SHAPE) -> None:
-    """The public operation on large bfloat16 logits beside what else there is."""
+    """Measure the public operation on large bfloat16 logits beside its peers."""
     tokens, vocab = shape
     for top_k in (None, 64):
         tasks = families.divergence_tasks(
             tokens=tokens, vocab=vocab, top_k=top_k, dtype=torch.bfloat16, device=device, impls=["auto"]
         )
         for task in tasks:
-            # sgfast first: should memory or time end, its own figures are there.
+            # sgfast comes first: its figures are kept if memory or time run out.
             for implementation in reversed(list(task.implementations)):
                 try:
                     record = {"sweep": None, **measure(task, implementation)}
@@ -231,7 +231,7 @@ def divergences(notes: Notes, device: str = "cuda", shape: tuple[int, int] = LAR
 
 
 def growing(notes: Notes, device: str = "cuda", axes: dict[str, list[int]] | None = None) -> None:
-    """Cost against vocabulary, tokens and top-k."""
+    """Measure cost against vocabulary, tokens and top-k."""
     axes = axes or {
         "vocab": [2**i for i in range(10, 19)],
         "tokens": [1, 8, 64, 512, 2048, 8192],
@@ -251,7 +251,7 @@ def _do_bench(function: Callable[[], Any]) -> float:
 
 
 def _run(command: Sequence[str], seconds: float, **variables: str) -> tuple[int, str]:
-    """Exit status and output of a process of ours; 124 where its time ran out."""
+    """Run a process. Return its exit status, 124 if its time ran out, and its output."""
     try:
         done = subprocess.run(
             command,

@@ -1,13 +1,13 @@
-"""Compile every launch of ``kernel_proofs.cases`` for six GPUs and report what it needs. No GPU is used.
+"""Compile every launch of ``kernel_proofs.cases`` for six GPUs and report its resources. No GPU is used.
 
     python -m benchmarks.kernel_report            print the table
     python -m benchmarks.kernel_report --check    compare with budgets and snapshot; exit 1 and say what changed
     python -m benchmarks.kernel_report --update   write the snapshot of the installed Triton version
 
-Budgets are hard: no spills, no double-precision arithmetic, and what the case says of registers (NVIDIA), of 16-byte
+Budgets are hard: no spills, no double-precision arithmetic, and the case's limits of registers (NVIDIA), of 16-byte
 loads and of instructions per element (sm90). Every number is also compared with the snapshot,
-``kernel_reports/triton-<version>.json``. A compiler's output is deterministic: a difference is a change somebody made,
-to be looked at before it is accepted with ``--update``.
+``kernel_reports/triton-<version>.json``. The compiler's output is deterministic, so a difference is a change that
+somebody made. Look at the change before you accept it with ``--update``.
 """
 
 import argparse
@@ -22,7 +22,7 @@ _SNAPSHOTS = Path(__file__).parent / "kernel_reports"
 
 
 def build_report(targets: list[str]) -> Report:
-    """Case → target → resources; a case that launches several kernels has an entry for each."""
+    """Map case → target → resources. A case that launches several kernels has an entry for each kernel."""
     from kernel_proofs.cases import CASES
     from kernel_proofs.compilation import TARGETS, caught_launches, compile_launch
 
@@ -49,7 +49,7 @@ def over_budget(report: Report) -> list[str]:
             lines += [
                 f"{name}, {target}: {key} {found[key]}, budget {limit}" for key, limit in limits if found[key] > limit
             ]
-            # AMD's 64 threads a wave share what NVIDIA's 32 load.
+            # A wave of 64 threads on AMD shares the elements that a warp of 32 threads loads on NVIDIA.
             wanted = case.vector_loads if nvidia else case.vector_loads // 2
             if found["vector_loads"] < wanted:
                 lines.append(f"{name}, {target}: {found['vector_loads']} 16-byte loads, at least {wanted} wanted")
@@ -61,7 +61,7 @@ def over_budget(report: Report) -> list[str]:
 
 
 def _launch_index(name: str) -> int:
-    """The i of "case [i]"; 0 for a case of one launch."""
+    """Return the i of "case [i]", and 0 for a case of one launch."""
     return int(name[-2]) if name.endswith("]") else 0
 
 
@@ -107,7 +107,7 @@ def print_table(report: Report) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="exit 1 where budgets or the snapshot are not met")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a budget or the snapshot is not met")
     parser.add_argument("--update", action="store_true", help="write the snapshot")
     parser.add_argument("--targets", default="sm80,sm90,sm100,sm120,gfx942,gfx950", help="default: %(default)s")
     options = parser.parse_args(arguments)

@@ -2,8 +2,8 @@
 
     python -m benchmarks.traffic
 
-Per element: bytes loaded and stored, their sum over the floor, and the same where every row is masked. What caches
-save or waste is not seen: a byte that is loaded twice counts twice.
+The table shows the bytes loaded and stored per element, their sum over the floor, and the bytes where every row is
+masked. The count knows no caches: a byte that is loaded twice counts twice.
 """
 
 import os
@@ -15,7 +15,7 @@ ROWS = 8
 
 
 class Count(NamedTuple):
-    """Bytes of one case per element; NaN for masked rows where the case has no mask."""
+    """Bytes of one case per element. The numbers of masked rows are NaN if the case has no mask."""
 
     name: str
     floor: float
@@ -23,9 +23,9 @@ class Count(NamedTuple):
     stored: float
     masked_loaded: float
     masked_stored: float
-    #: The most that loaded + stored may be, over the floor.
+    #: The upper limit of (loaded + stored) over the floor.
     limit: float
-    #: Bytes that masked rows must load all the same.
+    #: Bytes that masked rows must load as well.
     masked: float
 
     @property
@@ -35,7 +35,7 @@ class Count(NamedTuple):
 
 
 def count_all() -> list[Count]:
-    """Count every case, as it is and with its boolean tensors all False."""
+    """Count every case twice: as the case is, and with all its boolean tensors False."""
     import torch
 
     from kernel_proofs import strict
@@ -62,7 +62,7 @@ def count_all() -> list[Count]:
 
 def main() -> int:
     """Print the table; return the exit status."""
-    # Before anything imports triton.
+    # The variable must be set before the first import of triton.
     os.environ["TRITON_INTERPRET"] = "1"
     counts = count_all()
     width = max(len(count.name) for count in counts)
@@ -72,7 +72,7 @@ def main() -> int:
             f"{c.name:{width}s} {c.floor:6.2f} {c.loaded:7.3f} {c.stored:7.3f} {c.ratio:7.3f} {c.limit:6.3f}"
             f" {c.masked_loaded:16.3f} {c.masked_stored:7.3f}"
         )
-    # Where all rows are masked, the mask is all there is to read, or what is copied.
+    # Where all rows are masked, a kernel reads the mask and the rows that it copies, and nothing else.
     over = [c.name for c in counts if c.ratio > c.limit or c.masked_loaded > c.masked + 0.01 * c.floor]
     print(f"over the limit: {', '.join(over)}" if over else "all within their limits")
     return 1 if over else 0

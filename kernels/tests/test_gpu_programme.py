@@ -1,4 +1,4 @@
-"""The GPU programme's way with parts that fail, and its parts' own logic, without a GPU."""
+"""The GPU programme without a GPU: parts that fail, and the logic of each part."""
 
 import json
 import sys

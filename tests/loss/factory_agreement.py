@@ -1,4 +1,4 @@
-"""Every loss factory beside an independent float64 rewrite: how far values and gradients are apart.
+"""Compare the values and gradients of every loss factory with an independent float64 rewrite.
 
     python -m tests.loss.factory_agreement [--out benchmarks/results/factories-cpu.md]
 
@@ -29,7 +29,7 @@ its absolute difference: it may cross 0), `gradients` is ‖g - g64‖ / ‖g64�
 |---|---|---|---|---|---|
 """
 SUPPRESSED = {"percent_to_mask": 0.25}
-# What changes in the model and in the factory's arguments.
+# Changes of the model's arguments and of the factory's arguments.
 SETTINGS = {
     "": ({}, {}),
     "a quarter of the features suppressed": (SUPPRESSED, {}),
@@ -40,7 +40,7 @@ SETTINGS = {
 
 
 class Row(NamedTuple):
-    """How far one factory is from its rewrite."""
+    """The differences between one factory and its rewrite."""
 
     loss: float
     component: float
@@ -49,13 +49,13 @@ class Row(NamedTuple):
 
 
 def applies(name: str, changed: dict[str, object]) -> bool:
-    """Whether a factory has such arguments."""
+    """Return whether a factory has the changed arguments."""
     extra = {COMBINE: "mutual" in name, MASK: name == "jigsaw"}
     return all(extra.get(argument, argument in CASES[name][1]) for argument in changed)
 
 
 def compare(name: str, model_arguments: dict[str, float], changed: dict[str, object]) -> Row:
-    """One training step, and its rewrite."""
+    """Compare one training step with its rewrite."""
     teacher, student = tiny_pair(**model_arguments)
     models = (teacher, student) if name == "jigsaw" else (teacher,)
     batch = four_rows(uneven_tokens())
