@@ -13,12 +13,23 @@ from torch import Tensor
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 
+class RowStrides(NamedTuple):
+    """Elements from one outer row to the next, and from one inner row to the next."""
+
+    outer: int
+    inner: int
+
+
 class RowLayout(NamedTuple):
-    """Row ``i`` starts at element ``i // inner * outer_stride + i % inner * inner_stride``."""
+    """Row ``i`` starts at element ``i // inner * strides.outer + i % inner * strides.inner``.
+
+    A kernel takes ``inner`` and ``strides`` as two arguments. Triton compiles a kernel again when an integer of a tuple
+    becomes 1 or a multiple of 16, and ``do_not_specialize`` does not reach into tuples. Aligned loads need that of the
+    strides. ``inner`` is a number of rows, which must not compile a kernel again, and stays outside the tuple.
+    """
 
     inner: int
-    outer_stride: int
-    inner_stride: int
+    strides: RowStrides
 
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
@@ -40,7 +51,7 @@ def row_layout(tensor: Tensor) -> RowLayout | None:
     if len(levels) > 2:
         return None
     inner, inner_stride = levels[-1] if levels else (1, 0)
-    return RowLayout(inner, levels[0][1] if len(levels) == 2 else 0, inner_stride)
+    return RowLayout(inner, RowStrides(levels[0][1] if len(levels) == 2 else 0, inner_stride))
 
 
 def vector_columns(*tensors: Tensor) -> int:
@@ -48,9 +59,19 @@ def vector_columns(*tensors: Tensor) -> int:
     for tensor in tensors:
         layout = row_layout(tensor)
         # Triton takes an integer argument as aligned when it is a multiple of 16.
-        if tensor.data_ptr() % 16 or any(n % 16 for n in (tensor.shape[-1], layout.outer_stride, layout.inner_stride)):
+        if tensor.data_ptr() % 16 or any(n % 16 for n in (tensor.shape[-1], *layout.strides)):
             return 1
     return 16 // max(tensor.element_size() for tensor in tensors)
+
+
+def row_count(tensor: Tensor) -> int:
+    """Return how many rows a (..., D) tensor has."""
+    return tensor.shape[:-1].numel()
+
+
+def mask_rows(mask: Tensor | None) -> Tensor | None:
+    """Return a mask of rows as one byte per row, as Triton reads it."""
+    return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
@@ -61,9 +82,9 @@ def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
 
 
 @triton.jit
-def row_start(i_row, inner, outer_stride, inner_stride):
+def row_start(i_row, inner, strides):
     """Offset of a row's first element; ``i_row`` is int64, since a tensor may hold more than 2³¹ elements."""
-    return i_row // inner * outer_stride + i_row % inner * inner_stride
+    return i_row // inner * strides.outer + i_row % inner * strides.inner
 
 
 @triton.jit

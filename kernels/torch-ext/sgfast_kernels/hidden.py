@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start, sum_neighbours, vector_columns
+from ._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_layout, row_start, sum_neighbours, vector_columns
 
 # The smallest normal float32: below it squares have lost their digits, and above it 1/(‖a‖‖b‖) is finite.
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -39,7 +39,7 @@ def hidden_forward(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float
             _forward_kernel[(triton.cdiv(rows, tile["BN"]),)](
                 noisy,
                 clean,
-                _rows_of(mask),
+                mask_rows(mask),
                 values,
                 row_scalars,
                 rows,
@@ -85,7 +85,7 @@ def hidden_backward(
             _backward_kernel[(triton.cdiv(rows, tile["BN"]),)](
                 noisy,
                 clean,
-                _rows_of(mask),
+                mask_rows(mask),
                 upstream.contiguous(),
                 row_scalars.contiguous(),
                 noisy_gradient,
@@ -101,10 +101,6 @@ def hidden_backward(
                 **LAUNCH_OPTIONS,
             )
     return noisy_gradient, clean_gradient
-
-
-def _rows_of(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
 
 
 def _tile(noisy: Tensor, clean: Tensor) -> dict[str, int]:
@@ -133,11 +129,9 @@ def _forward_kernel(
     rows,
     width,
     a_inner,
-    a_outer_stride,
-    a_inner_stride,
+    a_strides,
     b_inner,
-    b_outer_stride,
-    b_inner_stride,
+    b_strides,
     eps,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -149,8 +143,8 @@ def _forward_kernel(
     m_read = m_row
     if mask_ptr is not None:
         m_read = m_row & (tl.load(mask_ptr + o_row, mask=m_row, other=0) != 0)
-    a_row = a_ptr + row_start(o_row, a_inner, a_outer_stride, a_inner_stride)[:, None]
-    b_row = b_ptr + row_start(o_row, b_inner, b_outer_stride, b_inner_stride)[:, None]
+    a_row = a_ptr + row_start(o_row, a_inner, a_strides)[:, None]
+    b_row = b_ptr + row_start(o_row, b_inner, b_strides)[:, None]
 
     b_aa = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
     b_bb = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
@@ -208,11 +202,9 @@ def _backward_kernel(
     rows,
     width,
     a_inner,
-    a_outer_stride,
-    a_inner_stride,
+    a_strides,
     b_inner,
-    b_outer_stride,
-    b_inner_stride,
+    b_strides,
     eps,
     BN: tl.constexpr,
     BD: tl.constexpr,
@@ -223,8 +215,8 @@ def _backward_kernel(
     m_read = m_row
     if mask_ptr is not None:
         m_read = m_row & (tl.load(mask_ptr + o_row, mask=m_row, other=0) != 0)
-    a_row = a_ptr + row_start(o_row, a_inner, a_outer_stride, a_inner_stride)[:, None]
-    b_row = b_ptr + row_start(o_row, b_inner, b_outer_stride, b_inner_stride)[:, None]
+    a_row = a_ptr + row_start(o_row, a_inner, a_strides)[:, None]
+    b_row = b_ptr + row_start(o_row, b_inner, b_strides)[:, None]
 
     g_cosine = tl.load(upstream_ptr + o_row, mask=m_read, other=0.0)
     g_l2 = tl.load(upstream_ptr + field + o_row, mask=m_read, other=0.0)

@@ -16,7 +16,6 @@ from .kinds import (
     JENSEN_SHANNON,
     REVERSE_KL,
     SKEW_FORWARD,
-    SKEW_REVERSE,
     TOTAL_VARIATION,
 )
 from .terms import (
@@ -28,11 +27,11 @@ from .terms import (
     log2_ratio,
     mixture,
     offsets,
+    reference,
     sign_of,
     skew_partials,
     times_ratio,
 )
-from .topk_select import reference
 
 # What a support restricts sums to, in a kernel's ``SUPPORT``.
 SUPPORTS = ("truncate", "renormalize", "tail")
@@ -93,7 +92,6 @@ def term_and_partials(
     beta,
     skew,
     KIND: tl.constexpr,
-    SKEWED: tl.constexpr,
     SUPPORT: tl.constexpr,
 ):
     """Each atom's term of one kind, and the partials with respect to log p and log q.
@@ -106,11 +104,11 @@ def term_and_partials(
     b_pl, b_ql = times_ratio(b_p, b_d) * LN2, times_ratio(b_q, b_d) * LN2
     b_finite = clamped(b_d)
     whole: tl.constexpr = 0.0 if SUPPORT == TRUNCATE else 1.0
-    if KIND == FORWARD_KL or (KIND == SKEW_FORWARD and not SKEWED):
+    if KIND == FORWARD_KL:
         b_term, b_a, b_b = whole * b_difference - b_ql, whole * b_p - b_q, (1.0 - whole) * b_q - b_ql
         if SUPPORT != TRUNCATE:
             b_a = b_difference
-    elif KIND == REVERSE_KL or (KIND == SKEW_REVERSE and not SKEWED):
+    elif KIND == REVERSE_KL:
         b_term, b_a, b_b = b_pl - whole * b_difference, b_pl + (1.0 - whole) * b_p, -b_p
         if SUPPORT != TRUNCATE:
             b_b = -b_difference

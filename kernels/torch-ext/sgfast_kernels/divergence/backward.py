@@ -14,23 +14,30 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device import fast_log2
-from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start, to_float32
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start, to_float32
 from .kinds import (
     CROSS_ENTROPY,
-    FORWARD_KL,
+    DIVERGENCE_COUNT,
     HELLINGER,
-    JEFFREYS,
     JENSEN_SHANNON,
     LABEL_CROSS_ENTROPY,
-    REVERSE_KL,
     SKEW_FORWARD,
     SKEW_REVERSE,
+    SUM_P_RATIO,
+    SUM_Q_RATIO,
     TOTAL_VARIATION,
+    any_divergence,
+    asked,
     kind_bits,
-    positions,
+    needed,
+    place_of,
+    places_of,
+    reads,
 )
+from .lse import LSE_FIELDS
 from .terms import (
     LN2,
+    LOG2_E,
     TINY,
     bits_per_unit,
     clamped,
@@ -44,10 +51,11 @@ from .terms import (
     skew_partials,
     squares,
 )
-from .tiles import LOG2_E, labels_of, row_count, rows_of, split_rows, temperature_rows, tile, weights_of
+from .tiles import label_rows, split_rows, temperature_rows, tile, weights_of
 
 # What a program finds out about its row costs as much as twenty columns of each thread, of which a tile has 16.
 _TILES_EACH = 4
+_LSE_FIELDS = tl.constexpr(LSE_FIELDS)
 
 
 def divergence_backward(
@@ -92,8 +100,8 @@ def divergence_backward(
             _backward_kernel[(rows, triton.cdiv(width, span))](
                 noisy,
                 clean,
-                labels_of(labels),
-                rows_of(mask),
+                label_rows(labels),
+                mask_rows(mask),
                 *temperature_rows(temperature),
                 upstream.contiguous(),
                 row_scalars.contiguous(),
@@ -104,9 +112,9 @@ def divergence_backward(
                 span,
                 *row_layout(noisy),
                 *row_layout(clean),
-                *weights_of(beta),
-                *weights_of(skew),
-                *positions(kinds),
+                weights_of(beta),
+                weights_of(skew),
+                places_of(kinds),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
                 EXACT=torch.float32 in (noisy.dtype, clean.dtype),
@@ -117,44 +125,35 @@ def divergence_backward(
 
 
 @triton.jit
-def _coefficients(upstream_ptr, scalars_ptr, i_kinds, field, i_row, rate, KINDS: tl.constexpr, SKEWED: tl.constexpr):
+def _coefficients(upstream_ptr, scalars_ptr, places, field, i_row, rate, KINDS: tl.constexpr, SKEWED: tl.constexpr):
     """Row scalars of the gradients p·(a₀ + a₁ d) + a₂ (p − q) + … and q·(b₀ + b₁ d) + b₂ (p − q) + …, times ``rate``.
 
     Returns a and b, and for each kind its upstream towards log p and log q: 0 where the row's partial is infinite.
     """
     a_0, a_1, a_2, b_0, b_1, b_2 = 0.0, 0.0, 0.0, 0.0, 0.0, 0.0
     upstream = ()
-    for i in tl.static_range(9):
+    for i in tl.static_range(DIVERGENCE_COUNT):
         g_p, g_q = 0.0, 0.0
-        if KINDS >> i & 1:
-            g = tl.load(upstream_ptr + i_kinds[i] * field + i_row)
-            to_p = tl.load(scalars_ptr + (4 + 2 * i_kinds[i]) * field + i_row)
-            to_q = tl.load(scalars_ptr + (5 + 2 * i_kinds[i]) * field + i_row)
+        if asked(KINDS, i):
+            place = place_of(places, i)
+            o_field = scalars_ptr + (_LSE_FIELDS + 2 * place) * field + i_row
+            g = tl.load(upstream_ptr + place * field + i_row)
+            to_p, to_q = tl.load(o_field), tl.load(o_field + field)
             p_finite, q_finite = tl.abs(to_p) < float("inf"), tl.abs(to_q) < float("inf")
             g_p, g_q = tl.where(p_finite, g, 0.0) * rate, tl.where(q_finite, g, 0.0) * rate
             a_0 -= tl.where(p_finite, g * to_p, 0.0) * rate
             b_0 -= tl.where(q_finite, g * to_q, 0.0) * rate
-            if _ratio_to_q(1 << i, SKEWED) or 1 << i == CROSS_ENTROPY:
+            # A kind with the terms P·d has the partials p·d to log p and a multiple of p − q to log q; with Q·d it is
+            # the other way round.
+            if reads(i, SKEWED, SUM_Q_RATIO) or i == CROSS_ENTROPY:
                 a_2 += g_p
-            if _ratio_to_p(1 << i, SKEWED):
+            if reads(i, SKEWED, SUM_P_RATIO):
                 a_1 += g_p * LN2
                 b_2 -= g_q
-            if _ratio_to_q(1 << i, SKEWED):
+            if reads(i, SKEWED, SUM_Q_RATIO):
                 b_1 -= g_q * LN2
         upstream += ((g_p, g_q),)
     return (a_0, a_1, a_2), (b_0, b_1, b_2), upstream
-
-
-@triton.constexpr_function
-def _ratio_to_p(kinds, skewed):
-    """Whether the partial of one of the kinds to log p is p·d, and that to log q is a multiple of p − q."""
-    return ((REVERSE_KL | JEFFREYS | (0 if skewed else SKEW_REVERSE)) & kinds) != 0
-
-
-@triton.constexpr_function
-def _ratio_to_q(kinds, skewed):
-    """The same the other way round."""
-    return ((FORWARD_KL | JEFFREYS | (0 if skewed else SKEW_FORWARD)) & kinds) != 0
 
 
 @triton.jit
@@ -203,37 +202,37 @@ def _gradients(
 
     # Terms that no kind has are left out: the compiler would keep 0 · d, which might be a NaN.
     b_to_p, b_to_q = a[0], b[0]
-    if _ratio_to_p(KINDS, SKEWED):
+    if needed(KINDS, SKEWED, SUM_P_RATIO):
         b_to_p += b_d * a[1]
-    if _ratio_to_q(KINDS, SKEWED):
+    if needed(KINDS, SKEWED, SUM_Q_RATIO):
         b_to_q += b_d * b[1]
-    if CROSS_ENTROPY & KINDS:
-        b_to_q += clamped(log_s_b - b_log_p) * (upstream[6][1] * LN2)
-    if JENSEN_SHANNON & KINDS:
+    if asked(KINDS, CROSS_ENTROPY):
+        b_to_q += clamped(log_s_b - b_log_p) * (upstream[CROSS_ENTROPY][1] * LN2)
+    if asked(KINDS, JENSEN_SHANNON):
         b_p_over_m, b_q_over_m = _log_ratios_to_mixture(b_p, b_q, b_log_p, b_log_q, b_d, b_difference, beta, EXACT)
-        b_to_p += b_p_over_m * (upstream[3][0] * beta[1] * LN2)
-        b_to_q += b_q_over_m * (upstream[3][1] * beta[0] * LN2)
+        b_to_p += b_p_over_m * (upstream[JENSEN_SHANNON][0] * beta[1] * LN2)
+        b_to_q += b_q_over_m * (upstream[JENSEN_SHANNON][1] * beta[0] * LN2)
     b_a, b_b = b_p * b_to_p, b_q * b_to_q
-    if _ratio_to_q(KINDS, SKEWED) or CROSS_ENTROPY & KINDS:
+    if needed(KINDS, SKEWED, SUM_Q_RATIO) or asked(KINDS, CROSS_ENTROPY):
         b_a += b_difference * a[2]
-    if _ratio_to_p(KINDS, SKEWED):
+    if needed(KINDS, SKEWED, SUM_P_RATIO):
         b_b += b_difference * b[2]
-    if TOTAL_VARIATION & KINDS:
-        b_a += sign_of(b_apart, b_p) * (0.5 * upstream[4][0])
-        b_b -= sign_of(b_apart, b_q) * (0.5 * upstream[4][1])
-    if HELLINGER & KINDS:
+    if asked(KINDS, TOTAL_VARIATION):
+        b_a += sign_of(b_apart, b_p) * (0.5 * upstream[TOTAL_VARIATION][0])
+        b_b -= sign_of(b_apart, b_q) * (0.5 * upstream[TOTAL_VARIATION][1])
+    if asked(KINDS, HELLINGER):
         b_u *= tl.sqrt(rescale)
         b_roots_apart = b_difference / tl.maximum(b_u + b_v, TINY) if EXACT else b_u - b_v
-        b_a += b_u * b_roots_apart * (0.5 * upstream[5][0])
-        b_b -= b_v * b_roots_apart * (0.5 * upstream[5][1])
-    if SKEW_FORWARD & KINDS and SKEWED:
+        b_a += b_u * b_roots_apart * (0.5 * upstream[HELLINGER][0])
+        b_b -= b_v * b_roots_apart * (0.5 * upstream[HELLINGER][1])
+    if asked(KINDS, SKEW_FORWARD) and SKEWED:
         _, b_partial_p, b_partial_q = skew_partials(b_p, b_q, b_d, b_difference, skew)
-        b_a += b_partial_p * upstream[7][0]
-        b_b += b_partial_q * upstream[7][1]
-    if SKEW_REVERSE & KINDS and SKEWED:
+        b_a += b_partial_p * upstream[SKEW_FORWARD][0]
+        b_b += b_partial_q * upstream[SKEW_FORWARD][1]
+    if asked(KINDS, SKEW_REVERSE) and SKEWED:
         _, b_partial_q, b_partial_p = skew_partials(b_q, b_p, -b_d, -b_difference, skew)
-        b_a += b_partial_p * upstream[8][0]
-        b_b += b_partial_q * upstream[8][1]
+        b_a += b_partial_p * upstream[SKEW_REVERSE][0]
+        b_b += b_partial_q * upstream[SKEW_REVERSE][1]
     return b_a, b_b
 
 
@@ -242,12 +241,7 @@ def _store(gradient_ptr, b_gradient, o_col, width):
     tl.store(gradient_ptr + o_col, b_gradient.to(gradient_ptr.dtype.element_ty), mask=o_col < width)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("rows", "t_step", "a_inner", "b_inner", "beta", "beta_rest", "skew", "skew_rest"),
-        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr", "i_label"),
-    ]
-)
+@triton.jit(do_not_specialize=["rows", "t_step", "a_inner", "b_inner", "places"])
 def _backward_kernel(
     a_ptr,
     b_ptr,
@@ -263,25 +257,12 @@ def _backward_kernel(
     width,
     span,
     a_inner,
-    a_outer_stride,
-    a_inner_stride,
+    a_strides,
     b_inner,
-    b_outer_stride,
-    b_inner_stride,
-    beta,
-    beta_rest,
-    skew,
-    skew_rest,
-    i_fkl,
-    i_rkl,
-    i_jef,
-    i_js,
-    i_tv,
-    i_h,
-    i_ce,
-    i_sf,
-    i_sr,
-    i_label,
+    b_strides,
+    betas,
+    skews,
+    places: tl.int64,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -306,8 +287,8 @@ def _backward_kernel(
             if b_gradient_ptr is not None:
                 _store(b_gradient_ptr, tl.zeros([BV], tl.float32), o_col, width)
         return
-    a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
-    b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
+    a_row = a_ptr + row_start(i_row, a_inner, a_strides)
+    b_row = b_ptr + row_start(i_row, b_inner, b_strides)
     temperature = tl.load(t_ptr + i_row * t_step)
     slope = LOG2_E / temperature
     m_a, s_a = tl.load(scalars_ptr + i_row), tl.load(scalars_ptr + field + i_row)
@@ -315,16 +296,15 @@ def _backward_kernel(
     c_a, c_b, correction = joint_offsets(m_a, s_a, m_b, s_b, slope)
     _, _, ratio_row = offsets(m_a, s_a, m_b, s_b, slope)
     row = (slope, c_a, c_b, tl.exp2(correction), correction, ratio_row, tl.log2(s_b))
-    betas, skews = (beta, beta_rest), (skew, skew_rest)
     valid = (s_a > 0) & (s_a < float("inf")) & (s_b > 0) & (s_b < float("inf"))
     rate = tl.where(valid, 1.0 / (s_b * temperature), float("nan"))
-    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
-    a, b, upstream = _coefficients(upstream_ptr, scalars_ptr, i_kinds, field, i_row, rate, KINDS, SKEWED)
+    a, b, upstream = _coefficients(upstream_ptr, scalars_ptr, places, field, i_row, rate, KINDS, SKEWED)
     label, label_upstream, label_rate = -1, 0.0, 0.0
-    if LABEL_CROSS_ENTROPY & KINDS:
+    if asked(KINDS, LABEL_CROSS_ENTROPY):
         label = tl.maximum(tl.minimum(tl.load(label_ptr + i_row), width), -1).to(tl.int32)
-        label_upstream = tl.load(upstream_ptr + i_label * field + i_row)
-        s = tl.load(scalars_ptr + (4 + 2 * i_label) * field + i_row)
+        place = place_of(places, LABEL_CROSS_ENTROPY)
+        label_upstream = tl.load(upstream_ptr + place * field + i_row)
+        s = tl.load(scalars_ptr + (_LSE_FIELDS + 2 * place) * field + i_row)
         label_rate = label_upstream / tl.where((s > 0) & (s < float("inf")), s, float("nan"))
 
     for i_col in range(start, stop, BV):
@@ -333,9 +313,9 @@ def _backward_kernel(
         b_x = to_float32(tl.load(a_row + o_col, mask=o_col < width))
         b_y = to_float32(tl.load(b_row + o_col, mask=o_col < width))
         b_a, b_b = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)
-        if KINDS != LABEL_CROSS_ENTROPY:
+        if any_divergence(KINDS):
             b_a, b_b = _gradients(b_x, b_y, row, a, b, upstream, betas, skews, KINDS, SKEWED, EXACT)
-        if LABEL_CROSS_ENTROPY & KINDS:
+        if asked(KINDS, LABEL_CROSS_ENTROPY):
             # upstream · (softmax − 1 at the label), at temperature 1.
             b_label = tl.exp2(tl.fma(b_x, LOG2_E, -m_a * LOG2_E)) * label_rate
             b_label -= tl.where(o_col == label, label_upstream, 0.0)

@@ -15,24 +15,32 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device import fast_log2
-from .._rows import LAUNCH_OPTIONS, columns, on_device_of, row_layout, row_start, to_float32
+from .._rows import LAUNCH_OPTIONS, columns, mask_rows, on_device_of, row_count, row_layout, row_start, to_float32
 from .finish import finish_kernel
 from .kinds import (
-    CROSS_ENTROPY,
-    FORWARD_KL,
-    HELLINGER,
-    JEFFREYS,
-    JENSEN_SHANNON,
-    REVERSE_KL,
-    SKEW_FORWARD,
-    SKEW_REVERSE,
-    TOTAL_VARIATION,
+    LABELS,
+    SUM_APART,
+    SUM_APART_P,
+    SUM_COUNT,
+    SUM_P_MIXTURE,
+    SUM_P_RATIO,
+    SUM_Q_LOG_P,
+    SUM_Q_RATIO,
+    SUM_ROOTS,
+    SUM_SKEW_FORWARD,
+    SUM_SKEW_REVERSE,
+    SUMS,
     kind_bits,
-    positions,
+    lacks_correction,
+    lacks_rescale,
+    needed,
+    places_of,
+    unbounded,
 )
-from .lse import lse_pair
+from .lse import LSE_FIELDS, lse_pair
 from .terms import (
     BIG,
+    LOG2_E,
     TINY,
     bits_per_unit,
     clamped,
@@ -46,10 +54,7 @@ from .terms import (
     skew_partials,
     squares,
 )
-from .tiles import LOG2_E, labels_of, neighbours, row_count, rows_of, split_rows, temperature_rows, tile, weights_of
-
-# What `_add_column` sums.
-_SUMS = 13
+from .tiles import label_rows, neighbours, split_rows, temperature_rows, tile, weights_of
 
 
 def divergence_forward(
@@ -75,20 +80,20 @@ def divergence_forward(
         labels: (...) int64, below 0 where ignored: of ``label_cross_entropy``.
     """
     rows, width = row_count(noisy), noisy.shape[-1]
-    row_scalars = noisy.new_empty((4 + 2 * len(kinds), *noisy.shape[:-1]), dtype=torch.float32)
+    row_scalars = noisy.new_empty((LSE_FIELDS + 2 * len(kinds), *noisy.shape[:-1]), dtype=torch.float32)
     values = noisy.new_empty((len(kinds), *noisy.shape[:-1]), dtype=torch.float32)
     if rows > 0:
         lse = lse_pair(noisy, clean, mask, temperature, untempered=labels is not None)
         sizes = tile(noisy, clean, len(kinds), backward=False)
         shares, span = split_rows(noisy, rows, sizes["BV"])
-        sums = noisy.new_empty((_SUMS, shares, rows), dtype=torch.float32)
+        sums = noisy.new_empty((len(SUMS), shares, rows), dtype=torch.float32)
         modes = {"KINDS": kind_bits(kinds), "SKEWED": skew > 0, "EXACT": torch.float32 in (noisy.dtype, clean.dtype)}
         with on_device_of(noisy):
-            if set(kinds) != {"label_cross_entropy"}:
+            if set(kinds) != {LABELS}:
                 _forward_kernel[(rows, shares)](
                     noisy,
                     clean,
-                    rows_of(mask),
+                    mask_rows(mask),
                     *temperature_rows(temperature),
                     lse,
                     sums,
@@ -97,16 +102,16 @@ def divergence_forward(
                     span,
                     *row_layout(noisy),
                     *row_layout(clean),
-                    *weights_of(beta),
-                    *weights_of(skew),
+                    weights_of(beta),
+                    weights_of(skew),
                     **modes,
                     **sizes,
                     **LAUNCH_OPTIONS,
                 )
             finish_kernel[(triton.cdiv(rows, 128),)](
                 noisy,
-                labels_of(labels),
-                rows_of(mask),
+                label_rows(labels),
+                mask_rows(mask),
                 lse,
                 sums,
                 values,
@@ -115,8 +120,8 @@ def divergence_forward(
                 width,
                 *row_layout(noisy),
                 shares,
-                *positions(kinds),
-                *weights_of(beta),
+                places_of(kinds),
+                weights_of(beta),
                 **modes,
                 BN=128,
                 num_warps=4,
@@ -156,7 +161,8 @@ def _add_column(
     b_below = tl.fma(b_p, -rescale, b_q)  # Q − P
     b_d = b_log_p - b_log_q
     bits: tl.constexpr = bits_per_unit(KINDS)
-    if EXACT or (SKEWED and (SKEW_FORWARD | SKEW_REVERSE) & KINDS != 0):
+    skew_asked: tl.constexpr = needed(KINDS, SKEWED, SUM_SKEW_FORWARD) or needed(KINDS, SKEWED, SUM_SKEW_REVERSE)
+    if EXACT or skew_asked:
         b_bits = log2_quotient(b_x, b_y, ratio_row)
         b_finite = clamped(b_bits)
         b_difference = difference_of(b_p * rescale, b_q, b_finite)
@@ -164,20 +170,20 @@ def _add_column(
         b_p *= rescale
         b_d = b_bits / bits
         s_d += b_difference
-    if (REVERSE_KL | JEFFREYS | SKEW_REVERSE * (not SKEWED)) & KINDS != 0:
+    if needed(KINDS, SKEWED, SUM_P_RATIO):
         s_pd += _product(b_p, b_d, GUARDED)
-    if (FORWARD_KL | JEFFREYS | SKEW_FORWARD * (not SKEWED)) & KINDS != 0:
+    if needed(KINDS, SKEWED, SUM_Q_RATIO):
         s_qd += _product(b_q, b_d, GUARDED)
-    if CROSS_ENTROPY & KINDS:
+    if needed(KINDS, SKEWED, SUM_Q_LOG_P):
         s_ce += _product(b_q, b_log_p, GUARDED)
-    if (TOTAL_VARIATION | JENSEN_SHANNON) & KINDS != 0:
+    if needed(KINDS, SKEWED, SUM_APART):
         s_tv += tl.abs(b_below)
-    if TOTAL_VARIATION & KINDS:
+    if needed(KINDS, SKEWED, SUM_APART_P):
         s_tvp -= sign_of(b_below, b_p)
-    if HELLINGER & KINDS:
+    if needed(KINDS, SKEWED, SUM_ROOTS):
         b_roots_apart = tl.fma(b_u, -tl.sqrt(rescale), b_v)
         s_h += b_roots_apart * b_roots_apart
-    if JENSEN_SHANNON & KINDS:
+    if needed(KINDS, SKEWED, SUM_P_MIXTURE):
         if EXACT:
             b_log_m, _ = mixture(b_p, b_q, b_finite, b_difference, beta)
             s_jsp -= b_p * ((tl.maximum(-b_finite, 0.0) + b_log_m) / bits)
@@ -186,17 +192,16 @@ def _add_column(
             b_log_m = fast_log2(tl.fma(b_p, beta[1] * rescale, tl.fma(b_q, beta[0], TINY)))
             s_jsp += _product(b_p, tl.fma(b_log_m, -1.0 / bits, b_log_p), GUARDED)
             s_jsq += _product(b_q, tl.fma(b_log_m, -1.0 / bits, b_log_q), GUARDED)
-    if SKEWED and (SKEW_FORWARD | SKEW_REVERSE) & KINDS != 0:
-        if not EXACT:
-            b_p *= rescale
-        if SKEW_FORWARD & KINDS and SKEWED:
-            b_term, b_to_p, _ = skew_partials(b_p, b_q, b_finite, b_difference, skew)
-            s_sf += b_term
-            s_sfp += b_to_p
-        if SKEW_REVERSE & KINDS and SKEWED:
-            b_term, _, b_to_p = skew_partials(b_q, b_p, -b_finite, -b_difference, skew)
-            s_sr += b_term
-            s_srp += b_to_p
+    if skew_asked and not EXACT:
+        b_p *= rescale
+    if needed(KINDS, SKEWED, SUM_SKEW_FORWARD):
+        b_term, b_to_p, _ = skew_partials(b_p, b_q, b_finite, b_difference, skew)
+        s_sf += b_term
+        s_sfp += b_to_p
+    if needed(KINDS, SKEWED, SUM_SKEW_REVERSE):
+        b_term, _, b_to_p = skew_partials(b_q, b_p, -b_finite, -b_difference, skew)
+        s_sr += b_term
+        s_srp += b_to_p
     return s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp, s_d
 
 
@@ -204,7 +209,7 @@ def _add_column(
 def _where(condition, sums):
     """The sums, or zeros."""
     kept = ()
-    for i in tl.static_range(13):
+    for i in tl.static_range(SUM_COUNT):
         kept += (tl.where(condition, sums[i], 0.0),)
     return kept
 
@@ -232,7 +237,7 @@ def _add_tile(
     return sums
 
 
-@triton.jit(do_not_specialize=["rows", "t_step", "a_inner", "b_inner", "beta", "beta_rest", "skew", "skew_rest"])
+@triton.jit(do_not_specialize=["rows", "t_step", "a_inner", "b_inner"])
 def _forward_kernel(
     a_ptr,
     b_ptr,
@@ -245,15 +250,11 @@ def _forward_kernel(
     width,
     span,
     a_inner,
-    a_outer_stride,
-    a_inner_stride,
+    a_strides,
     b_inner,
-    b_outer_stride,
-    b_inner_stride,
-    beta,
-    beta_rest,
-    skew,
-    skew_rest,
+    b_strides,
+    betas,
+    skews,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     EXACT: tl.constexpr,
@@ -270,8 +271,8 @@ def _forward_kernel(
     if mask_ptr is not None:
         stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
-    a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
-    b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
+    a_row = a_ptr + row_start(i_row, a_inner, a_strides)
+    b_row = b_ptr + row_start(i_row, b_inner, b_strides)
     o_col = tl.arange(0, BV)
     m_a, s_a = tl.load(lse_ptr + i_row), tl.load(lse_ptr + field + i_row)
     m_b, s_b = tl.load(lse_ptr + 2 * field + i_row), tl.load(lse_ptr + 3 * field + i_row)
@@ -279,10 +280,10 @@ def _forward_kernel(
     _, _, ratio_row = offsets(m_a, s_a, m_b, s_b, slope)
     rescale = tl.exp2(correction)
     row = (slope, c_a, c_b, rescale, ratio_row)
-    betas, skews = (beta, beta_rest), (skew, skew_rest)
 
-    b_0 = tl.zeros([BV // NEIGHBOURS], tl.float32)
-    sums = (b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0, b_0)
+    sums = ()
+    for _ in tl.static_range(SUM_COUNT):
+        sums += (tl.zeros([BV // NEIGHBOURS], tl.float32),)
     tiles = (stop - start) // BV
     for i in tl.range(0, tiles, num_stages=STAGES):
         i_col = start + (tiles - 1 - i) * BV
@@ -294,8 +295,11 @@ def _forward_kernel(
         )
     # Infinite ratios show: 0 · inf is NaN, and no sum of finite ones is large. Such rows are read again, with care;
     # so is every row's tail.
-    s_pd, s_qd, s_jsp, s_jsq, _, _, _, s_ce, _, _, _, _, _ = sums
-    finite = tl.sum(tl.abs(s_pd) + tl.abs(s_qd) + tl.abs(s_jsp) + tl.abs(s_jsq) + tl.abs(s_ce)) < 1e20
+    b_magnitude = tl.zeros([BV // NEIGHBOURS], tl.float32)
+    for i in tl.static_range(SUM_COUNT):
+        if unbounded(i):
+            b_magnitude += tl.abs(sums[i])
+    finite = tl.sum(b_magnitude) < 1e20
     sums = _where(finite, sums)
     for i_col in range(tl.where(finite, start + tiles * BV, start), stop, BV):
         m_col = i_col + o_col < stop
@@ -307,10 +311,10 @@ def _forward_kernel(
     # What the logarithms of P lack is the same for all: one of the programs adds it, times ΣP = ΣQ.
     lacking = tl.where(tl.program_id(1) == 0, correction * s_b / bits_per_unit(KINDS), 0.0)
     o_part = sums_ptr + tl.program_id(1) * field + i_row
-    for i in tl.static_range(13):
+    for i in tl.static_range(SUM_COUNT):
         total = tl.sum(sums[i])
-        if not EXACT and (i == 0 or i == 2 or i == 5):  # sums over P
+        if lacks_rescale(i, EXACT):
             total *= rescale
-        if i == 7 or (not EXACT and (i == 0 or i == 1 or i == 2)):
+        if lacks_correction(i, EXACT):
             total += lacking
         tl.store(o_part + i * tl.num_programs(1) * field, total)

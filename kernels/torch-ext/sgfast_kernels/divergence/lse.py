@@ -14,8 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
-from .tiles import LEAST_EXPONENT, LOG2_E, neighbours, row_count, rows_of, split_rows, temperature_rows, tile
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .terms import LEAST_EXPONENT, LOG2_E
+from .tiles import neighbours, split_rows, temperature_rows, tile
+
+# What `lse_pair` returns of a row: m and S of the noisy side, then of the clean side.
+LSE_FIELDS = 4
 
 
 def lse_pair(
@@ -31,7 +35,7 @@ def lse_pair(
         untempered: return (5, ...), the noisy side's S at temperature 1 behind the others.
     """
     rows, width = row_count(noisy), noisy.shape[-1]
-    fields = 5 if untempered else 4
+    fields = LSE_FIELDS + untempered
     scalars = noisy.new_empty((fields, *noisy.shape[:-1]), dtype=torch.float32)
     if rows > 0:
         sizes = tile(noisy, clean, 0, backward=False)
@@ -41,7 +45,7 @@ def lse_pair(
             _lse_kernel[(rows, shares)](
                 noisy,
                 clean,
-                rows_of(mask),
+                mask_rows(mask),
                 *temperature_rows(temperature),
                 parts,
                 rows,
@@ -96,11 +100,9 @@ def _lse_kernel(
     width,
     span,
     a_inner,
-    a_outer_stride,
-    a_inner_stride,
+    a_strides,
     b_inner,
-    b_outer_stride,
-    b_inner_stride,
+    b_strides,
     UNTEMPERED: tl.constexpr,
     BV: tl.constexpr,
     NEIGHBOURS: tl.constexpr,
@@ -114,8 +116,8 @@ def _lse_kernel(
         # No trip and no tail where the row is masked.
         stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
-    a_row = a_ptr + row_start(i_row, a_inner, a_outer_stride, a_inner_stride)
-    b_row = b_ptr + row_start(i_row, b_inner, b_outer_stride, b_inner_stride)
+    a_row = a_ptr + row_start(i_row, a_inner, a_strides)
+    b_row = b_ptr + row_start(i_row, b_inner, b_strides)
     o_col = tl.arange(0, BV)
 
     b_low = tl.full([BV // NEIGHBOURS], -1e30, tl.float32)

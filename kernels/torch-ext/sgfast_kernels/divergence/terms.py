@@ -7,11 +7,24 @@ ratio, so that one division per row replaces one multiplication per logit. Logar
 import triton
 import triton.language as tl
 
+from .kinds import HELLINGER, asked
+
 LN2 = tl.constexpr(0.6931471805599453)
+LOG2_E = tl.constexpr(1.4426950408889634)
 # Infinite ratios where a product with probability 0 must be 0: large, but not so large that a product overflows.
 BIG = tl.constexpr(1e30)
 # Below it a probability has lost its digits.
 TINY = tl.constexpr(1.1754943508222875e-38)
+# What weights are taken against is at least this, in bits. What a product k·m was rounded by stays in the weights as a
+# power of two: of 1e9 it is at most 2^32; of masked logits, −1e20 say, it would overflow.
+LEAST_EXPONENT = tl.constexpr(-1e9)
+
+
+@triton.jit
+def reference(maximum, slope):
+    """fl(k·r) of the maximum; finite where there are only −inf or masked logits."""
+    # Adding 0 keeps the compiler from fusing the product, unrounded, into what the caller takes it off.
+    return tl.maximum(tl.fma(maximum, slope, 0.0), LEAST_EXPONENT)
 
 
 @triton.jit
@@ -121,7 +134,7 @@ def joint_offsets(m_a, s_a, m_b, s_b, slope):
 @triton.constexpr_function
 def bits_per_unit(kinds):
     """Unit of the fast logarithms: two bits where Hellinger needs √P and √Q, so that these are their powers of two."""
-    return 2.0 if kinds & 32 else 1.0
+    return 2.0 if asked(kinds, HELLINGER) else 1.0
 
 
 @triton.jit

@@ -7,28 +7,13 @@ from torch import Tensor
 
 from .._rows import vector_columns
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-# What weights are taken against is at least this, in bits. What a product k·m was rounded by stays in the weights as a
-# power of two: of 1e9 it is at most 2^32; of masked logits, −1e20 say, it would overflow.
-LEAST_EXPONENT = tl.constexpr(-1e9)
-
 
 def weights_of(weight: float) -> tuple[float, float]:
     """A mixture's weights, both with all digits: float32 would lose those of a small one in 1 − weight."""
-    return weight, 1.0 - weight
+    return float(weight), 1.0 - weight
 
 
-def row_count(tensor: Tensor) -> int:
-    """Return how many rows a (..., V) tensor has."""
-    return tensor.shape[:-1].numel()
-
-
-def rows_of(mask: Tensor | None) -> Tensor | None:
-    """Return the mask as one byte per row, as Triton reads it."""
-    return None if mask is None else mask.reshape(-1).contiguous().view(torch.uint8)
-
-
-def labels_of(labels: Tensor | None) -> Tensor | None:
+def label_rows(labels: Tensor | None) -> Tensor | None:
     """Return the labels as one contiguous row."""
     return None if labels is None else labels.reshape(-1).contiguous()
 

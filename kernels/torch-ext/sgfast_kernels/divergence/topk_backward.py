@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
 from .atoms import (
     RENORMALIZE,
     ROW_SCALARS,
@@ -24,9 +24,9 @@ from .atoms import (
     rows_and_atoms,
     term_and_partials,
 )
-from .kinds import DIVERGENCES, kind_bits, positions
-from .tiles import LOG2_E, row_count, rows_of, temperature_rows, weights_of
-from .topk_select import reference
+from .kinds import DIVERGENCE_COUNT, acting_kind, asked, kind_bits, place_of, places_of
+from .terms import LOG2_E, reference
+from .tiles import temperature_rows, weights_of
 
 _FIRST_FIELDS = tl.constexpr(ROW_SCALARS)
 
@@ -74,7 +74,7 @@ def divergence_topk_backward(
                 columns = min(max(triton.next_power_of_2(width), 256), 2**13 // side.element_size())
                 _outside_kernel[(rows, triton.cdiv(width, columns))](
                     side,
-                    rows_of(mask),
+                    mask_rows(mask),
                     *temperature_rows(temperature),
                     upstream,
                     row_scalars,
@@ -94,7 +94,7 @@ def divergence_topk_backward(
             _inside_kernel[(triton.cdiv(rows, tile["BN"]),)](
                 noisy,
                 clean,
-                rows_of(mask),
+                mask_rows(mask),
                 *temperature_rows(temperature),
                 upstream,
                 union,
@@ -105,9 +105,9 @@ def divergence_topk_backward(
                 union.shape[-1],
                 *row_layout(noisy),
                 *row_layout(clean),
-                *weights_of(beta),
-                *weights_of(skew),
-                *positions(kinds, DIVERGENCES),
+                weights_of(beta),
+                weights_of(skew),
+                places_of(kinds),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
                 SUPPORT=SUPPORTS.index(support),
@@ -131,8 +131,7 @@ def _outside_kernel(
     width,
     kinds,
     inner,
-    outer_stride,
-    inner_stride,
+    strides,
     SIDE: tl.constexpr,
     SUPPORT: tl.constexpr,
     BV: tl.constexpr,
@@ -158,7 +157,7 @@ def _outside_kernel(
         # With an empty tail all that is not overwritten has weight 0.
         rate = tl.where(total > 0, tl.sum(b_g) / (total * temperature), 0.0)
         rate = tl.where(row_total == row_total, rate, float("nan"))
-        x_row = x_ptr + row_start(i_row, inner, outer_stride, inner_stride)
+        x_row = x_ptr + row_start(i_row, inner, strides)
         m_tile = o_col < tl.where(m_read, width, 0)
         b_x = tl.load(x_row + o_col, mask=m_tile, other=float("-inf")).to(tl.float32)
         b_gradient = tl.exp2(tl.fma(b_x, slope, -reference(maximum, slope))) * rate
@@ -167,12 +166,7 @@ def _outside_kernel(
     tl.store(gradient_ptr + i_row * width + o_col, b_gradient, mask=o_col < width)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("rows", "t_step", "size", "a_inner", "b_inner", "beta", "beta_rest", "skew", "skew_rest"),
-        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr"),
-    ]
-)
+@triton.jit(do_not_specialize=["rows", "t_step", "size", "a_inner", "b_inner", "places"])
 def _inside_kernel(
     a_ptr,
     b_ptr,
@@ -188,24 +182,12 @@ def _inside_kernel(
     width,
     size,
     a_inner,
-    a_outer_stride,
-    a_inner_stride,
+    a_strides,
     b_inner,
-    b_outer_stride,
-    b_inner_stride,
-    beta,
-    beta_rest,
-    skew,
-    skew_rest,
-    i_fkl,
-    i_rkl,
-    i_jef,
-    i_js,
-    i_tv,
-    i_h,
-    i_ce,
-    i_sf,
-    i_sr,
+    b_strides,
+    betas,
+    skews,
+    places: tl.int64,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     SUPPORT: tl.constexpr,
@@ -219,8 +201,8 @@ def _inside_kernel(
         m_read &= tl.load(mask_ptr + o_row, mask=m_read, other=0) != 0
     temperature = tl.load(t_ptr + o_row * t_step, mask=m_read, other=1.0)
     slope = LOG2_E / temperature
-    a_row = a_ptr + row_start(o_row, a_inner, a_outer_stride, a_inner_stride)
-    b_row = b_ptr + row_start(o_row, b_inner, b_outer_stride, b_inner_stride)
+    a_row = a_ptr + row_start(o_row, a_inner, a_strides)
+    b_row = b_ptr + row_start(o_row, b_inner, b_strides)
     b_index, b_x, b_y = load_support(union_ptr, o_row, m_read, size, a_row, b_row, BK)
     m_a = tl.load(scalars_ptr + o_row, mask=m_read, other=0.0)
     s_a = tl.load(scalars_ptr + field + o_row, mask=m_read, other=1.0)
@@ -231,13 +213,12 @@ def _inside_kernel(
     r_b = tl.load(scalars_ptr + 6 * field + o_row, mask=m_read, other=0.0)
     t_b = tl.load(scalars_ptr + 7 * field + o_row, mask=m_read, other=0.0)
     b_p, b_q, b_d, b_log_p, _ = atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK)
-    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
-    betas, skews = (beta, beta_rest), (skew, skew_rest)
     b_a, b_b = tl.zeros([BN, BK], tl.float32), tl.zeros([BN, BK], tl.float32)
-    for i in tl.static_range(9):
-        if KINDS >> i & 1:
-            g = tl.load(upstream_ptr + i_kinds[i] * field + o_row, mask=m_read, other=0.0)
-            _, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, betas, skews, 1 << i, SKEWED, SUPPORT)
+    for i in tl.static_range(DIVERGENCE_COUNT):
+        if asked(KINDS, i):
+            place = place_of(places, i)
+            g = tl.load(upstream_ptr + place * field + o_row, mask=m_read, other=0.0)
+            _, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, betas, skews, acting_kind(i, SKEWED), SUPPORT)
             b_to_p, p_total = finite_or_zero(b_to_p)
             b_to_q, q_total = finite_or_zero(b_to_q)
             b_a += g * (b_to_p - b_p * p_total)

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
 from .atoms import (
     RENORMALIZE,
     ROW_SCALARS,
@@ -30,12 +30,11 @@ from .atoms import (
     rows_and_atoms,
     term_and_partials,
 )
-from .kinds import DIVERGENCES, kind_bits, positions
-from .tiles import LOG2_E, row_count, rows_of, temperature_rows, weights_of
-from .topk_select import MASSES, reference, top_k_union
+from .kinds import DIVERGENCE_COUNT, acting_kind, asked, kind_bits, place_of, places_of, signed
+from .terms import LOG2_E, reference
+from .tiles import temperature_rows, weights_of
+from .topk_select import MASSES, top_k_union
 
-# The kinds whose terms may be negative under truncate.
-_SIGNED = tl.constexpr(1 | 2 | 128 | 256)
 _FIELDS = tl.constexpr(MASSES)
 _FIRST_FIELDS = tl.constexpr(ROW_SCALARS)
 
@@ -76,7 +75,7 @@ def divergence_topk_forward(
             _forward_kernel[(triton.cdiv(rows, tile["BN"]),)](
                 noisy,
                 clean,
-                rows_of(mask),
+                mask_rows(mask),
                 *temperature_rows(temperature),
                 masses,
                 union,
@@ -87,9 +86,9 @@ def divergence_topk_forward(
                 union.shape[-1],
                 *row_layout(noisy),
                 *row_layout(clean),
-                *weights_of(beta),
-                *weights_of(skew),
-                *positions(kinds, DIVERGENCES),
+                weights_of(beta),
+                weights_of(skew),
+                places_of(kinds),
                 KINDS=kind_bits(kinds),
                 SKEWED=skew > 0,
                 SUPPORT=SUPPORTS.index(support),
@@ -148,12 +147,7 @@ def _load_masses(masses_ptr, field, o_row, m_read):
     return m, s, r, total, value, tl.load(masses_ptr + 5 * field + o_row, mask=m_read, other=0.0)
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("rows", "t_step", "size", "a_inner", "b_inner", "beta", "beta_rest", "skew", "skew_rest"),
-        *("i_fkl", "i_rkl", "i_jef", "i_js", "i_tv", "i_h", "i_ce", "i_sf", "i_sr"),
-    ]
-)
+@triton.jit(do_not_specialize=["rows", "t_step", "size", "a_inner", "b_inner", "places"])
 def _forward_kernel(
     a_ptr,
     b_ptr,
@@ -168,24 +162,12 @@ def _forward_kernel(
     width,
     size,
     a_inner,
-    a_outer_stride,
-    a_inner_stride,
+    a_strides,
     b_inner,
-    b_outer_stride,
-    b_inner_stride,
-    beta,
-    beta_rest,
-    skew,
-    skew_rest,
-    i_fkl,
-    i_rkl,
-    i_jef,
-    i_js,
-    i_tv,
-    i_h,
-    i_ce,
-    i_sf,
-    i_sr,
+    b_strides,
+    betas,
+    skews,
+    places: tl.int64,
     KINDS: tl.constexpr,
     SKEWED: tl.constexpr,
     SUPPORT: tl.constexpr,
@@ -200,8 +182,8 @@ def _forward_kernel(
     if mask_ptr is not None:
         m_read = m_row & (tl.load(mask_ptr + o_row, mask=m_row, other=0) != 0)
     slope = LOG2_E / tl.load(t_ptr + o_row * t_step, mask=m_row, other=1.0)
-    a_row = a_ptr + row_start(o_row, a_inner, a_outer_stride, a_inner_stride)
-    b_row = b_ptr + row_start(o_row, b_inner, b_outer_stride, b_inner_stride)
+    a_row = a_ptr + row_start(o_row, a_inner, a_strides)
+    b_row = b_ptr + row_start(o_row, b_inner, b_strides)
     masses_a = _load_masses(masses_ptr, field, o_row, m_read)
     masses_b = _load_masses(masses_ptr + _FIELDS * field, field, o_row, m_read)
     b_index, b_x, b_y = load_support(union_ptr, o_row, m_read, size, a_row, b_row, BK)
@@ -223,16 +205,17 @@ def _forward_kernel(
         tl.store(scalars_ptr + i * field + o_row, tl.where(m_read, row_scalars[i], 0.0), mask=m_row)
 
     b_p, b_q, b_d, b_log_p, m_tail = atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT, BK)
-    i_kinds = (i_fkl, i_rkl, i_jef, i_js, i_tv, i_h, i_ce, i_sf, i_sr)
-    betas, skews = (beta, beta_rest), (skew, skew_rest)
-    for i in tl.static_range(9):
-        if KINDS >> i & 1:
-            b_term, b_to_p, b_to_q = term_and_partials(b_p, b_q, b_d, b_log_p, betas, skews, 1 << i, SKEWED, SUPPORT)
+    for i in tl.static_range(DIVERGENCE_COUNT):
+        if asked(KINDS, i):
+            place = place_of(places, i)
+            b_term, b_to_p, b_to_q = term_and_partials(
+                b_p, b_q, b_d, b_log_p, betas, skews, acting_kind(i, SKEWED), SUPPORT
+            )
             value = tl.sum(b_term, axis=1, keep_dims=True)
-            if SUPPORT != TRUNCATE or _SIGNED & (1 << i) == 0:
+            if SUPPORT != TRUNCATE or not signed(i):
                 value = tl.maximum(value, 0.0)  # but for rounding it is
             value = tl.where(valid, value, float("nan"))
-            tl.store(values_ptr + i_kinds[i] * field + o_row, tl.where(m_read, value, 0.0), mask=m_row)
+            tl.store(values_ptr + place * field + o_row, tl.where(m_read, value, 0.0), mask=m_row)
             b_to_p, p_total = finite_or_zero(b_to_p)
             b_to_q, q_total = finite_or_zero(b_to_q)
             if SUPPORT == TRUNCATE:
@@ -242,6 +225,6 @@ def _forward_kernel(
                 to_q = tl.sum(tl.where(m_tail, b_to_q - b_q * q_total, 0.0), axis=1, keep_dims=True)
             else:
                 to_p, to_q = zero, zero
-            o_field = scalars_ptr + (_FIRST_FIELDS + 2 * i_kinds[i]) * field + o_row
+            o_field = scalars_ptr + (_FIRST_FIELDS + 2 * place) * field + o_row
             tl.store(o_field, tl.where(m_read, to_p, 0.0), mask=m_row)
             tl.store(o_field + field, tl.where(m_read, to_q, 0.0), mask=m_row)

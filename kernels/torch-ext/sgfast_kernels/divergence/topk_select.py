@@ -19,8 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, on_device_of, row_layout, row_start
-from .tiles import LEAST_EXPONENT, LOG2_E, row_count, rows_of, split_rows, temperature_rows
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .terms import LOG2_E, reference
+from .tiles import split_rows, temperature_rows
 
 #: What the kernels select from and how many: their tiles hold the first groups of a row, and the maxima of all groups.
 MAX_TOP_K = 128
@@ -73,7 +74,7 @@ def top_k_union(
                 union.view(rows, k).copy_(selected[chosen])
                 return (union if mask is None else union.masked_fill_(~mask[..., None], -1)), masses
             _union_kernel[(rows,)](
-                rows_of(mask),
+                mask_rows(mask),
                 selected,
                 union,
                 rows,
@@ -100,7 +101,7 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
         shares, span = split_rows(side, rows, tile)
         _group_kernel[(rows, shares)](
             side,
-            rows_of(mask),
+            mask_rows(mask),
             *temperature_rows(temperature),
             maxima,
             sums,
@@ -115,7 +116,7 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
         )
     _select_kernel[(rows,)](
         side,
-        rows_of(mask),
+        mask_rows(mask),
         *temperature_rows(temperature),
         maxima,
         sums,
@@ -133,13 +134,6 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
         num_warps=min(max(columns // 512, 1), 16),
         **LAUNCH_OPTIONS,
     )
-
-
-@triton.jit
-def reference(maximum, slope):
-    """fl(k·r) of the maximum; finite where there are only −inf or masked logits."""
-    # Adding 0 keeps the compiler from fusing the product, unrounded, into what the caller takes it off.
-    return tl.maximum(tl.fma(maximum, slope, 0.0), LEAST_EXPONENT)
 
 
 @triton.jit
@@ -164,8 +158,7 @@ def _group_kernel(
     groups,
     span,
     inner,
-    outer_stride,
-    inner_stride,
+    strides,
     GROUP: tl.constexpr,
     BV: tl.constexpr,
 ):
@@ -176,7 +169,7 @@ def _group_kernel(
         # No trip and no tail where the row is masked.
         stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
-    x_row = x_ptr + row_start(i_row, inner, outer_stride, inner_stride)
+    x_row = x_ptr + row_start(i_row, inner, strides)
     maxima_row, sums_row = maxima_ptr + i_row * groups, sums_ptr + i_row * groups
     o_col = tl.arange(0, BV)
     tail = start + (stop - start) // BV * BV
@@ -237,8 +230,7 @@ def _select_kernel(
     groups,
     k,
     inner,
-    outer_stride,
-    inner_stride,
+    strides,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
     FIRST: tl.constexpr,
@@ -251,7 +243,7 @@ def _select_kernel(
     if selected == 0:
         return
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
-    x_row = x_ptr + row_start(i_row, inner, outer_stride, inner_stride)
+    x_row = x_ptr + row_start(i_row, inner, strides)
     selected_row = selected_ptr + i_row * k
     bits: tl.constexpr = 16 if x_ptr.dtype.element_ty == tl.bfloat16 else 32
     if GROUP > 0:
