@@ -1,4 +1,4 @@
-"""Kernels that show the device functions of the noise stream by themselves. Only a process that can run them may."""
+"""Kernels that run the device functions of the noise stream by themselves."""
 
 import torch
 import triton

@@ -1,6 +1,6 @@
-"""Every case of ``kernel_proofs.cases`` computes what the baseline computes that ``benchmarks.gpu`` times beside it.
+"""Every case of ``kernel_proofs.cases`` computes the same as its baseline, in every order of programs.
 
-Run by test_gates.py in a process of its own: ``TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted_cases.py``.
+The GPU programme times the same baselines beside the kernels.
 """
 
 import pytest

@@ -1,7 +1,7 @@
 """The strict layer catches one planted bug of every class, and lets correct kernels pass.
 
-Run by test_gates.py in a process of its own:
-``TRITON_INTERPRET=1 python -m pytest tests/gates/planted_bugs.py``.
+An ordinary session runs these tests in the interpreting process of ``kernel_proofs.interpreted``, and so does
+``TRITON_INTERPRET=1 python -m pytest kernels/tests/test_strict_interpreter.py`` in its own process.
 """
 
 import numpy as np
@@ -180,7 +180,7 @@ def _row_of_a_large_tensor(x_ptr, out_ptr, row, stride, WIDE: tl.constexpr):
 
 
 def test_int32_overflow():
-    # Five gigabytes that are never touched but for two pages.
+    # Only two pages of the five gigabytes are ever touched.
     storage = torch.from_numpy(np.zeros(5 * 2**30, np.uint8)).view(torch.float16)
     x = storage.as_strided((2, 8), (2**31 + 16, 1))
     x[1] = 7

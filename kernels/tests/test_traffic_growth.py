@@ -1,6 +1,6 @@
 """The bytes per logit that the divergences' kernels move do not jump between neighbouring vocabularies.
 
-Run by test_gates.py in a process of its own: ``TRITON_INTERPRET=1 python -m pytest tests/gates/interpreted_growth.py``.
+The interpreting process of ``kernel_proofs.interpreted`` runs these tests.
 """
 
 import pytest
@@ -15,7 +15,7 @@ from sgfast.benchmarking.growth import largest_cliff
 pytestmark = pytest.mark.triton
 
 ROWS = 1
-# Up by no more than half each time, with the sizes around tiles' borders and real vocabularies, odd ones included.
+# Each size is at most half larger than the last. Sizes around the borders of tiles and real vocabularies are included.
 VOCABULARIES = [1000, 1023, 1024, 1025, 1536, 2048, 2049, 3072, 4095, 4096, 4097, 6144, 8192, 8193, 12000, 16384, 24000]
 VOCABULARIES += [32000, 32001, 32768, 49152, 65536, 65537, 98304, 131072, 151936, 200000, 262144]
 
@@ -42,5 +42,5 @@ def test_no_cliff_between_neighbouring_vocabularies(launch):
     moved = [moved_bytes(vocab, launch) for vocab in VOCABULARIES]
     assert all(bytes_moved >= 4 * ROWS * vocab for bytes_moved, vocab in zip(moved, VOCABULARIES, strict=True))
     assert largest_cliff(VOCABULARIES, moved) <= 1.3
-    # Nor down: what moves for a vocabulary moves for the next larger one.
+    # Bytes do not jump down either.
     assert largest_cliff([-vocab for vocab in VOCABULARIES], [-one for one in moved]) <= 1.3

@@ -1,6 +1,6 @@
 """Triton's interpreter, made as strict as a GPU is.
 
-The stock interpreter runs one program after another on whole numpy arrays. It therefore accepts much that fails on
+The stock interpreter runs one program after another on whole numpy arrays. It therefore accepts errors that fail on
 hardware. ``install()``, called in a process that set ``TRITON_INTERPRET=1`` before its first import of triton, adds:
 
 =================== ==================================================================================================
@@ -9,8 +9,8 @@ bounds              every unmasked lane of a load or store lies on an element of
 poison              lanes masked off in a load without ``other=`` hold NaN, or a huge integer (stock: 0)
 races               two programs on one address, one of them writing, not both atomically; two lanes of one store on
                     one address; a load or store after a store of the same program without ``tl.debug_barrier()``
-program order       programs run in a shuffled order (``program_order`` chooses), so that results which depend on it
-                    change
+program order       programs run in a shuffled order (``program_order`` chooses), so that results which depend on the
+                    order change
 unwritten outputs   ``torch.empty`` fills with NaN
 bfloat16            casts round to nearest even, arithmetic is done in float32 and rounded once, reductions over
                     bfloat16 are refused (stock: bit patterns are added as integers)
@@ -21,7 +21,7 @@ traffic             ``count_traffic`` records the bytes that each launch loads a
 
 Not modelled: fused multiply-add contraction, flushed subnormals, tf32, the order of a reduction inside a program,
 registers and shared memory, caches. Races within one program are judged between whole loads and stores. The layer
-patches Triton's interpreter, which is no public API: it is tested with Triton 3.6 and 3.9 (``planted_bugs.py``).
+patches Triton's interpreter, which is no public API: it is tested with Triton 3.6 and 3.9.
 """
 
 import torch

@@ -37,7 +37,7 @@ def install() -> None:
 
 
 def to_bits(values: np.ndarray) -> np.ndarray:
-    """float32 → bfloat16 bits, to nearest even; NaN stays NaN."""
+    """Round float32 to bfloat16 bits, to nearest even. NaN stays NaN."""
     values = np.ascontiguousarray(values, np.float32)
     bits = values.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
@@ -45,7 +45,7 @@ def to_bits(values: np.ndarray) -> np.ndarray:
 
 
 def from_bits(bits: np.ndarray) -> np.ndarray:
-    """bfloat16 bits → float32."""
+    """Convert bfloat16 bits to float32."""
     return (np.ascontiguousarray(bits).astype(np.uint32) << 16).view(np.float32).reshape(np.shape(bits))
 
 
@@ -107,7 +107,7 @@ def _fma(original: Callable[..., Any]) -> Callable[..., Any]:
     def create_fma(self: Any, x: Any, y: Any, z: Any) -> Any:
         if z.dtype.scalar not in (tl.bfloat16, tl.float32):
             return original(self, x, y, z)
-        # A product of two float32 is exact in float64: what is left is rounded once, but for rare double roundings.
+        # A product of two float32 is exact in float64. The sum is rounded once, apart from rare double roundings.
         narrow = _is_bfloat16(z)
         x, y, z = (_widened(one).data.astype(np.float64) for one in (x, y, z))
         result = (x * y + z).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Device libraries and inline assembly, which the stock interpreter refuses, by their exact functions in numpy."""
+"""Device libraries and inline assembly, which the stock interpreter refuses, as exact functions in numpy."""
 
 import math
 from collections.abc import Callable
@@ -52,7 +52,7 @@ ASSEMBLY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 
 
 class _Results:
-    """What the builder expects of an instruction: results by number."""
+    """The results of an instruction by number, as the builder expects them."""
 
     def __init__(self, handle: Any):
         self.handle = handle
@@ -74,7 +74,7 @@ def _emulated(function: Callable[..., np.ndarray]) -> Callable[..., Any]:
 def _inline_assembly(
     self: Any, assembly: str, constraints: str, values: list[Any], result_type: Any, is_pure: bool, pack: int
 ) -> _Results:
-    """Assembly that nothing here emulates is refused: with a guess in its place, a kernel would pass unproved."""
+    """Emulate one instruction. Unknown assembly is refused: with a guess in its place a kernel would pass unproved."""
     for instruction, function in ASSEMBLY.items():
         if instruction in assembly:
             data = function(values[0].data).astype(values[0].data.dtype)

@@ -21,12 +21,12 @@ LOAD, STORE, ATOMIC = 0, 1, 2
 
 
 class StrictError(AssertionError):
-    """Something a GPU would not forgive."""
+    """An error that would be one on a GPU as well."""
 
 
 @dataclass
 class Traffic:
-    """Bytes of one launch, by the kernel's argument. Lanes that read one address count each."""
+    """Bytes of one launch, by the kernel's argument. Each lane counts, also where lanes read one address."""
 
     kernel: str
     loaded: dict[str, int] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class _Extent:
         self.levels = [(1, (self.end - self.start) // self.item)] if overlap else levels
 
     def contains(self, addresses: np.ndarray) -> np.ndarray:
-        """Which addresses are those of elements."""
+        """Return which addresses are addresses of elements."""
         offset = addresses - self.start
         remainder = offset // self.item
         inside = (offset >= 0) & (offset % self.item == 0)
@@ -59,7 +59,7 @@ class _Extent:
         return inside & (remainder == 0)
 
     def overlaps(self, addresses: np.ndarray) -> bool:
-        """Whether the addresses' range and the tensor's have anything in common."""
+        """Return whether the range of the addresses overlaps the range of the tensor."""
         return bool(addresses.min() < self.end and addresses.max() >= self.start)
 
 
@@ -223,7 +223,7 @@ def patch(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[.
 
 def _replaced_functions(original: Callable[..., Any]) -> Callable[..., Any]:
     def patch_lang(function: Callable[..., Any]) -> Any:
-        # Every call of a device function would search the same modules again: half of the interpreter's time.
+        # Every call of a device function would search the same modules again, which takes half of the time.
         modules = {id(value) for value in function.__globals__.values() if value is tl or value is tl.core}
         if _launch is not None and modules <= _launch.replaced:
             return None
@@ -290,7 +290,7 @@ def _item_size(pointers: Any) -> int:
 
 def _asked_to_load(original: Callable[..., Any]) -> Callable[..., Any]:
     def load(self: Any, pointer: Any, mask: Any, other: Any, *rest: Any) -> Any:
-        # On its way to the builder, Triton takes an ``other`` of one zero for none.
+        # Triton drops an ``other`` of a single zero on the way to the builder.
         _current().has_other = other is not None
         return original(self, pointer, mask, other, *rest)
 
@@ -315,7 +315,7 @@ def _poison(loaded: Any) -> Any:
         return 0x7FC1  # a NaN
     if loaded.data.dtype.kind == "f":
         return np.nan
-    # As an index it leads far out of bounds, also once it is multiplied by an element size that wraps around.
+    # As an index this number leads far out of bounds, also after a product with an element size wraps around.
     return True if loaded.data.dtype == bool else np.iinfo(loaded.data.dtype).max // 3
 
 
