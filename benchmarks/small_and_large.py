@@ -24,7 +24,7 @@ SIZES = ((8, 1000), (64, 1000), (64, 4000), (64, 32000), (256, 4000), (256, 3200
 METRICS = ("jeffreys", "jensen_shannon", "total_variation", "squared_hellinger")
 TASKS = {
     "forward KL, value and gradient": (("forward_kl",), True),
-    "Jensen–Shannon, value and gradient": (("jensen_shannon",), True),
+    "Jensen-Shannon, value and gradient": (("jensen_shannon",), True),
     "four divergences, values": (METRICS, False),
 }
 
@@ -102,8 +102,8 @@ def main() -> None:
     )
     page = [
         "# Ratios by size",
-        "Time of eager PyTorch over ours / time of torch.compile of the same lines over ours: default implementation, one "
-        "thread, float32.",
+        "Time of eager PyTorch over ours / time of torch.compile of the same lines over ours. Default implementation, "
+        "one thread, float32.",
         table(found),
         f"`python -m benchmarks.small_and_large`. {statement(described)}",
     ]
