@@ -54,10 +54,17 @@ def row_layout(tensor: Tensor) -> RowLayout | None:
     return RowLayout(inner, RowStrides(levels[0][1] if len(levels) == 2 else 0, inner_stride))
 
 
+def required_layout(tensor: Tensor) -> RowLayout:
+    """Return the layout of a tensor whose rows the caller knows to have one."""
+    layout = row_layout(tensor)
+    assert layout is not None, f"strides {tensor.stride()}"
+    return layout
+
+
 def vector_columns(*tensors: Tensor) -> int:
     """Return how many columns one 16-byte load covers if every row of every tensor starts aligned, else 1."""
     for tensor in tensors:
-        layout = row_layout(tensor)
+        layout = required_layout(tensor)
         # Triton takes an integer argument as aligned when it is a multiple of 16.
         if tensor.data_ptr() % 16 or any(n % 16 for n in (tensor.shape[-1], *layout.strides)):
             return 1
@@ -77,7 +84,8 @@ def mask_rows(mask: Tensor | None) -> Tensor | None:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Return a context in which kernels launch on the tensor's device: Triton launches on the current one."""
     if tensor.device.type in ("cuda", "xpu"):
-        return torch.get_device_module(tensor.device).device(tensor.device)
+        found: AbstractContextManager[None] = torch.get_device_module(tensor.device).device(tensor.device)
+        return found
     return nullcontext()
 
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_layout, row_start, sum_neighbours, vector_columns
+from ._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_start, sum_neighbours, vector_columns
 
 # The smallest normal float32: below it squares have lost their digits, and above it 1/(‖a‖‖b‖) is finite.
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
@@ -44,8 +44,8 @@ def hidden_forward(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float
                 row_scalars,
                 rows,
                 width,
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 eps,
                 **tile,
                 **LAUNCH_OPTIONS,
@@ -92,8 +92,8 @@ def hidden_backward(
                 clean_gradient,
                 rows,
                 width,
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 eps,
                 BN=tile["BN"],
                 BD=tile["BD"],

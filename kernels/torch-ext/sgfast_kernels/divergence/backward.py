@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device import fast_log2
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start, to_float32
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start, to_float32
 from .kinds import (
     CROSS_ENTROPY,
     DIVERGENCE_COUNT,
@@ -110,8 +110,8 @@ def divergence_backward(
                 rows,
                 width,
                 span,
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 weights_of(beta),
                 weights_of(skew),
                 places_of(kinds),
@@ -152,7 +152,7 @@ def _coefficients(upstream_ptr, scalars_ptr, places, field, i_row, rate, KINDS: 
                 b_2 -= g_q
             if reads(i, SKEWED, SUM_Q_RATIO):
                 b_1 -= g_q * LN2
-        upstream += ((g_p, g_q),)
+        upstream += ((g_p, g_q),)  # type: ignore[assignment]
     return (a_0, a_1, a_2), (b_0, b_1, b_2), upstream
 
 

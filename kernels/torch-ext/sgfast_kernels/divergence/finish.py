@@ -156,7 +156,7 @@ def finish_kernel(
         b_total = tl.zeros([BN], tl.float32)
         if needed(KINDS, SKEWED, i) or (EXACT and i == SUM_DIFFERENCE):
             b_total = _total(sums_ptr, i, splits, field, o_row, m_row)
-        totals += (b_total,)
+        totals += (b_total,)  # type: ignore[assignment]
     b_1 = 1.0 / b_s
     b_d = tl.zeros([BN], tl.float32)
     if EXACT:

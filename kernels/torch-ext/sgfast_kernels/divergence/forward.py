@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device import fast_log2
-from .._rows import LAUNCH_OPTIONS, columns, mask_rows, on_device_of, row_count, row_layout, row_start, to_float32
+from .._rows import LAUNCH_OPTIONS, columns, mask_rows, on_device_of, required_layout, row_count, row_start, to_float32
 from .finish import finish_kernel
 from .kinds import (
     LABELS,
@@ -100,8 +100,8 @@ def divergence_forward(
                     rows,
                     width,
                     span,
-                    *row_layout(noisy),
-                    *row_layout(clean),
+                    *required_layout(noisy),
+                    *required_layout(clean),
                     weights_of(beta),
                     weights_of(skew),
                     **modes,
@@ -118,7 +118,7 @@ def divergence_forward(
                 row_scalars,
                 rows,
                 width,
-                *row_layout(noisy),
+                *required_layout(noisy),
                 shares,
                 places_of(kinds),
                 weights_of(beta),
@@ -210,7 +210,7 @@ def _where(condition, sums):
     """The sums, or zeros."""
     kept = ()
     for i in tl.static_range(SUM_COUNT):
-        kept += (tl.where(condition, sums[i], 0.0),)
+        kept += (tl.where(condition, sums[i], 0.0),)  # type: ignore[assignment]
     return kept
 
 
@@ -283,7 +283,7 @@ def _forward_kernel(
 
     sums = ()
     for _ in tl.static_range(SUM_COUNT):
-        sums += (tl.zeros([BV // NEIGHBOURS], tl.float32),)
+        sums += (tl.zeros([BV // NEIGHBOURS], tl.float32),)  # type: ignore[assignment]
     tiles = (stop - start) // BV
     for i in tl.range(0, tiles, num_stages=STAGES):
         i_col = start + (tiles - 1 - i) * BV

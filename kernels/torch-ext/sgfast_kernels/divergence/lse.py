@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
 from .terms import LEAST_EXPONENT, LOG2_E
 from .tiles import neighbours, split_rows, temperature_rows, tile
 
@@ -51,8 +51,8 @@ def lse_pair(
                 rows,
                 width,
                 span,
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 UNTEMPERED=untempered,
                 **sizes,
                 **LAUNCH_OPTIONS,

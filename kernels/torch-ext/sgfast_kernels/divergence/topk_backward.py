@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
 from .atoms import (
     RENORMALIZE,
     ROW_SCALARS,
@@ -82,7 +82,7 @@ def divergence_topk_backward(
                     rows,
                     width,
                     len(kinds),
-                    *row_layout(side),
+                    *required_layout(side),
                     SIDE=i,
                     SUPPORT=SUPPORTS.index(support),
                     BV=columns,
@@ -103,8 +103,8 @@ def divergence_topk_backward(
                 rows,
                 width,
                 union.shape[-1],
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 weights_of(beta),
                 weights_of(skew),
                 places_of(kinds),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
 from .atoms import (
     RENORMALIZE,
     ROW_SCALARS,
@@ -84,8 +84,8 @@ def divergence_topk_forward(
                 rows,
                 width,
                 union.shape[-1],
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 weights_of(beta),
                 weights_of(skew),
                 places_of(kinds),

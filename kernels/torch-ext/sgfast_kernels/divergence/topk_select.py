@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
 from .terms import LOG2_E, reference
 from .tiles import split_rows, temperature_rows
 
@@ -108,7 +108,7 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
             width,
             groups,
             span,
-            *row_layout(side),
+            *required_layout(side),
             GROUP=group,
             BV=tile,
             num_warps=8,
@@ -126,7 +126,7 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
         width,
         groups,
         k,
-        *row_layout(side),
+        *required_layout(side),
         GROUP=group,
         GROUPS=triton.next_power_of_2(groups),
         FIRST=triton.next_power_of_2(k),

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._rows import LAUNCH_OPTIONS, on_device_of
-from .layout import Walk, columns_of, noise_walk
+from .layout import Walk, columns_of, noise_walk, row_offsets, row_strides
 from .philox import grouped_normals, single_normals
 
 # Eight draws a thread, and sixteen 16-bit elements: two 16-byte loads of each tensor.
@@ -71,7 +71,7 @@ def noise_forward(
     if input.numel() > 0:
         walk = noise_walk(input, mean, std, noise_mask, keep_mask)
         assert isinstance(walk, Walk), walk
-        (outer, inner, width), strides = walk
+        outer, inner, width = walk.sizes
         tile = tile_of(walk, input)
         programs = outer * triton.cdiv(inner, tile["BN"]) * triton.cdiv(width, tile["BD"])
         with on_device_of(input):
@@ -88,11 +88,7 @@ def noise_forward(
                 highest,
                 inner,
                 width,
-                *strides["input"][:2],
-                *strides["mean"][:2],
-                *strides["std"][:2],
-                *strides.get("noise_mask", (0, 0))[:2],
-                *strides.get("keep_mask", (0, 0))[:2],
+                *row_strides(walk, "input", "mean", "std", "noise_mask", "keep_mask"),
                 **each_column(walk),
                 GROUPED=walk.grouped,
                 **tile,
@@ -159,16 +155,11 @@ def _forward_kernel(
     highest,
     inner,
     width,
-    x_outer,
-    x_inner,
-    mean_outer,
-    mean_inner,
-    std_outer,
-    std_inner,
-    n_outer,
-    n_inner,
-    k_outer,
-    k_inner,
+    x_strides,
+    mean_strides,
+    std_strides,
+    n_strides,
+    k_strides,
     MEAN_COLUMNS: tl.constexpr,
     STD_COLUMNS: tl.constexpr,
     NOISE_MASK_COLUMNS: tl.constexpr,
@@ -187,17 +178,17 @@ def _forward_kernel(
     m_tile = m_row & (o_col < width)
     i_row = i_outer * inner + o_inner
 
-    b_raw = tl.load(x_ptr + (i_outer * x_outer + o_inner * x_inner)[:, None] + o_col, mask=m_tile, other=0.0)
+    b_raw = tl.load(x_ptr + row_offsets(i_outer, o_inner, x_strides) + o_col, mask=m_tile, other=0.0)
     m_noise, m_any = m_tile, True
     if n_ptr is not None:
-        o_n = (i_outer * n_outer + o_inner * n_inner)[:, None]
+        o_n = row_offsets(i_outer, o_inner, n_strides)
         m_selected = columns_of(n_ptr, o_n, o_col, m_row, m_tile, 0, NOISE_MASK_COLUMNS) != 0
         m_noise &= m_selected
         if not NOISE_MASK_COLUMNS:
             m_row &= m_selected
             m_any = tl.max(m_row.to(tl.int32)) != 0
-    o_mean = (i_outer * mean_outer + o_inner * mean_inner)[:, None]
-    o_std = (i_outer * std_outer + o_inner * std_inner)[:, None]
+    o_mean = row_offsets(i_outer, o_inner, mean_strides)
+    o_std = row_offsets(i_outer, o_inner, std_strides)
     b_mean = columns_of(mean_ptr, o_mean, o_col, m_row, m_noise, 0.0, MEAN_COLUMNS).to(tl.float32)
     b_std = columns_of(std_ptr, o_std, o_col, m_row, m_noise, 0.0, STD_COLUMNS).to(tl.float32)
 
@@ -206,7 +197,7 @@ def _forward_kernel(
         b_eps = tile_normals(i_row, start, width, offset, tl.load(seed_ptr), GROUPED, BN, BD)
     b_x = b_raw.to(tl.float32) + b_std * b_eps.to(b_raw.dtype).to(tl.float32)
     if k_ptr is not None:
-        o_k = (i_outer * k_outer + o_inner * k_inner)[:, None]
+        o_k = row_offsets(i_outer, o_inner, k_strides)
         b_x = tl.where(columns_of(k_ptr, o_k, o_col, m_row, m_noise, 0, KEEP_MASK_COLUMNS) != 0, b_x, 0.0)
     b_x += b_mean
     # A NaN is in no order and stays.

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._rows import RowStrides
+
 # Columns are counted in int32; a longer merged row stays two dimensions.
 LONGEST_ROW = 2**30
 
@@ -90,7 +92,7 @@ def noise_walk(
     for name, operand in operands.items():
         if not name.endswith("mask") and operand.dtype == torch.float64:
             return f"{name} is float64 (the kernels compute in float32)"
-    strides = {name: broadcast_strides(operand, input.shape) for name, operand in operands.items()}
+    strides: dict[str, Sequence[int]] = {name: broadcast_strides(operand, input.shape) for name, operand in operands.items()}
     # Forward breaks dimensions where backward's sums will.
     for name in ("mean", "std"):
         strides[f"{name}_gradient"] = gradient_strides(operands[name].shape, input.shape)
@@ -109,6 +111,17 @@ def noise_walk(
                 ".contiguous() makes them so)"
             )
     return found
+
+
+def row_strides(walk: Walk, *operands: str) -> list[RowStrides]:
+    """Return each operand's strides over outer and inner rows, 0 where there is no operand."""
+    return [RowStrides(*walk.strides.get(name, (0, 0, 0))[:2]) for name in operands]
+
+
+@triton.jit
+def row_offsets(i_outer, o_inner, strides):
+    """Offsets of the first elements of an outer row's inner rows, [BN, 1]."""
+    return (i_outer * strides.outer + o_inner * strides.inner)[:, None]
 
 
 @triton.jit
