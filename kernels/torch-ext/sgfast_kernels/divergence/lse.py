@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
-from .terms import LEAST_EXPONENT, LOG2_E
+from .terms import LEAST_EXPONENT, LOG2_E, reference
 from .tiles import neighbours, split_rows, temperature_rows, tile
 
 # What `lse_pair` returns of a row: m and S of the noisy side, then of the clean side.
@@ -172,12 +172,13 @@ def _merge_kernel(t_ptr, t_step, parts_ptr, scalars_ptr, rows, splits, UNTEMPERE
 @triton.jit
 def _merge(parts_ptr, i_m, i_s, slope, splits, field, o_row, m_row):
     b_m = tl.full(o_row.shape, -1e30, tl.float32)
-    b_c = b_m
+    # A part's S is taken against the same reference, bounded below alike.
+    b_c = tl.full(o_row.shape, LEAST_EXPONENT, tl.float32)
     b_s = tl.zeros(o_row.shape, tl.float32)
     for i_split in range(splits):
         b_part = tl.load(parts_ptr + (i_m * splits + i_split) * field + o_row, mask=m_row, other=0.0)
         b_sum = tl.load(parts_ptr + (i_s * splits + i_split) * field + o_row, mask=m_row, other=0.0)
-        b_part_c = tl.maximum(b_part * slope, -1e30)
+        b_part_c = reference(b_part, slope)
         b_next = tl.maximum(b_c, b_part_c)
         b_s = b_s * tl.exp2(b_c - b_next) + b_sum * tl.exp2(b_part_c - b_next)
         b_m, b_c = tl.maximum(b_m, b_part), b_next

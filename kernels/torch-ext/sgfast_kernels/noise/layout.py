@@ -92,7 +92,9 @@ def noise_walk(
     for name, operand in operands.items():
         if not name.endswith("mask") and operand.dtype == torch.float64:
             return f"{name} is float64 (the kernels compute in float32)"
-    strides: dict[str, Sequence[int]] = {name: broadcast_strides(operand, input.shape) for name, operand in operands.items()}
+    strides: dict[str, Sequence[int]] = {}
+    for name, operand in operands.items():
+        strides[name] = broadcast_strides(operand, input.shape)
     # Forward breaks dimensions where backward's sums will.
     for name in ("mean", "std"):
         strides[f"{name}_gradient"] = gradient_strides(operands[name].shape, input.shape)
