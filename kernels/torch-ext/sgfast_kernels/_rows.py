@@ -1,4 +1,4 @@
-"""How kernels address the rows of a tensor of any rank, and what every launch has in common."""
+"""Addresses of the rows of a tensor of any rank, and the options that every launch shares."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Contracting a·b + c into one instruction is Triton's default up to 3.9 and no longer from 3.10 on; the digits and the
-# instruction counts here are those with it.
+# Triton up to 3.9 contracts a·b + c into one instruction by default; Triton 3.10 and later do not. The accuracy and the
+# instruction counts of the kernels hold with contraction.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -33,7 +33,7 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
-    """Return where the rows of a (..., D) tensor lie, or None if two strides over the rows do not describe it.
+    """Return the layout of the rows of a (..., D) tensor, or None if two strides over the rows do not describe them.
 
     Two strides cover contiguous tensors, slices such as ``logits[:, :-1]`` and one transposition of the leading
     dimensions. The elements of a row must be contiguous.
@@ -97,9 +97,10 @@ def row_start(i_row, inner, strides):
 
 @triton.jit
 def to_float32(b_x):
-    """A block as float32. Of bfloat16 by a shift: unlike a conversion, it is one with the unpacking of loaded words.
+    """A block as float32.
 
-    That holds for blocks loaded into registers; those staged through shared memory are better converted.
+    bfloat16 is shifted: the compiler joins the shift with the unpacking of loaded words, but not a conversion. This
+    holds for blocks loaded into registers. Blocks staged through shared memory are better converted.
     """
     if b_x.dtype == tl.bfloat16:
         b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)

@@ -3,7 +3,7 @@
 For logits x (noisy) and y (clean) over a temperature T, in units of bits: k = log2(e) / T.
 
 ``lse_pair``  per row and side the maximum m and S = Σ 2^(kx − fl(k·m)): (4, ...) = m_x, S_x, m_y, S_y. A log-sum-exp
-              would be rounded to its own size; the largest term here is 1 to the last bit.
+              would be rounded to its own size; here the largest term is 1 but for rounding of the last bit.
 
 Where few rows would leave processors idle, programs share a row and a small kernel joins their parts. A row with a NaN
 or +inf logit, or of −inf alone, has a sum that is NaN, infinite or 0. Masked rows are not read.
@@ -18,7 +18,7 @@ from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, ro
 from .terms import LEAST_EXPONENT, LOG2_E, reference
 from .tiles import neighbours, split_rows, temperature_rows, tile
 
-# What `lse_pair` returns of a row: m and S of the noisy side, then of the clean side.
+# Fields of `lse_pair`: m and S of the noisy side, then of the clean side.
 LSE_FIELDS = 4
 
 
@@ -76,14 +76,14 @@ def lse_pair(
 def _accumulate(b_x, b_m, b_c, b_s, slope, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
     """Add a tile of one side to the running maxima m, c = fl(k·m) and sums, one of each for a thread's neighbours.
 
-    c is a maximum of products, not a product: the compiler would fuse that into the differences below, and what c was
-    rounded by would multiply S again with every tile.
+    c is a maximum of products, not a product of the maximum. The compiler would fuse such a product into the
+    differences below, and the rounding error of c would multiply S again with every tile.
     """
     axis: tl.constexpr = 1 if ADJACENT else 0
     b_x = neighbours(b_x, BV, NEIGHBOURS, ADJACENT)
     b_highest = tl.max(b_x, axis=axis)
     b_next = tl.maximum(b_c, b_highest * slope)
-    # Fused: what c was rounded by stays in S.
+    # Fused, so that the rounding error of c stays in S.
     b_e = tl.exp2(tl.fma(b_x, slope, -tl.expand_dims(b_next, axis)))
     return tl.maximum(b_m, b_highest), b_next, tl.fma(b_s, tl.exp2(b_c - b_next), tl.sum(b_e, axis=axis))
 

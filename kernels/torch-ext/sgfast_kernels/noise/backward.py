@@ -18,7 +18,7 @@ from .._rows import LAUNCH_OPTIONS, RowStrides, on_device_of
 from .forward import bytes_of, each_column, tile_normals, tile_of
 from .layout import Walk, columns_of, noise_walk, row_offsets, row_strides
 
-# Longer sums leave fewer partial ones to write, and fewer programs: not below what fills a large GPU.
+# Longer sums leave fewer partial sums to write, but also fewer programs. 2048 programs fill a large GPU.
 _MOST_TRIPS, _ENOUGH_PROGRAMS = 64, 2048
 
 
@@ -62,7 +62,7 @@ def noise_backward(
     summed = [name for name, needed in (("mean", needs_mean), ("std", needs_std)) if needed]
     turned = any(walk.sums(name)[0] and not walk.sums(name)[1] for name in summed)
     if turned:
-        # Programs add up inner rows: what is a sum over the outer ones alone changes places with them.
+        # Programs add up inner rows. A sum over outer rows alone exchanges outer and inner rows.
         walk = walk.transposed()
     outer, inner, width = walk.sizes
     over_rows = any(walk.sums(name)[1] for name in summed)
@@ -116,13 +116,13 @@ def noise_backward(
 
 
 def _trips(row_tiles: int, others: int) -> int:
-    """How many tiles of rows a program adds up, a power of two."""
+    """Return the number of tiles of rows that a program adds up, a power of two."""
     wanted = min(_MOST_TRIPS, row_tiles, row_tiles * others // _ENOUGH_PROGRAMS)
     return int(max(1, triton.next_power_of_2(wanted + 1) // 2))
 
 
 def _target(operand: Tensor, walk: Walk, name: str, partial: tuple[int, int]) -> Tensor:
-    """Where the kernel writes a gradient: itself, or float32 partial sums of rows or columns of tiles."""
+    """Return what the kernel writes to: the gradient, or float32 partial sums over rows or columns of tiles."""
     sums = walk.sums(name)
     if not any(sums):
         return torch.empty(operand.shape, dtype=operand.dtype, device=operand.device)
@@ -132,7 +132,7 @@ def _target(operand: Tensor, walk: Walk, name: str, partial: tuple[int, int]) ->
 
 
 def _target_strides(walk: Walk, name: str, partial: tuple[int, int]) -> RowStrides:
-    """The strides of ``_target`` over outer rows, and over inner rows or their tiles."""
+    """Return the strides of ``_target`` over outer rows, and over inner rows or their tiles."""
     sums = walk.sums(name)
     if not any(sums):
         return RowStrides(*walk.strides[f"{name}_gradient"][:2])
@@ -161,7 +161,7 @@ def _store_rows(ptr, o_row, o_col, i_column_tile, m_row, m_tile, b_gradient, OVE
 
 @triton.jit
 def _store_sums(ptr, o_col, i_column_tile, width, b_sums, OVER_COLUMNS: tl.constexpr):
-    """Store what the program's rows add up to, for every column or all of the tile's."""
+    """Store the sum over the program's rows: one for each column, or one for all columns of the tile."""
     b_sums = tl.sum(b_sums, axis=0, keep_dims=True)
     if OVER_COLUMNS:
         tl.store(ptr + i_column_tile, tl.sum(tl.sum(b_sums, axis=1), axis=0))

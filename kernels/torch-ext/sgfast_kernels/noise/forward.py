@@ -3,10 +3,10 @@
 ``standard_normal``   the stream itself
 ``noise_forward``     where(n, clamp(where(k, input + std·eps, 0) + mean), input)
 
-eps is ``standard_normal`` by linear element number, rounded once to the input's dtype; four neighbouring elements share
-one Philox call. A program none of whose rows is selected draws nothing and reads neither mean nor std. Rows that do
-not begin at a multiple of four (odd widths, under a mask or a broadcast operand) compute the words of every element
-by themselves.
+eps is ``standard_normal`` by linear element number, rounded once to the input's dtype. Four neighbouring elements share
+one Philox call. A program without a selected row draws nothing and reads neither mean nor std. Rows may begin at an
+element number that is no multiple of four (odd widths, under a mask or a broadcast operand); each element then makes a
+Philox call of its own.
 """
 
 from collections.abc import Sequence
@@ -98,21 +98,21 @@ def noise_forward(
 
 
 def bytes_of(mask: Tensor | None) -> Tensor | None:
-    """A mask as Triton reads it."""
+    """Return a mask as bytes, as Triton reads it."""
     return None if mask is None else mask.view(torch.uint8)
 
 
 def each_column(walk: Walk) -> dict[str, bool]:
-    """Which operands have a value for each column: all but those that one stride of 0 spreads over the row."""
+    """Return, for each operand, whether it has a value for each column; a stride of 0 spreads one over the row."""
     names = ("mean", "std", "noise_mask", "keep_mask")
     return {f"{name.upper()}_COLUMNS": walk.strides.get(name, (0, 0, 0))[2] == 1 for name in names}
 
 
 def tile_of(walk: Walk, input: Tensor, sums_rows: bool = False) -> dict[str, int]:
-    """Rows and columns of a program's tile, and the warps: half of it for float32, for sums kept in
-    registers and for draws one by one.
+    """Return rows and columns of a program's tile, and its warps.
 
-    Narrow rows share a program. Sizes depend on powers of two alone, so that shapes share compiled kernels.
+    The tile is halved for float32, for sums kept in registers and for draws one by one. Narrow rows share a program.
+    Sizes depend on powers of two alone, so that shapes share compiled kernels.
     """
     _, inner, width = walk.sizes
     halved = sums_rows or input.dtype == torch.float32 or not walk.grouped
@@ -200,7 +200,7 @@ def _forward_kernel(
         o_k = row_offsets(i_outer, o_inner, k_strides)
         b_x = tl.where(columns_of(k_ptr, o_k, o_col, m_row, m_noise, 0, KEEP_MASK_COLUMNS) != 0, b_x, 0.0)
     b_x += b_mean
-    # A NaN is in no order and stays.
+    # A NaN compares as false and stays.
     if lowest is not None:
         b_x = tl.where(b_x < lowest, lowest, b_x)
     if highest is not None:
