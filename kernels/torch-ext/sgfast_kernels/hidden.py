@@ -151,7 +151,7 @@ def _forward_kernel(
     b_dd = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
     b_ds = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
     b_ab = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
-    # No trip at all where every row of the program is masked.
+    # A program whose rows are all masked makes no trip.
     stop = width * tl.max(m_read.to(tl.int32), axis=0)
     for start in range(0, stop, BD):
         o_col = start + tl.arange(0, BD)[None, :]

@@ -24,7 +24,7 @@ from ._rows import LAUNCH_OPTIONS, on_device_of
 
 #: The largest selection. Sorting a larger one costs more than the products.
 MAX_CANDIDATES = 64
-#: Programs that fill a GPU: where queries make fewer, the table is shared out.
+#: Programs that fill a GPU. Where the queries make fewer programs, several share the table.
 _PROGRAMS = 256
 
 

@@ -1,4 +1,4 @@
-"""Divergences over the whole vocabulary: a second read of both sides, after ``lse_pair``'s.
+"""Divergences over the whole vocabulary: a second read of both sides, after the read of ``lse_pair``.
 
 ``divergence_forward``  values (kinds, ...), and row scalars (4 + 2·kinds, ...): ``lse_pair``'s, then per kind ΣA and
                         ΣB, the row sums of the partials with respect to log p and log q, which backward needs.
@@ -153,6 +153,7 @@ def _add_column(
     GUARDED: tl.constexpr,
 ):
     """Add logits to the sums that the kinds need; ``kinds.SUMS`` lists the terms, ``finish`` the values."""
+    # In the order of ``kinds.SUMS``.
     s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp, s_d = sums
     _, _, _, rescale, ratio_row = row
     b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, row, KINDS)

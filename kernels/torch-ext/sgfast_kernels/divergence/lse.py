@@ -113,7 +113,7 @@ def _lse_kernel(
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, width)
     if mask_ptr is not None:
-        # No trip and no tail where the row is masked.
+        # A masked row has no trip and no tail.
         stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
     a_row = a_ptr + row_start(i_row, a_inner, a_strides)
@@ -172,7 +172,7 @@ def _merge_kernel(t_ptr, t_step, parts_ptr, scalars_ptr, rows, splits, UNTEMPERE
 @triton.jit
 def _merge(parts_ptr, i_m, i_s, slope, splits, field, o_row, m_row):
     b_m = tl.full(o_row.shape, -1e30, tl.float32)
-    # A part's S is taken against the same reference, bounded below alike.
+    # Parts were summed against references with the same lower bound.
     b_c = tl.full(o_row.shape, LEAST_EXPONENT, tl.float32)
     b_s = tl.zeros(o_row.shape, tl.float32)
     for i_split in range(splits):

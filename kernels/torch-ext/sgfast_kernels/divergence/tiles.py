@@ -62,7 +62,7 @@ def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, 
 def neighbours(b_x, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
     """A tile whose last axis (adjacent) or first axis has the columns that one thread holds.
 
-    A thread's columns are adjacent where one load fetches them. Elsewhere a column of every other thread lies between them.
+    A thread's columns are adjacent where one load fetches them. Elsewhere they are a round of all threads apart.
     """
     groups: tl.constexpr = BV // NEIGHBOURS
     return tl.reshape(b_x, [groups, NEIGHBOURS]) if ADJACENT else tl.reshape(b_x, [NEIGHBOURS, groups])

@@ -1,4 +1,4 @@
-"""Divergences over the union of both sides' top-k: one read of each side (``topk``), then O(k) a row.
+"""Divergences over the union of both sides' top-k: one read of each side (``topk_select``), then O(k) a row.
 
 ``divergence_topk_forward``  values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars
                              (8 + 2·kinds, ...) for backward: m_x, S_x, m_y, S_y over what the support normalises by;
@@ -8,7 +8,7 @@
 
 The tail of a side is the sum of its weights outside its own top-k, less the weights that the other side's top-k takes.
 If an eighth or less would be left, digits would be lost: the row is then read once more. −inf, NaN and masked rows are
-as in ``divergence``.
+as in ``forward``.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Both sides' top-k logits per row, exactly, and what the rows hold outside them: one read of each side.
+"""Both sides' top-k logits per row, exactly, and the rows' weights outside them: one read of each side.
 
 For a row x over a temperature T, k = log2(e) / T, "the first" means first by (value descending, index ascending), and
 the weight of a logit against a reference r is 2^(kx − fl(k·r)):
@@ -167,7 +167,7 @@ def _group_kernel(
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, width)
     if mask_ptr is not None:
-        # No trip and no tail where the row is masked.
+        # A masked row has no trip and no tail.
         stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
     x_row = x_ptr + row_start(i_row, inner, strides)
