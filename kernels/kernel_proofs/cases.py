@@ -167,7 +167,7 @@ def _top_k(width: int, k: int, support: str | None = None, kinds: str = "kl") ->
     floor = 4 + min(32 / group + 4 * group * k / width for group in groups)
     # A thread of the selection holds 16 logits or groups. The tail's second read of few rows may cost more.
     registers = 224 if kinds == "all" else 160 if support == "tail" else 128
-    limits = {"rows": 4096, "traffic": 1.03 if k <= 64 else 1.05, "registers": registers}
+    limits: dict[str, Any] = {"rows": 4096, "traffic": 1.03 if k <= 64 else 1.05, "registers": registers}
     if support is None:
         return Case(f"top_k_union bf16 {width} k={k}", top_k_union, arguments, width, floor, **limits)
     name = f"divergence_topk_forward bf16 {width} k={k} {support} {kinds}"
@@ -198,7 +198,11 @@ def _top_k_backward(width: int, k: int, support: str, kinds: str, *needs: bool) 
     name = f"divergence_topk_backward bf16 {width} k={k} {support} {kinds} {'both' if all(needs) else 'noisy'}"
     floor = (2 if support == "renormalize" else 4) * sum(needs)
     registers = 192 if kinds == "all" else 64
-    limits = {"rows": 1024, "traffic": 1.1 if support == "renormalize" else 1.05, "registers": registers}
+    limits: dict[str, Any] = {
+        "rows": 1024,
+        "traffic": 1.1 if support == "renormalize" else 1.05,
+        "registers": registers,
+    }
     return Case(name, divergence_topk_backward, arguments, width, floor, **limits)
 
 
@@ -218,7 +222,7 @@ def _nearest(dtype: torch.dtype, width: int, scaled: bool, count: int, ranks: bo
 
     function = rank_candidates if ranks else nearest_candidates
     name = f"{function.__name__} {'bf16' if dtype == _bf16 else 'fp32'} {width}{' scaled' if scaled else ''} {count}"
-    limits = {"rows": 2048, "traffic": 1.3, "registers": 255, "jumps": 1e-2, "vector_loads": 1}
+    limits: dict[str, Any] = {"rows": 2048, "traffic": 1.3, "registers": 255, "jumps": 1e-2, "vector_loads": 1}
     return Case(name, function, arguments, width, 4 + 64 * dtype.itemsize, **limits)
 
 
@@ -229,7 +233,7 @@ def _noised(
     function = noise_forward if name.startswith("forward") else noise_backward
     # Masked rows copy the input or the upstream gradient.
     masked = 4.0 if "fp32" in name else 2.0
-    settings = {"traffic": 1.01, "registers": 80, "masked": masked, "jumps": 1e-3} | limits
+    settings: dict[str, Any] = {"traffic": 1.01, "registers": 80, "masked": masked, "jumps": 1e-3} | limits
     return Case(f"noise_{name}", function, arguments, width, floor, **settings)
 
 

@@ -1,4 +1,4 @@
-"""What differs between vendors: the one place that asks which GPU a kernel is compiled for."""
+"""Differences between vendors. No other module asks which GPU a kernel is compiled for."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ _FAST_LOG2 = {"cuda": "__nv_fast_log2f", "hip": "__ocml_native_log2_f32"}
 
 
 def fast_log2(b_x: Any, _semantic: Any = None) -> Any:
-    """log2 of a normal float32 by the GPU's own instruction, to 2e-7 near 1 and to one rounding elsewhere.
+    """log2 of a normal float32 by the GPU's own instruction: the error is 2e-7 near 1 and one rounding elsewhere.
 
     ``tl.log2`` spends 10 to 40 instructions on subnormal numbers and the last bit.
     """

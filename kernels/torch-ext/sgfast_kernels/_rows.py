@@ -1,4 +1,4 @@
-"""How kernels address the rows of a tensor of any rank, and what every launch has in common."""
+"""Addresses of the rows of a tensor of any rank, and the options that every launch shares."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Contracting a·b + c into one instruction is Triton's default up to 3.9 and no longer from 3.10 on; the digits and the
-# instruction counts here are those with it.
+# Triton up to 3.9 contracts a·b + c into one instruction by default; Triton 3.10 and later do not. The accuracy and the
+# instruction counts of the kernels hold with contraction.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -33,7 +33,7 @@ class RowLayout(NamedTuple):
 
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
-    """Return where the rows of a (..., D) tensor lie, or None if two strides over the rows do not describe it.
+    """Return the layout of the rows of a (..., D) tensor, or None if two strides over the rows do not describe them.
 
     Two strides cover contiguous tensors, slices such as ``logits[:, :-1]`` and one transposition of the leading
     dimensions. The elements of a row must be contiguous.
@@ -54,10 +54,17 @@ def row_layout(tensor: Tensor) -> RowLayout | None:
     return RowLayout(inner, RowStrides(levels[0][1] if len(levels) == 2 else 0, inner_stride))
 
 
+def required_layout(tensor: Tensor) -> RowLayout:
+    """Return the layout of a tensor whose rows the caller knows to have one."""
+    layout = row_layout(tensor)
+    assert layout is not None, f"strides {tensor.stride()}"
+    return layout
+
+
 def vector_columns(*tensors: Tensor) -> int:
     """Return how many columns one 16-byte load covers if every row of every tensor starts aligned, else 1."""
     for tensor in tensors:
-        layout = row_layout(tensor)
+        layout = required_layout(tensor)
         # Triton takes an integer argument as aligned when it is a multiple of 16.
         if tensor.data_ptr() % 16 or any(n % 16 for n in (tensor.shape[-1], *layout.strides)):
             return 1
@@ -77,7 +84,8 @@ def mask_rows(mask: Tensor | None) -> Tensor | None:
 def on_device_of(tensor: Tensor) -> AbstractContextManager[None]:
     """Return a context in which kernels launch on the tensor's device: Triton launches on the current one."""
     if tensor.device.type in ("cuda", "xpu"):
-        return torch.get_device_module(tensor.device).device(tensor.device)
+        found: AbstractContextManager[None] = torch.get_device_module(tensor.device).device(tensor.device)
+        return found
     return nullcontext()
 
 
@@ -89,9 +97,10 @@ def row_start(i_row, inner, strides):
 
 @triton.jit
 def to_float32(b_x):
-    """A block as float32. Of bfloat16 by a shift: unlike a conversion, it is one with the unpacking of loaded words.
+    """A block as float32.
 
-    That holds for blocks loaded into registers; those staged through shared memory are better converted.
+    bfloat16 is shifted: the compiler joins the shift with the unpacking of loaded words, but not a conversion. This
+    holds for blocks loaded into registers. Blocks staged through shared memory are better converted.
     """
     if b_x.dtype == tl.bfloat16:
         b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)

@@ -2,10 +2,10 @@
 
 For rows a (noisy) and b (clean), forward writes ``values`` (4, ...): cosine distance, l2, normalized l2, cosine
 similarity; and ``row_scalars`` (4, ...) for backward: ‖a−b‖, ‖a‖, ‖b‖, ‖a‖−‖b‖. The cosine is formed from differences,
-(‖a−b‖² − (‖a‖−‖b‖)²) / (2‖a‖‖b‖) with ‖a‖−‖b‖ = Σ(a−b)(a+b) / (‖a‖+‖b‖), and keeps its digits where a ≈ b; where
-‖a−b‖ > min(‖a‖, ‖b‖) it is 1 − Σab / (‖a‖‖b‖), which keeps them where the norms are far apart. A row whose squared
-norm underflows counts as zero: similarity 0, cosine gradient 0. Both gradients are combinations of a − b and of the
-side's own row, with coefficients per row.
+(‖a−b‖² − (‖a‖−‖b‖)²) / (2‖a‖‖b‖) with ‖a‖−‖b‖ = Σ(a−b)(a+b) / (‖a‖+‖b‖), and keeps its digits where a ≈ b; where ‖a−b‖
+> min(‖a‖, ‖b‖) it is 1 − Σab / (‖a‖‖b‖), which keeps its digits where the norms are far apart. A row whose squared norm
+underflows counts as zero: similarity 0, cosine gradient 0. Both gradients are combinations of a − b and of the side's
+own row, with coefficients per row.
 
 Masked rows are not read; both passes write zeros there.
 """
@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_layout, row_start, sum_neighbours, vector_columns
+from ._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_start, sum_neighbours, vector_columns
 
-# The smallest normal float32: below it squares have lost their digits, and above it 1/(‖a‖‖b‖) is finite.
+# The smallest normal float32. Smaller squares have lost their digits; with larger squares 1/(‖a‖‖b‖) is finite.
 TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
@@ -44,8 +44,8 @@ def hidden_forward(noisy: Tensor, clean: Tensor, mask: Tensor | None, eps: float
                 row_scalars,
                 rows,
                 width,
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 eps,
                 **tile,
                 **LAUNCH_OPTIONS,
@@ -92,8 +92,8 @@ def hidden_backward(
                 clean_gradient,
                 rows,
                 width,
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 eps,
                 BN=tile["BN"],
                 BD=tile["BD"],
@@ -104,7 +104,7 @@ def hidden_backward(
 
 
 def _tile(noisy: Tensor, clean: Tensor) -> dict[str, int]:
-    """Rows and columns of a program's tile, the columns that share a sum, and the warps.
+    """Return rows and columns of a program's tile, the columns that share a sum, and the warps.
 
     One warp takes one row in steps of 512 columns: two 16-byte bf16 loads a side are in flight per thread, 40 to 60
     registers keep an SM full of warps, and nothing crosses warps. Wider rows get more warps, so that no program makes
@@ -151,7 +151,7 @@ def _forward_kernel(
     b_dd = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
     b_ds = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
     b_ab = tl.zeros([BN, BD // NEIGHBOURS], tl.float32)
-    # No trip at all where every row of the program is masked.
+    # A program whose rows are all masked makes no trip.
     stop = width * tl.max(m_read.to(tl.int32), axis=0)
     for start in range(0, stop, BD):
         o_col = start + tl.arange(0, BD)[None, :]

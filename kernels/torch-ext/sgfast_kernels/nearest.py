@@ -4,14 +4,15 @@ For query points a (centred, float32) and table rows x with the point b = scale�
 
     key = sign · (‖b‖² − 2 a·b),     |key + sign·‖a‖² − sign·d²| ≤ E = N (coefficient·N + linear) + constant
 
-with N = ‖a‖ + the largest ‖b‖ of the tile; the caller knows why. ``nearest_candidates`` keeps, for every query, the
-rows of the least key − E. ``rank_candidates`` counts the rows that are certainly before a limit and keeps those of
-which key ± E does not tell. A key that is NaN (a NaN, or no bound: the caller's norm is NaN) has the least bound.
+with N = ‖a‖ + the largest ‖b‖ of the tile. The caller derives the bound E. ``nearest_candidates`` keeps, for every
+query, the rows of the least key − E. ``rank_candidates`` counts the rows that are certainly before a limit and keeps
+the rows that key ± E leaves undecided. A key that is NaN (a NaN, or no bound: the caller's norm is NaN) has the least
+bound.
 
 One program has a tile of queries and a share of the table, walked from front to back. Its selection is sorted 64-bit
-integers, the order-preserving bits of key − E above the row's number; a tile of rows none of which could enter is
-passed over, else its first enter by half a bitonic merge. The product is plain float32 ("ieee"): TF32 has no bound of
-use.
+integers, the order-preserving bits of key − E above the row's number; a tile without a row that could enter is passed
+over, else its first rows enter by half a bitonic merge. The product is plain float32 ("ieee"): no useful bound holds
+for TF32.
 """
 
 import torch
@@ -21,9 +22,9 @@ from torch import Tensor
 
 from ._rows import LAUNCH_OPTIONS, on_device_of
 
-#: What a selection holds at most. Beyond, its sorting outweighs the products.
+#: The largest selection. Sorting a larger one costs more than the products.
 MAX_CANDIDATES = 64
-#: Programs that fill a GPU: where queries make fewer, the table is shared out.
+#: Programs that fill a GPU. Where the queries make fewer programs, several share the table.
 _PROGRAMS = 256
 
 
@@ -40,7 +41,7 @@ def nearest_candidates(
 ) -> tuple[Tensor, Tensor]:
     """Return the least key − E of every query and their rows, (Q, min(count, V)) float32 and int64, ascending.
 
-    No other row's is less than the last. Where a key is NaN, so is the bound.
+    No other row has a smaller key − E than the last. Where a key is NaN, so is the bound.
 
     Args:
         queries: (Q, D) float32 points, contiguous.
@@ -69,7 +70,7 @@ def rank_candidates(
     count: int,
     limits: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return of every query how many rows are certainly before its limit, of how many E cannot tell, and which.
+    """Return, for every query, how many rows are certainly before its limit, how many are undecided, and which.
 
     (Q,) int64 twice, and (Q, count) int64: the undecided, if there are no more than ``count``, then −1.
 
@@ -134,15 +135,15 @@ def _launch(
                 **tile,
                 **LAUNCH_OPTIONS,
             )
-    # The first of all shares' first.
+    # The shares' selections are merged.
     return packed.flatten(1).topk(count, largest=False).values, counts
 
 
 def _tile(rows: int, count: int, pairs: int) -> dict[str, int]:
-    """Queries, table rows and columns of a tile: so many pairs a thread, whose operands fill its registers.
+    """Return queries, table rows and columns of a tile; the operands of a thread's pairs fill its registers.
 
-    Ranks have limits and counts besides, and of 16 pairs some compilers spill a few. With half the pairs a tile has
-    twice the table rows: every tile of them reads the queries again.
+    Ranks hold limits and counts besides, and some compilers spill registers with 16 pairs. With half the pairs a tile
+    has twice the table rows, since every tile of table rows reads the queries again.
     """
     table_rows = max(1024 // pairs, count)
     queries = min(256 * pairs // table_rows, max(16, triton.next_power_of_2(rows)))
@@ -150,7 +151,7 @@ def _tile(rows: int, count: int, pairs: int) -> dict[str, int]:
 
 
 def _values(packed: Tensor) -> Tensor:
-    """The float32 in the upper halves."""
+    """Return the float32 in the upper halves."""
     bits = (packed >> 32).to(torch.int32)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
 
@@ -165,7 +166,7 @@ def _pack(b_x, b_row, m_x):
 
 @triton.jit
 def _merge(b_selected, b_new, FIRST: tl.constexpr):
-    """The first of the selected, sorted, and of the new."""
+    """The first of the selected and the new together, sorted; the selected are sorted."""
     b_new = tl.flip(tl.topk(b_new, FIRST), 1)
     return tl.bitonic_merge(tl.maximum(b_selected, b_new), descending=True)
 
@@ -226,7 +227,7 @@ def _candidates_kernel(
             b_bb += b_b * b_b
             b_product = tl.dot(b_a, tl.trans(b_b), b_product, input_precision="ieee")
         b_square = tl.sum(b_bb, axis=1)
-        # Beyond this, squares may overflow on their way: no bound.
+        # Larger squares may overflow on the way: there is no bound.
         b_square = tl.where(b_square < 1.3e36, b_square, float("nan"))
         reach = tl.sqrt(tl.max(tl.where(m_row & (b_square == b_square), b_square, 0.0), axis=0))
         b_reach = b_norm + reach
@@ -241,7 +242,7 @@ def _candidates_kernel(
             b_below = tl.load(limit_ptr + o_query, mask=m_query, other=0.0)
             b_above = tl.load(limit_ptr + rows.to(tl.int64) + o_query, mask=m_query, other=0.0)
             m_before = m_pair & (b_key + b_error[:, None] < b_below[:, None])
-            # What is neither before nor after, a NaN for one.
+            # Rows neither before nor after the limit are undecided, NaN among them.
             m_pair = m_pair & ~m_before & ~(b_least > b_above[:, None])
             b_before += tl.sum(m_before.to(tl.int32), axis=1)
             b_undecided += tl.sum(m_pair.to(tl.int32), axis=1)

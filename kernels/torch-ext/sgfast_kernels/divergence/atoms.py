@@ -1,8 +1,7 @@
 """Divergences over the few atoms of a top-k support: the logits at its indices, and one atom for the rest.
 
-Here nothing is per logit of the vocabulary: the terms are those of ``terms`` in their plainest form, with
-normalised probabilities. Tiles are [rows, atoms], scalars of rows [rows, 1]; lanes without an atom have probability 0
-on both sides.
+The terms are those of ``terms`` in their plainest form, with normalised probabilities, since a row has few atoms. Tiles
+are [rows, atoms], scalars of rows are [rows, 1]. Lanes without an atom have probability 0 on both sides.
 """
 
 import triton
@@ -33,7 +32,7 @@ from .terms import (
     times_ratio,
 )
 
-# What a support restricts sums to, in a kernel's ``SUPPORT``.
+# The meanings of a support, in the order of a kernel's ``SUPPORT``.
 SUPPORTS = ("truncate", "renormalize", "tail")
 TRUNCATE, RENORMALIZE, TAIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
@@ -42,7 +41,7 @@ ROW_SCALARS = 8
 
 
 def rows_and_atoms(size: int) -> dict[str, int]:
-    """The tile of a program: one lane more than indices, for the tail; a few rows."""
+    """Return a program's tile: a few rows, and one lane per index and one for the tail."""
     atoms_each = triton.next_power_of_2(size + 1)
     return {"BN": min(max(512 // atoms_each, 1), 16), "BK": atoms_each}
 
@@ -74,7 +73,7 @@ def atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT
         )
         p = (t_a / s_a) * tl.exp2(c_ra - c_a)
         q = (t_b / s_b) * tl.exp2(c_rb - c_b)
-        # Within each side first: the sides may lie apart.
+        # Differences within each side come first, because the sides may lie apart.
         d = ((c_ra - c_a) - (c_rb - c_b)) + (log2_ratio(t_a, t_b) - log2_ratio(s_a, s_b))
         b_p, b_q = tl.where(m_tail, p, b_p), tl.where(m_tail, q, b_q)
         b_d = tl.where(m_tail, d, b_d)
@@ -96,9 +95,9 @@ def term_and_partials(
 ):
     """Each atom's term of one kind, and the partials with respect to log p and log q.
 
-    Over whole distributions a multiple of p − q is added to the terms of the KL and skew kinds, and of p (of q) to
-    partials: their sums are 0, and nothing cancels near p = q. Under ``truncate`` they are those of the definition.
-    ``beta`` and ``skew`` are pairs: a weight, and 1 less it.
+    Over whole distributions a multiple of p − q is added to the terms of the KL and skew kinds, and a multiple of p (of
+    q) to their partials. The sums of these multiples are 0, and with them nothing cancels near p = q. Under
+    ``truncate`` terms and partials are those of the definition. ``beta`` and ``skew`` are pairs: a weight w, and 1 − w.
     """
     b_difference = difference_of(b_p, b_q, b_d)
     b_pl, b_ql = times_ratio(b_p, b_d) * LN2, times_ratio(b_q, b_d) * LN2
@@ -142,7 +141,7 @@ def term_and_partials(
 
 @triton.jit
 def finite_or_zero(b_partial):
-    """The rows' partials, 0 where their sum is infinite, and the sum: a step in that direction does not exist."""
+    """The rows' partials and their sum, both 0 where the sum is infinite: a gradient does not exist there."""
     total = tl.sum(b_partial, axis=1, keep_dims=True)
     infinite = tl.abs(total) == float("inf")
     return tl.where(infinite, 0.0, b_partial), tl.where(infinite, 0.0, total)

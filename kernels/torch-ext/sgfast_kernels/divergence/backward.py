@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device import fast_log2
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start, to_float32
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start, to_float32
 from .kinds import (
     CROSS_ENTROPY,
     DIVERGENCE_COUNT,
@@ -53,7 +53,7 @@ from .terms import (
 )
 from .tiles import label_rows, split_rows, temperature_rows, tile, weights_of
 
-# What a program finds out about its row costs as much as twenty columns of each thread, of which a tile has 16.
+# A program's work per row costs as much as twenty columns of each thread; a tile has 16 columns of each thread.
 _TILES_EACH = 4
 _LSE_FIELDS = tl.constexpr(LSE_FIELDS)
 
@@ -110,8 +110,8 @@ def divergence_backward(
                 rows,
                 width,
                 span,
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 weights_of(beta),
                 weights_of(skew),
                 places_of(kinds),
@@ -152,7 +152,7 @@ def _coefficients(upstream_ptr, scalars_ptr, places, field, i_row, rate, KINDS: 
                 b_2 -= g_q
             if reads(i, SKEWED, SUM_Q_RATIO):
                 b_1 -= g_q * LN2
-        upstream += ((g_p, g_q),)
+        upstream += ((g_p, g_q),)  # type: ignore[assignment]
     return (a_0, a_1, a_2), (b_0, b_1, b_2), upstream
 
 
@@ -187,12 +187,12 @@ def _gradients(
     slope, c_a, c_b, rescale, correction, ratio_row, log_s_b = row
     b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
     b_p, b_q = squares(b_u, b_v, KINDS)
-    # Its sign is the one that forward summed by.
+    # Forward summed by the sign of this difference.
     b_apart = tl.fma(b_p, rescale, -b_q)
     b_p *= rescale
     b_log_p = tl.fma(b_log_p, bits_per_unit(KINDS), correction)
     b_log_q *= bits_per_unit(KINDS)
-    # A product with a clamped ratio is 0 where the probability is, and is multiplied by 0 in rows that are infinite.
+    # A product with a clamped ratio is 0 where the probability is 0. In infinite rows the product is multiplied by 0.
     if EXACT:
         b_d = clamped(log2_quotient(b_x, b_y, ratio_row))
         b_difference = difference_of(b_p, b_q, b_d)
@@ -200,7 +200,7 @@ def _gradients(
         b_d = clamped(b_log_p - b_log_q)
         b_difference = b_apart
 
-    # Terms that no kind has are left out: the compiler would keep 0 · d, which might be a NaN.
+    # Terms of no kind are left out: the compiler would keep 0 · d, which might be NaN.
     b_to_p, b_to_q = a[0], b[0]
     if needed(KINDS, SKEWED, SUM_P_RATIO):
         b_to_p += b_d * a[1]
@@ -309,7 +309,7 @@ def _backward_kernel(
 
     for i_col in range(start, stop, BV):
         o_col = i_col + tl.arange(0, BV)
-        # What lies beyond the row is not stored.
+        # Columns beyond the row are not stored.
         b_x = to_float32(tl.load(a_row + o_col, mask=o_col < width))
         b_y = to_float32(tl.load(b_row + o_col, mask=o_col < width))
         b_a, b_b = tl.zeros([BV], tl.float32), tl.zeros([BV], tl.float32)

@@ -62,7 +62,7 @@ def _store_kind(values_ptr, scalars_ptr, place, field, o_row, m_row, m_read, b_v
 def _value_and_partial_sums(totals, b_d, b_1, b_s, betas, TO_NATS: tl.constexpr, KIND: tl.constexpr):
     """A kind's value, ΣA and ΣB from the totals of its sums.
 
-    ``b_d`` is Σ(P − Q)/S, 0 but for the rounding of the normalisers; adding and subtracting it takes that rounding off.
+    ``b_d`` is Σ(P − Q)/S: the normalisers' rounding, which each value is corrected by.
     ``b_1`` is 1/S and ``b_s`` is S, the clean side's sum of weights.
     """
     if KIND == FORWARD_KL:
@@ -77,7 +77,7 @@ def _value_and_partial_sums(totals, b_d, b_1, b_s, betas, TO_NATS: tl.constexpr,
         b_v, b_a, b_b = b_a + b_b, b_a + b_d, b_b - b_d
     elif KIND == JENSEN_SHANNON:
         b_tv = 0.5 * b_1 * totals[SUM_APART]
-        # Where no probability differs, the sums are what the logarithms were rounded by.
+        # Where no probability differs, the sums contain only rounding errors of the logarithms.
         b_a = tl.where(b_tv == 0, 0.0, betas[1] * TO_NATS * b_1 * totals[SUM_P_MIXTURE])
         b_b = tl.where(b_tv == 0, 0.0, betas[0] * TO_NATS * b_1 * totals[SUM_Q_MIXTURE])
         b_v = tl.minimum(b_a + b_b, LN2 * b_tv)
@@ -156,7 +156,7 @@ def finish_kernel(
         b_total = tl.zeros([BN], tl.float32)
         if needed(KINDS, SKEWED, i) or (EXACT and i == SUM_DIFFERENCE):
             b_total = _total(sums_ptr, i, splits, field, o_row, m_row)
-        totals += (b_total,)
+        totals += (b_total,)  # type: ignore[assignment]
     b_1 = 1.0 / b_s
     b_d = tl.zeros([BN], tl.float32)
     if EXACT:

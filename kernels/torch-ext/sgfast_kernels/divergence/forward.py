@@ -1,4 +1,4 @@
-"""Divergences over the whole vocabulary: a second read of both sides, after ``lse_pair``'s.
+"""Divergences over the whole vocabulary: a second read of both sides, after the read of ``lse_pair``.
 
 ``divergence_forward``  values (kinds, ...), and row scalars (4 + 2·kinds, ...): ``lse_pair``'s, then per kind ΣA and
                         ΣB, the row sums of the partials with respect to log p and log q, which backward needs.
@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._device import fast_log2
-from .._rows import LAUNCH_OPTIONS, columns, mask_rows, on_device_of, row_count, row_layout, row_start, to_float32
+from .._rows import LAUNCH_OPTIONS, columns, mask_rows, on_device_of, required_layout, row_count, row_start, to_float32
 from .finish import finish_kernel
 from .kinds import (
     LABELS,
@@ -100,8 +100,8 @@ def divergence_forward(
                     rows,
                     width,
                     span,
-                    *row_layout(noisy),
-                    *row_layout(clean),
+                    *required_layout(noisy),
+                    *required_layout(clean),
                     weights_of(beta),
                     weights_of(skew),
                     **modes,
@@ -118,7 +118,7 @@ def divergence_forward(
                 row_scalars,
                 rows,
                 width,
-                *row_layout(noisy),
+                *required_layout(noisy),
                 shares,
                 places_of(kinds),
                 weights_of(beta),
@@ -132,7 +132,7 @@ def divergence_forward(
 
 @triton.jit
 def _product(b_p, b_log, GUARDED: tl.constexpr):
-    """P · log; guarded: with 0 · (±inf) = 0 and 0 · NaN = 0, and ratios that backward would clamp infinite."""
+    """P · log. Guarded, 0 · (±inf) and 0 · NaN are 0, and ratios that backward would clamp are infinite."""
     if GUARDED:
         b_log = tl.where(tl.abs(b_log) < BIG, b_log, b_log * float("inf"))
         b_log = tl.where(b_p > 0, b_log, 0.0)
@@ -152,12 +152,13 @@ def _add_column(
     EXACT: tl.constexpr,
     GUARDED: tl.constexpr,
 ):
-    """Add logits to the sums of the kinds asked for; what ``finish_kernel`` makes of them is written there."""
+    """Add logits to the sums that the kinds need; ``kinds.SUMS`` lists the terms, ``finish`` the values."""
+    # In the order of ``kinds.SUMS``.
     s_pd, s_qd, s_jsp, s_jsq, s_tv, s_tvp, s_h, s_ce, s_sf, s_sfp, s_sr, s_srp, s_d = sums
     _, _, _, rescale, ratio_row = row
     b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, row, KINDS)
     b_p, b_q = squares(b_u, b_v, KINDS)
-    # The scalar is what is negated: Triton 3.6 spends an instruction on a block's sign.
+    # The scalar is negated, not the block: Triton 3.6 spends an instruction on a block's sign.
     b_below = tl.fma(b_p, -rescale, b_q)  # Q − P
     b_d = b_log_p - b_log_q
     bits: tl.constexpr = bits_per_unit(KINDS)
@@ -210,7 +211,7 @@ def _where(condition, sums):
     """The sums, or zeros."""
     kept = ()
     for i in tl.static_range(SUM_COUNT):
-        kept += (tl.where(condition, sums[i], 0.0),)
+        kept += (tl.where(condition, sums[i], 0.0),)  # type: ignore[assignment]
     return kept
 
 
@@ -263,7 +264,7 @@ def _forward_kernel(
     ADJACENT: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    # Backwards through rows and columns: what pass 1 read last may still be in a cache.
+    # Rows and columns are walked backwards: a cache may still hold the columns that pass 1 read last.
     i_row = rows.to(tl.int64) - 1 - tl.program_id(0)
     field = rows.to(tl.int64)
     start = tl.program_id(1) * span
@@ -283,7 +284,7 @@ def _forward_kernel(
 
     sums = ()
     for _ in tl.static_range(SUM_COUNT):
-        sums += (tl.zeros([BV // NEIGHBOURS], tl.float32),)
+        sums += (tl.zeros([BV // NEIGHBOURS], tl.float32),)  # type: ignore[assignment]
     tiles = (stop - start) // BV
     for i in tl.range(0, tiles, num_stages=STAGES):
         i_col = start + (tiles - 1 - i) * BV
@@ -293,8 +294,8 @@ def _forward_kernel(
         sums = _add_tile(
             sums, b_a, b_b, row, betas, skews, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=False
         )
-    # Infinite ratios show: 0 · inf is NaN, and no sum of finite ones is large. Such rows are read again, with care;
-    # so is every row's tail.
+    # An infinite ratio shows in a sum: 0 · inf is NaN, and no sum of finite ratios is large. Such a row is read again,
+    # guarded. The tail of every row is guarded too.
     b_magnitude = tl.zeros([BV // NEIGHBOURS], tl.float32)
     for i in tl.static_range(SUM_COUNT):
         if unbounded(i):
@@ -308,7 +309,7 @@ def _forward_kernel(
         sums = _add_tile(
             sums, b_a, b_b, row, betas, skews, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=True
         )
-    # What the logarithms of P lack is the same for all: one of the programs adds it, times ΣP = ΣQ.
+    # All logarithms of P lack the same correction. One of the programs adds it, times ΣP = ΣQ.
     lacking = tl.where(tl.program_id(1) == 0, correction * s_b / bits_per_unit(KINDS), 0.0)
     o_part = sums_ptr + tl.program_id(1) * field + i_row
     for i in tl.static_range(SUM_COUNT):

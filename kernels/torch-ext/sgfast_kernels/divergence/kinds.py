@@ -16,11 +16,11 @@ class Sum(NamedTuple):
     """A sum over the logits of a row, of terms in P = p·S and Q = q·S with the clean side's S."""
 
     name: str
-    #: The terms lack the row's factor ``rescale`` of P: always, never, or in all but the exact kernels ("fast").
+    #: The terms lack the row's factor ``rescale`` of P: never, or in all but the exact kernels ("fast").
     lacks_rescale: Literal["never", "fast"] = "never"
-    #: The terms lack the row's ``correction`` of log P, times a probability.
+    #: The terms lack the row's ``correction`` of log P: never, always, or in all but the exact kernels.
     lacks_correction: Literal["never", "fast", "always"] = "never"
-    #: The sum is infinite or NaN where a ratio P/Q is infinite; the row is then read again with care.
+    #: The sum is infinite or NaN where a ratio P/Q is infinite; the row is then read again, guarded.
     unbounded: bool = False
 
 
@@ -81,7 +81,7 @@ def _sum_index(name: str) -> tl.constexpr:
     return tl.constexpr([each.name for each in SUMS].index(name))
 
 
-# What kernels know the kinds and the sums by: their indices.
+# Kernels know the kinds and the sums by their indices.
 FORWARD_KL = _kind_index("forward_kl")
 REVERSE_KL = _kind_index("reverse_kl")
 JEFFREYS = _kind_index("jeffreys")
@@ -134,7 +134,7 @@ def place_of(places, KIND: tl.constexpr):
 
 @triton.constexpr_function
 def asked(kinds, kind):
-    """Whether a kind is among those of the bits."""
+    """True if a kind is among the kinds of the bits."""
     return kinds >> kind & 1 == 1
 
 
@@ -149,42 +149,42 @@ def acting_kind(kind, skewed):
 
 @triton.constexpr_function
 def any_divergence(kinds):
-    """Whether a kind among those of the bits compares two sides."""
+    """True if a kind of the bits compares two sides."""
     return kinds & ((1 << DIVERGENCE_COUNT.value) - 1) != 0
 
 
 @triton.constexpr_function
 def reads(kind, skewed, index):
-    """Whether a kind reads a sum."""
+    """True if a kind reads a sum."""
     return _SUMS.value[index].name in _KINDS.value[acting_kind(kind, skewed)].sums
 
 
 @triton.constexpr_function
 def needed(kinds, skewed, index):
-    """Whether a kind among those of the bits reads a sum."""
+    """True if a kind of the bits reads a sum."""
     return any(asked(kinds, i) and reads(i, skewed, index) for i in range(len(_KINDS.value)))
 
 
 @triton.constexpr_function
 def signed(kind):
-    """Whether the value of a kind may be negative under the support ``truncate``."""
+    """True if the value of a kind may be negative under the support ``truncate``."""
     return _KINDS.value[kind].signed
 
 
 @triton.constexpr_function
 def unbounded(index):
-    """Whether a sum is infinite or NaN where a ratio is infinite."""
+    """True if a sum is infinite or NaN where a ratio is infinite."""
     return _SUMS.value[index].unbounded
 
 
 @triton.constexpr_function
 def lacks_rescale(index, exact):
-    """Whether the terms of a sum lack the row's factor of P."""
+    """True if the terms of a sum lack the row's factor ``rescale`` of P."""
     return _SUMS.value[index].lacks_rescale == "fast" and not exact
 
 
 @triton.constexpr_function
 def lacks_correction(index, exact):
-    """Whether the terms of a sum lack the row's correction of log P."""
+    """True if the terms of a sum lack the row's ``correction`` of log P."""
     lacking = _SUMS.value[index].lacks_correction
     return lacking == "always" or (lacking == "fast" and not exact)

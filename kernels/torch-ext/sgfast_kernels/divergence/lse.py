@@ -3,7 +3,7 @@
 For logits x (noisy) and y (clean) over a temperature T, in units of bits: k = log2(e) / T.
 
 ``lse_pair``  per row and side the maximum m and S = Σ 2^(kx − fl(k·m)): (4, ...) = m_x, S_x, m_y, S_y. A log-sum-exp
-              would be rounded to its own size; the largest term here is 1 to the last bit.
+              would be rounded to its own size; here the largest term is 1 but for rounding of the last bit.
 
 Where few rows would leave processors idle, programs share a row and a small kernel joins their parts. A row with a NaN
 or +inf logit, or of −inf alone, has a sum that is NaN, infinite or 0. Masked rows are not read.
@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
-from .terms import LEAST_EXPONENT, LOG2_E
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
+from .terms import LEAST_EXPONENT, LOG2_E, reference
 from .tiles import neighbours, split_rows, temperature_rows, tile
 
-# What `lse_pair` returns of a row: m and S of the noisy side, then of the clean side.
+# Fields of `lse_pair`: m and S of the noisy side, then of the clean side.
 LSE_FIELDS = 4
 
 
@@ -51,8 +51,8 @@ def lse_pair(
                 rows,
                 width,
                 span,
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 UNTEMPERED=untempered,
                 **sizes,
                 **LAUNCH_OPTIONS,
@@ -76,14 +76,14 @@ def lse_pair(
 def _accumulate(b_x, b_m, b_c, b_s, slope, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
     """Add a tile of one side to the running maxima m, c = fl(k·m) and sums, one of each for a thread's neighbours.
 
-    c is a maximum of products, not a product: the compiler would fuse that into the differences below, and what c was
-    rounded by would multiply S again with every tile.
+    c is a maximum of products, not a product of the maximum. The compiler would fuse such a product into the
+    differences below, and the rounding error of c would multiply S again with every tile.
     """
     axis: tl.constexpr = 1 if ADJACENT else 0
     b_x = neighbours(b_x, BV, NEIGHBOURS, ADJACENT)
     b_highest = tl.max(b_x, axis=axis)
     b_next = tl.maximum(b_c, b_highest * slope)
-    # Fused: what c was rounded by stays in S.
+    # Fused, so that the rounding error of c stays in S.
     b_e = tl.exp2(tl.fma(b_x, slope, -tl.expand_dims(b_next, axis)))
     return tl.maximum(b_m, b_highest), b_next, tl.fma(b_s, tl.exp2(b_c - b_next), tl.sum(b_e, axis=axis))
 
@@ -113,7 +113,7 @@ def _lse_kernel(
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, width)
     if mask_ptr is not None:
-        # No trip and no tail where the row is masked.
+        # A masked row has no trip and no tail.
         stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
     a_row = a_ptr + row_start(i_row, a_inner, a_strides)
@@ -172,12 +172,13 @@ def _merge_kernel(t_ptr, t_step, parts_ptr, scalars_ptr, rows, splits, UNTEMPERE
 @triton.jit
 def _merge(parts_ptr, i_m, i_s, slope, splits, field, o_row, m_row):
     b_m = tl.full(o_row.shape, -1e30, tl.float32)
-    b_c = b_m
+    # Parts were summed against references with the same lower bound.
+    b_c = tl.full(o_row.shape, LEAST_EXPONENT, tl.float32)
     b_s = tl.zeros(o_row.shape, tl.float32)
     for i_split in range(splits):
         b_part = tl.load(parts_ptr + (i_m * splits + i_split) * field + o_row, mask=m_row, other=0.0)
         b_sum = tl.load(parts_ptr + (i_s * splits + i_split) * field + o_row, mask=m_row, other=0.0)
-        b_part_c = tl.maximum(b_part * slope, -1e30)
+        b_part_c = reference(b_part, slope)
         b_next = tl.maximum(b_c, b_part_c)
         b_s = b_s * tl.exp2(b_c - b_next) + b_sum * tl.exp2(b_part_c - b_next)
         b_m, b_c = tl.maximum(b_m, b_part), b_next

@@ -1,6 +1,6 @@
-"""What one tile of logits contributes to divergences: arithmetic in float32 that keeps its digits, for any GPU.
+"""Terms of the divergences over a tile of logits: arithmetic in float32 that keeps its digits, for any GPU.
 
-Probabilities come unnormalised, P = p·S and Q = q·S with the clean side's S: every term is linear in (P, Q) for a given
+Probabilities are unnormalised, P = p·S and Q = q·S with the clean side's S. Every term is linear in (P, Q) for a given
 ratio, so that one division per row replaces one multiplication per logit. Logarithms are to base 2.
 """
 
@@ -11,19 +11,19 @@ from .kinds import HELLINGER, asked
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Infinite ratios where a product with probability 0 must be 0: large, but not so large that a product overflows.
+# Stands for an infinite ratio where a product with probability 0 must be 0. No product with it overflows.
 BIG = tl.constexpr(1e30)
-# Below it a probability has lost its digits.
+# A smaller probability has lost its digits.
 TINY = tl.constexpr(1.1754943508222875e-38)
-# What weights are taken against is at least this, in bits. What a product k·m was rounded by stays in the weights as a
-# power of two: of 1e9 it is at most 2^32; of masked logits, −1e20 say, it would overflow.
+# The reference of weights is at least this, in bits. The rounding error of a product k·m stays in the weights as a
+# power of two. At 1e9 the power is at most 2^32; at the −1e20 of a masked logit it would overflow.
 LEAST_EXPONENT = tl.constexpr(-1e9)
 
 
 @triton.jit
 def reference(maximum, slope):
-    """fl(k·r) of the maximum; finite where there are only −inf or masked logits."""
-    # Adding 0 keeps the compiler from fusing the product, unrounded, into what the caller takes it off.
+    """fl(k·r) of the maximum r; finite where all logits are −inf or masked."""
+    # A fused sum with 0 is rounded here. The compiler would fuse a plain product, unrounded, into the caller's sum.
     return tl.maximum(tl.fma(maximum, slope, 0.0), LEAST_EXPONENT)
 
 
@@ -64,9 +64,9 @@ def log2_ratio(a, b):
 
 @triton.jit
 def offsets(m_a, s_a, m_b, s_b, slope):
-    """c of both sides, and what `log2_quotient` needs of the row."""
+    """c of both sides, and the row's scalars for `log2_quotient`."""
     c_a, c_b = m_a * slope, m_b * slope
-    # What the c were rounded by is in the sums.
+    # The sums contain the rounding errors of both c.
     rounding = tl.fma(m_a, slope, -c_a) - tl.fma(m_b, slope, -c_b)
     gap = m_a - m_b
     # Close sides lose no digits in x − y; sides that lie apart would lose those of the shift between them.
@@ -93,7 +93,7 @@ def log2_quotient(b_x, b_y, row):
 
 @triton.jit
 def clamped(b_d):
-    """d made finite: what a probability of 0 is multiplied with (NaN where both are 0)."""
+    """d made finite, for products with a probability of 0; d is NaN where both probabilities are 0."""
     return tl.minimum(tl.maximum(b_d, -BIG), BIG)
 
 
@@ -122,8 +122,11 @@ def mixture(b_p, b_q, b_d, b_difference, weights):
 
 @triton.jit
 def joint_offsets(m_a, s_a, m_b, s_b, slope):
-    """c of both sides, log2 P = k·x − c_x + correction, log2 Q = k·y − c_y. The correction undoes a rounding."""
-    # Fused with 0, so that the compiler fuses the products into no sum: pass 1 rounded them.
+    """c of both sides and the correction: log2 P = k·x − c_x + correction, log2 Q = k·y − c_y.
+
+    The correction undoes the rounding of c_x.
+    """
+    # Fused with 0, because pass 1 rounded the products: the compiler would fuse them, unrounded, into sums.
     c_a, c_b = tl.fma(m_a, slope, 0.0), tl.fma(m_b, slope, 0.0)
     shift = log2_ratio(s_a, s_b)
     shifted = c_a + shift
@@ -133,7 +136,7 @@ def joint_offsets(m_a, s_a, m_b, s_b, slope):
 
 @triton.constexpr_function
 def bits_per_unit(kinds):
-    """Unit of the fast logarithms: two bits where Hellinger needs √P and √Q, so that these are their powers of two."""
+    """Unit of the fast logarithms, in bits: 2 where Hellinger needs √P and √Q, which are then their powers of two."""
     return 2.0 if asked(kinds, HELLINGER) else 1.0
 
 
@@ -151,7 +154,7 @@ def probabilities(b_x, b_y, row, KINDS: tl.constexpr):
 
 @triton.jit
 def squares(b_u, b_v, KINDS: tl.constexpr):
-    """P and Q, from what ``probabilities`` gave."""
+    """P and Q from the powers of two that ``probabilities`` returns."""
     return (b_u * b_u, b_v * b_v) if bits_per_unit(KINDS) == 2.0 else (b_u, b_v)
 
 

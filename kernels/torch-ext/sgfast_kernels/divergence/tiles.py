@@ -1,4 +1,4 @@
-"""What launches over two sets of logits share on the host: tiles, row splits, masks, temperatures."""
+"""The host side of launches over two sets of logits: tiles, row splits, labels, temperatures, weights."""
 
 import torch
 import triton
@@ -9,7 +9,7 @@ from .._rows import vector_columns
 
 
 def weights_of(weight: float) -> tuple[float, float]:
-    """A mixture's weights, both with all digits: float32 would lose those of a small one in 1 − weight."""
+    """Return a mixture's weights w and 1 − w. Computed in float32, 1 − w would lose the digits of a small w."""
     return float(weight), 1.0 - weight
 
 
@@ -19,7 +19,7 @@ def label_rows(labels: Tensor | None) -> Tensor | None:
 
 
 def temperature_rows(temperature: Tensor) -> tuple[Tensor, int]:
-    """The temperatures as a flat float32 tensor, and the step from row to row: 0 for a number expanded to all rows."""
+    """Return flat float32 temperatures and the step from row to row: 0 for a number expanded to all rows."""
     temperature = temperature.float()
     if all(stride == 0 for stride in temperature.stride()):
         return temperature.as_strided((1,), (1,)), 0
@@ -27,7 +27,7 @@ def temperature_rows(temperature: Tensor) -> tuple[Tensor, int]:
 
 
 def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, int]:
-    """The table of tiles: BV columns, num_warps; forward also the NEIGHBOURS that share a sum, and STAGES of the loads.
+    """Return a tile from the table: BV columns, num_warps; for forward also NEIGHBOURS that share a sum, and STAGES.
 
     =========  ==================  ==========  ============================================================
     pass       columns per thread  most warps  why
@@ -53,23 +53,23 @@ def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, 
     tile = {"BV": columns, "num_warps": max(1, columns // columns_each)}
     if backward:
         return tile
-    # Unaligned: as many as a thread of AMD's wider warps has. A NVIDIA thread then keeps two sums.
+    # Unaligned tiles: the number of columns that a thread of AMD's wider warps has. An NVIDIA thread keeps two sums.
     neighbours = vector_columns(noisy, clean) if adjacent else columns_each // 64
     return tile | {"NEIGHBOURS": neighbours, "ADJACENT": adjacent, "STAGES": 3 if kinds < 3 else 1}
 
 
 @triton.jit
 def neighbours(b_x, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
-    """A tile with the columns that one thread holds along an axis of their own: the last if adjacent, else the first.
+    """A tile whose last axis (adjacent) or first axis has the columns that one thread holds.
 
-    They are adjacent where one load fetches them; elsewhere a thread's columns are a round of all threads apart.
+    A thread's columns are adjacent where one load fetches them. Elsewhere they are a round of all threads apart.
     """
     groups: tl.constexpr = BV // NEIGHBOURS
     return tl.reshape(b_x, [groups, NEIGHBOURS]) if ADJACENT else tl.reshape(b_x, [NEIGHBOURS, groups])
 
 
 def split_rows(like: Tensor, rows: int, columns: int) -> tuple[int, int]:
-    """How many programs share a row, and the columns of each: a multiple of the tile."""
+    """Return the number of programs that share a row, and the columns of each: a multiple of the tile."""
     processors = 132
     if like.device.type == "cuda":
         processors = torch.cuda.get_device_properties(like.device).multi_processor_count

@@ -1,8 +1,9 @@
 """Gradients of divergences over the union of both sides' top-k.
 
-Outside the support a gradient is a row's constant times the logit's probability (``truncate``), times its share of the
-tail (``tail``), or 0 (``renormalize``): one launch a side writes all of that and reads nothing of the other side, and
-of its own only where probabilities are needed. A second launch then overwrites the gradients inside, O(k) a row.
+Outside the support a gradient is a constant of the row times the logit's probability (``truncate``), the constant times
+its share of the tail (``tail``), or 0 (``renormalize``). One launch per side writes these gradients. It reads that side
+where probabilities are needed, and never the other side. A second launch overwrites the gradients inside the support,
+O(k) a row.
 """
 
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
 from .atoms import (
     RENORMALIZE,
     ROW_SCALARS,
@@ -82,7 +83,7 @@ def divergence_topk_backward(
                     rows,
                     width,
                     len(kinds),
-                    *row_layout(side),
+                    *required_layout(side),
                     SIDE=i,
                     SUPPORT=SUPPORTS.index(support),
                     BV=columns,
@@ -103,8 +104,8 @@ def divergence_topk_backward(
                 rows,
                 width,
                 union.shape[-1],
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 weights_of(beta),
                 weights_of(skew),
                 places_of(kinds),
@@ -154,7 +155,7 @@ def _outside_kernel(
         whole = scalars_ptr + (2 * SIDE + (4 if SUPPORT == TAIL else 0)) * field + i_row
         maximum, total = tl.load(whole, mask=m_read, other=0.0), tl.load(whole + field, mask=m_read, other=1.0)
         row_total = tl.load(scalars_ptr + (2 * SIDE + 1) * field + i_row, mask=m_read, other=1.0)
-        # With an empty tail all that is not overwritten has weight 0.
+        # With an empty tail, every logit outside the support has weight 0.
         rate = tl.where(total > 0, tl.sum(b_g) / (total * temperature), 0.0)
         rate = tl.where(row_total == row_total, rate, float("nan"))
         x_row = x_ptr + row_start(i_row, inner, strides)

@@ -1,13 +1,14 @@
-"""Divergences over the union of both sides' top-k: one read of each side (``topk``), then O(k) a row.
+"""Divergences over the union of both sides' top-k: one read of each side (``topk_select``), then O(k) a row.
 
 ``divergence_topk_forward``  values (kinds, ...), the support's indices (..., min(2k, V)), and row scalars
                              (8 + 2·kinds, ...) for backward: m_x, S_x, m_y, S_y over what the support normalises by;
-                             the same of the tails, 0 where there is none; then per kind and side what a logit outside
-                             the support has for gradient, in units of its share of the tail (``tail``) or of its
+                             the same of the tails, 0 where there is none; then per kind and side the gradient of a
+                             logit outside the support, in units of its share of the tail (``tail``) or of its
                              probability (``truncate``).
 
-The tail of a side is its weights outside its own top-k less those that the other's top-k takes. Where that would leave
-an eighth or less, and lose digits, the row is read once more. −inf, NaN and masked rows are as in ``divergence``.
+The tail of a side is the sum of its weights outside its own top-k, less the weights that the other side's top-k takes.
+If an eighth or less would be left, digits would be lost: the row is then read once more. −inf, NaN and masked rows are
+as in ``forward``.
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
 from .atoms import (
     RENORMALIZE,
     ROW_SCALARS,
@@ -84,8 +85,8 @@ def divergence_topk_forward(
                 rows,
                 width,
                 union.shape[-1],
-                *row_layout(noisy),
-                *row_layout(clean),
+                *required_layout(noisy),
+                *required_layout(clean),
                 weights_of(beta),
                 weights_of(skew),
                 places_of(kinds),
@@ -102,7 +103,7 @@ def divergence_topk_forward(
 
 @triton.jit
 def _is_first(b_x, b_index, value, index):
-    """Whether logits are in their row's top-k, whose last has this value and index."""
+    """True for logits in their row's top-k, given the value and the index of the k-th."""
     return (b_x > value) | ((b_x == value) & (b_index <= index))
 
 
@@ -213,7 +214,7 @@ def _forward_kernel(
             )
             value = tl.sum(b_term, axis=1, keep_dims=True)
             if SUPPORT != TRUNCATE or not signed(i):
-                value = tl.maximum(value, 0.0)  # but for rounding it is
+                value = tl.maximum(value, 0.0)  # rounding may leave it below 0
             value = tl.where(valid, value, float("nan"))
             tl.store(values_ptr + place * field + o_row, tl.where(m_read, value, 0.0), mask=m_row)
             b_to_p, p_total = finite_or_zero(b_to_p)

@@ -1,4 +1,4 @@
-"""Both sides' top-k logits per row, exactly, and what the rows hold outside them: one read of each side.
+"""Both sides' top-k logits per row, exactly, and the rows' weights outside them: one read of each side.
 
 For a row x over a temperature T, k = log2(e) / T, "the first" means first by (value descending, index ascending), and
 the weight of a logit against a reference r is 2^(kx − fl(k·r)):
@@ -10,8 +10,8 @@ the weight of a logit against a reference r is 2^(kx − fl(k·r)):
                        read once and have no groups.
 3. ``_union_kernel``   Merges both sides' indices.
 
-The weights outside are sums of groups that were not read again and of logits that were and are not among the first:
-never what is left when a part is taken off the whole, which would have no digits where the part is nearly all.
+The weights outside are the sum of the groups that were not read again and of the logits that were read again and are
+not among the first. A difference of the whole and a part would have no digits where the part is nearly the whole.
 """
 
 import torch
@@ -19,23 +19,24 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, row_count, row_layout, row_start
+from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, row_count, row_start
 from .terms import LOG2_E, reference
 from .tiles import split_rows, temperature_rows
 
-#: What the kernels select from and how many: their tiles hold the first groups of a row, and the maxima of all groups.
+#: The largest k and the widest rows that the kernels take: tiles hold a row's first groups, and the maxima of all
+#: groups.
 MAX_TOP_K = 128
 MAX_TOP_K_WIDTH = 2**19
 _TILE = 8192
 _GROUPS = (16, 32, 64, 128)
 
-#: What is known of a side's rows: largest logit and the weights against it; largest logit outside the side's own first
-#: k and the weights of those outside against that; value and index of the k-th.
+#: Fields of a side's rows: the largest logit and the sum of weights against it; the largest logit outside the side's
+#: own first k and the sum of weights outside against that; value and index of the k-th.
 MASSES = 6
 
 
 def group_columns(width: int, k: int) -> int:
-    """Columns of a group: that which moves the least, 24 bytes per pair of groups and 4 per column read again."""
+    """Return the group's columns that move the least: 24 bytes per pair of groups and 4 per column read again."""
     fitting = [group for group in _GROUPS if group * triton.next_power_of_2(k) <= _TILE]
     return min(fitting, key=lambda group: 24 / group + 4 * group * k / width)
 
@@ -81,7 +82,7 @@ def top_k_union(
                 k,
                 union.shape[-1],
                 BK=triton.next_power_of_2(k),
-                # All pairs of indices are compared: so many warps that a thread holds few of them.
+                # All pairs of indices are compared. With this many warps a thread holds few pairs.
                 num_warps=16 if k > 64 else 8,
                 **LAUNCH_OPTIONS,
             )
@@ -108,7 +109,7 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
             width,
             groups,
             span,
-            *row_layout(side),
+            *required_layout(side),
             GROUP=group,
             BV=tile,
             num_warps=8,
@@ -126,7 +127,7 @@ def _select(side: Tensor, mask: Tensor | None, temperature: Tensor, selected: Te
         width,
         groups,
         k,
-        *row_layout(side),
+        *required_layout(side),
         GROUP=group,
         GROUPS=triton.next_power_of_2(groups),
         FIRST=triton.next_power_of_2(k),
@@ -166,7 +167,7 @@ def _group_kernel(
     start = tl.program_id(1) * span
     stop = tl.minimum(start + span, width)
     if mask_ptr is not None:
-        # No trip and no tail where the row is masked.
+        # A masked row has no trip and no tail.
         stop = tl.where(tl.load(mask_ptr + i_row) != 0, stop, start)
     slope = LOG2_E / tl.load(t_ptr + i_row * t_step)
     x_row = x_ptr + row_start(i_row, inner, strides)
@@ -183,7 +184,7 @@ def _group_kernel(
 
 @triton.jit
 def _keys(b_x, m_x, BITS: tl.constexpr):
-    """Integers in the order of the values, NaN as +inf, of which the highest ``BITS`` tell all; the least outside."""
+    """Integers in the order of the values, NaN as +inf, with ``BITS`` significant bits; the least integer outside."""
     # −0 is equal to +0.
     b_bits = (tl.where(b_x == b_x, b_x, float("inf")) + 0.0).to(tl.int32, bitcast=True)
     b_key = (b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)) >> (32 - BITS)
@@ -204,8 +205,8 @@ def _kth_largest(b_key, least, k):
 
 @triton.jit
 def _first(b_key, kth, k):
-    """Which of [rows, columns] keys are the first k by (key descending, position), and their places by position."""
-    # Two counts in one scan: what is above in the lower half.
+    """True for the first k of [rows, columns] keys by (key descending, position); and their places by position."""
+    # One scan counts twice: keys above the k-th in the lower half, ties in the upper half.
     b_counts = (b_key > kth).to(tl.int32) + ((b_key == kth).to(tl.int32) << 16)
     b_in_row = tl.sum(b_counts, axis=1)
     ties = k - (tl.sum(b_in_row) & 0xFFFF)
@@ -258,7 +259,7 @@ def _select_kernel(
         unread = tl.max(tl.where(m_first, float("-inf"), b_max))
         b_unread = b_sum * tl.exp2(reference(b_max, slope) - reference(unread, slope))
         unread_total = tl.sum(tl.where(m_first, 0.0, b_unread))
-        # Other threads' groups.
+        # The groups loaded next were stored by other threads.
         tl.debug_barrier()
         o_first = tl.arange(0, FIRST)
         b_first = tl.load(selected_row + o_first, mask=o_first < k, other=0)
@@ -284,7 +285,7 @@ def _select_kernel(
     c_outside = reference(outside, slope)
     outside_total = tl.sum(tl.exp2(tl.fma(b_outside, slope, -c_outside)))
     outside_total += unread_total * tl.exp2(reference(unread, slope) - c_outside)
-    # The first apart from the rest: few terms, of which the largest lose the least.
+    # The first k are summed apart from the rest: in a sum of few terms the largest lose the least.
     maximum = tl.max(b_x)
     c = reference(maximum, slope)
     total = tl.sum(tl.where(m_first, tl.exp2(tl.fma(b_x, slope, -c)), 0.0)) + outside_total * tl.exp2(c_outside - c)
@@ -314,7 +315,7 @@ def _union_kernel(mask_ptr, selected_ptr, union_ptr, rows, k, size, BK: tl.const
     b_row = a_row + rows.to(tl.int64) * k
     b_a = tl.load(a_row + o_k, mask=m_k, other=-1)
     b_b = tl.load(b_row + o_k, mask=m_k, other=-1)
-    # Both ascend: an index's place is the number of those before it.
+    # Both lists ascend. The place of an index is the number of indices before it.
     m_new = m_k & (tl.max((b_a[:, None] == b_b[None, :]).to(tl.int32), axis=0) == 0)
     b_place = o_k + tl.sum(((b_b[None, :] < b_a[:, None]) & m_new[None, :]).to(tl.int32), axis=1)
     tl.store(union_row + b_place, b_a, mask=m_k)

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import LAUNCH_OPTIONS, on_device_of
+from .._rows import LAUNCH_OPTIONS, RowStrides, on_device_of
 from .forward import bytes_of, each_column, tile_normals, tile_of
-from .layout import Walk, columns_of, noise_walk
+from .layout import Walk, columns_of, noise_walk, row_offsets, row_strides
 
-# Longer sums leave fewer partial ones to write, and fewer programs: not below what fills a large GPU.
+# Longer sums leave fewer partial sums to write, but also fewer programs. 2048 programs fill a large GPU.
 _MOST_TRIPS, _ENOUGH_PROGRAMS = 64, 2048
 
 
@@ -62,9 +62,9 @@ def noise_backward(
     summed = [name for name, needed in (("mean", needs_mean), ("std", needs_std)) if needed]
     turned = any(walk.sums(name)[0] and not walk.sums(name)[1] for name in summed)
     if turned:
-        # Programs add up inner rows: what is a sum over the outer ones alone changes places with them.
+        # Programs add up inner rows. A sum over outer rows alone exchanges outer and inner rows.
         walk = walk.transposed()
-    (outer, inner, width), strides = walk
+    outer, inner, width = walk.sizes
     over_rows = any(walk.sums(name)[1] for name in summed)
     tile = tile_of(walk, input, over_rows)
     column_tiles = triton.cdiv(width, tile["BD"])
@@ -94,15 +94,10 @@ def noise_backward(
                 highest,
                 inner,
                 width,
-                *(stride // width for stride in strides["output"][:2]),
-                *strides["upstream"][:2],
-                *strides["input"][:2],
-                *strides["mean"][:2],
-                *strides["std"][:2],
-                *strides.get("noise_mask", (0, 0))[:2],
-                *strides.get("keep_mask", (0, 0))[:2],
-                *_target_strides(walk, "mean", partial),
-                *_target_strides(walk, "std", partial),
+                *(stride // width for stride in walk.strides["output"][:2]),
+                *row_strides(walk, "upstream", "input", "mean", "std", "noise_mask", "keep_mask"),
+                _target_strides(walk, "mean", partial),
+                _target_strides(walk, "std", partial),
                 **each_column(walk),
                 MEAN_OVER_ROWS=walk.sums("mean")[1],
                 MEAN_OVER_COLUMNS=walk.sums("mean")[2],
@@ -121,13 +116,13 @@ def noise_backward(
 
 
 def _trips(row_tiles: int, others: int) -> int:
-    """How many tiles of rows a program adds up, a power of two."""
+    """Return the number of tiles of rows that a program adds up, a power of two."""
     wanted = min(_MOST_TRIPS, row_tiles, row_tiles * others // _ENOUGH_PROGRAMS)
-    return max(1, triton.next_power_of_2(wanted + 1) // 2)
+    return int(max(1, triton.next_power_of_2(wanted + 1) // 2))
 
 
 def _target(operand: Tensor, walk: Walk, name: str, partial: tuple[int, int]) -> Tensor:
-    """Where the kernel writes a gradient: itself, or float32 partial sums of rows or columns of tiles."""
+    """Return what the kernel writes to: the gradient, or float32 partial sums over rows or columns of tiles."""
     sums = walk.sums(name)
     if not any(sums):
         return torch.empty(operand.shape, dtype=operand.dtype, device=operand.device)
@@ -136,14 +131,14 @@ def _target(operand: Tensor, walk: Walk, name: str, partial: tuple[int, int]) ->
     return torch.empty(shape, dtype=torch.float32, device=operand.device)
 
 
-def _target_strides(walk: Walk, name: str, partial: tuple[int, int]) -> tuple[int, int]:
-    """The strides of ``_target`` over outer rows, and over inner rows or their tiles."""
+def _target_strides(walk: Walk, name: str, partial: tuple[int, int]) -> RowStrides:
+    """Return the strides of ``_target`` over outer rows, and over inner rows or their tiles."""
     sums = walk.sums(name)
     if not any(sums):
-        return walk.strides[f"{name}_gradient"][:2]
+        return RowStrides(*walk.strides[f"{name}_gradient"][:2])
     _, inner, width = walk.sizes
     columns = partial[1] if sums[2] else width
-    return (partial[0] if sums[1] else inner) * columns, columns
+    return RowStrides((partial[0] if sums[1] else inner) * columns, columns)
 
 
 def _total(values: Tensor | None, operand: Tensor, sums: tuple[bool, ...], turned: bool) -> Tensor | None:
@@ -166,7 +161,7 @@ def _store_rows(ptr, o_row, o_col, i_column_tile, m_row, m_tile, b_gradient, OVE
 
 @triton.jit
 def _store_sums(ptr, o_col, i_column_tile, width, b_sums, OVER_COLUMNS: tl.constexpr):
-    """Store what the program's rows add up to, for every column or all of the tile's."""
+    """Store the sum over the program's rows: one for each column, or one for all columns of the tile."""
     b_sums = tl.sum(b_sums, axis=0, keep_dims=True)
     if OVER_COLUMNS:
         tl.store(ptr + i_column_tile, tl.sum(tl.sum(b_sums, axis=1), axis=0))
@@ -193,22 +188,14 @@ def _backward_kernel(
     width,
     row_outer,
     row_inner,
-    g_outer,
-    g_inner,
-    x_outer,
-    x_inner,
-    mean_outer,
-    mean_inner,
-    std_outer,
-    std_inner,
-    n_outer,
-    n_inner,
-    k_outer,
-    k_inner,
-    mean_gradient_outer,
-    mean_gradient_inner,
-    std_gradient_outer,
-    std_gradient_inner,
+    g_strides,
+    x_strides,
+    mean_strides,
+    std_strides,
+    n_strides,
+    k_strides,
+    mean_gradient_strides,
+    std_gradient_strides,
     MEAN_COLUMNS: tl.constexpr,
     STD_COLUMNS: tl.constexpr,
     NOISE_MASK_COLUMNS: tl.constexpr,
@@ -236,10 +223,10 @@ def _backward_kernel(
         m_inside = (o_inner < inner)[:, None]
         m_row, m_tile = m_inside, m_inside & (o_col < width)
         i_row = i_outer * row_outer + o_inner * row_inner
-        b_raw = tl.load(g_ptr + (i_outer * g_outer + o_inner * g_inner)[:, None] + o_col, mask=m_tile, other=0.0)
+        b_raw = tl.load(g_ptr + row_offsets(i_outer, o_inner, g_strides) + o_col, mask=m_tile, other=0.0)
         m_noise, m_any = m_tile, True
         if n_ptr is not None:
-            o_n = (i_outer * n_outer + o_inner * n_inner)[:, None]
+            o_n = row_offsets(i_outer, o_inner, n_strides)
             m_selected = columns_of(n_ptr, o_n, o_col, m_row, m_tile, 0, NOISE_MASK_COLUMNS) != 0
             m_noise &= m_selected
             if not NOISE_MASK_COLUMNS:
@@ -247,7 +234,7 @@ def _backward_kernel(
                 m_any = tl.max(m_row.to(tl.int32)) != 0
         m_keep = m_noise
         if k_ptr is not None:
-            o_k = (i_outer * k_outer + o_inner * k_inner)[:, None]
+            o_k = row_offsets(i_outer, o_inner, k_strides)
             m_keep &= columns_of(k_ptr, o_k, o_col, m_row, m_noise, 0, KEEP_MASK_COLUMNS) != 0
 
         b_eps = tl.zeros([BN, BD], tl.float32)
@@ -257,9 +244,9 @@ def _backward_kernel(
             b_eps = b_eps.to(b_raw.dtype).to(tl.float32)
         b_g = tl.where(m_noise, b_raw.to(tl.float32), 0.0)
         if x_ptr is not None:
-            o_x = (i_outer * x_outer + o_inner * x_inner)[:, None]
-            o_mean = (i_outer * mean_outer + o_inner * mean_inner)[:, None]
-            o_std = (i_outer * std_outer + o_inner * std_inner)[:, None]
+            o_x = row_offsets(i_outer, o_inner, x_strides)
+            o_mean = row_offsets(i_outer, o_inner, mean_strides)
+            o_std = row_offsets(i_outer, o_inner, std_strides)
             b_x = tl.load(x_ptr + o_x + o_col, mask=m_noise, other=0.0).to(tl.float32)
             b_mean = columns_of(mean_ptr, o_mean, o_col, m_row, m_noise, 0.0, MEAN_COLUMNS).to(tl.float32)
             b_std = columns_of(std_ptr, o_std, o_col, m_row, m_noise, 0.0, STD_COLUMNS).to(tl.float32)
@@ -277,19 +264,19 @@ def _backward_kernel(
             if MEAN_OVER_ROWS:
                 b_mean_sum += b_g
             else:
-                o_gm = (i_outer * mean_gradient_outer + o_inner * mean_gradient_inner)[:, None]
+                o_gm = row_offsets(i_outer, o_inner, mean_gradient_strides)
                 _store_rows(mean_gradient_ptr, o_gm, o_col, i_column_tile, m_inside, m_tile, b_g, MEAN_OVER_COLUMNS)
         if std_gradient_ptr is not None:
             if STD_OVER_ROWS:
                 b_std_sum += b_kept * b_eps
             else:
-                o_gs = (i_outer * std_gradient_outer + o_inner * std_gradient_inner)[:, None]
+                o_gs = row_offsets(i_outer, o_inner, std_gradient_strides)
                 _store_rows(
                     std_gradient_ptr, o_gs, o_col, i_column_tile, m_inside, m_tile, b_kept * b_eps, STD_OVER_COLUMNS
                 )
     if mean_gradient_ptr is not None and MEAN_OVER_ROWS:
-        o_gm = i_outer * mean_gradient_outer + i_row_tile * mean_gradient_inner
+        o_gm = i_outer * mean_gradient_strides.outer + i_row_tile * mean_gradient_strides.inner
         _store_sums(mean_gradient_ptr + o_gm, o_col, i_column_tile, width, b_mean_sum, MEAN_OVER_COLUMNS)
     if std_gradient_ptr is not None and STD_OVER_ROWS:
-        o_gs = i_outer * std_gradient_outer + i_row_tile * std_gradient_inner
+        o_gs = i_outer * std_gradient_strides.outer + i_row_tile * std_gradient_strides.inner
         _store_sums(std_gradient_ptr + o_gs, o_col, i_column_tile, width, b_std_sum, STD_OVER_COLUMNS)

@@ -3,10 +3,10 @@
 ``standard_normal``   the stream itself
 ``noise_forward``     where(n, clamp(where(k, input + std·eps, 0) + mean), input)
 
-eps is ``standard_normal`` by linear element number, rounded once to the input's dtype; four neighbouring elements share
-one Philox call. A program none of whose rows is selected draws nothing and reads neither mean nor std. Rows that do
-not begin at a multiple of four (odd widths, under a mask or a broadcast operand) compute the words of every element
-by themselves.
+eps is ``standard_normal`` by linear element number, rounded once to the input's dtype. Four neighbouring elements share
+one Philox call. A program without a selected row draws nothing and reads neither mean nor std. Rows may begin at an
+element number that is no multiple of four (odd widths, under a mask or a broadcast operand); each element then makes a
+Philox call of its own.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._rows import LAUNCH_OPTIONS, on_device_of
-from .layout import Walk, columns_of, noise_walk
+from .layout import Walk, columns_of, noise_walk, row_offsets, row_strides
 from .philox import grouped_normals, single_normals
 
 # Eight draws a thread, and sixteen 16-bit elements: two 16-byte loads of each tensor.
@@ -71,7 +71,7 @@ def noise_forward(
     if input.numel() > 0:
         walk = noise_walk(input, mean, std, noise_mask, keep_mask)
         assert isinstance(walk, Walk), walk
-        (outer, inner, width), strides = walk
+        outer, inner, width = walk.sizes
         tile = tile_of(walk, input)
         programs = outer * triton.cdiv(inner, tile["BN"]) * triton.cdiv(width, tile["BD"])
         with on_device_of(input):
@@ -88,11 +88,7 @@ def noise_forward(
                 highest,
                 inner,
                 width,
-                *strides["input"][:2],
-                *strides["mean"][:2],
-                *strides["std"][:2],
-                *strides.get("noise_mask", (0, 0))[:2],
-                *strides.get("keep_mask", (0, 0))[:2],
+                *row_strides(walk, "input", "mean", "std", "noise_mask", "keep_mask"),
                 **each_column(walk),
                 GROUPED=walk.grouped,
                 **tile,
@@ -102,21 +98,21 @@ def noise_forward(
 
 
 def bytes_of(mask: Tensor | None) -> Tensor | None:
-    """A mask as Triton reads it."""
+    """Return a mask as bytes, as Triton reads it."""
     return None if mask is None else mask.view(torch.uint8)
 
 
 def each_column(walk: Walk) -> dict[str, bool]:
-    """Which operands have a value for each column: all but those that one stride of 0 spreads over the row."""
+    """Return, for each operand, whether it has a value for each column; a stride of 0 spreads one over the row."""
     names = ("mean", "std", "noise_mask", "keep_mask")
     return {f"{name.upper()}_COLUMNS": walk.strides.get(name, (0, 0, 0))[2] == 1 for name in names}
 
 
 def tile_of(walk: Walk, input: Tensor, sums_rows: bool = False) -> dict[str, int]:
-    """Rows and columns of a program's tile, and the warps: half of it for float32, for sums kept in
-    registers and for draws one by one.
+    """Return rows and columns of a program's tile, and its warps.
 
-    Narrow rows share a program. Sizes depend on powers of two alone, so that shapes share compiled kernels.
+    The tile is halved for float32, for sums kept in registers and for draws one by one. Narrow rows share a program.
+    Sizes depend on powers of two alone, so that shapes share compiled kernels.
     """
     _, inner, width = walk.sizes
     halved = sums_rows or input.dtype == torch.float32 or not walk.grouped
@@ -159,16 +155,11 @@ def _forward_kernel(
     highest,
     inner,
     width,
-    x_outer,
-    x_inner,
-    mean_outer,
-    mean_inner,
-    std_outer,
-    std_inner,
-    n_outer,
-    n_inner,
-    k_outer,
-    k_inner,
+    x_strides,
+    mean_strides,
+    std_strides,
+    n_strides,
+    k_strides,
     MEAN_COLUMNS: tl.constexpr,
     STD_COLUMNS: tl.constexpr,
     NOISE_MASK_COLUMNS: tl.constexpr,
@@ -187,17 +178,17 @@ def _forward_kernel(
     m_tile = m_row & (o_col < width)
     i_row = i_outer * inner + o_inner
 
-    b_raw = tl.load(x_ptr + (i_outer * x_outer + o_inner * x_inner)[:, None] + o_col, mask=m_tile, other=0.0)
+    b_raw = tl.load(x_ptr + row_offsets(i_outer, o_inner, x_strides) + o_col, mask=m_tile, other=0.0)
     m_noise, m_any = m_tile, True
     if n_ptr is not None:
-        o_n = (i_outer * n_outer + o_inner * n_inner)[:, None]
+        o_n = row_offsets(i_outer, o_inner, n_strides)
         m_selected = columns_of(n_ptr, o_n, o_col, m_row, m_tile, 0, NOISE_MASK_COLUMNS) != 0
         m_noise &= m_selected
         if not NOISE_MASK_COLUMNS:
             m_row &= m_selected
             m_any = tl.max(m_row.to(tl.int32)) != 0
-    o_mean = (i_outer * mean_outer + o_inner * mean_inner)[:, None]
-    o_std = (i_outer * std_outer + o_inner * std_inner)[:, None]
+    o_mean = row_offsets(i_outer, o_inner, mean_strides)
+    o_std = row_offsets(i_outer, o_inner, std_strides)
     b_mean = columns_of(mean_ptr, o_mean, o_col, m_row, m_noise, 0.0, MEAN_COLUMNS).to(tl.float32)
     b_std = columns_of(std_ptr, o_std, o_col, m_row, m_noise, 0.0, STD_COLUMNS).to(tl.float32)
 
@@ -206,10 +197,10 @@ def _forward_kernel(
         b_eps = tile_normals(i_row, start, width, offset, tl.load(seed_ptr), GROUPED, BN, BD)
     b_x = b_raw.to(tl.float32) + b_std * b_eps.to(b_raw.dtype).to(tl.float32)
     if k_ptr is not None:
-        o_k = (i_outer * k_outer + o_inner * k_inner)[:, None]
+        o_k = row_offsets(i_outer, o_inner, k_strides)
         b_x = tl.where(columns_of(k_ptr, o_k, o_col, m_row, m_noise, 0, KEEP_MASK_COLUMNS) != 0, b_x, 0.0)
     b_x += b_mean
-    # A NaN is in no order and stays.
+    # A NaN compares as false and stays.
     if lowest is not None:
         b_x = tl.where(b_x < lowest, lowest, b_x)
     if highest is not None:

@@ -1,7 +1,7 @@
-"""How the noise kernels walk tensors of one broadcast shape: two row dimensions and the columns.
+"""The walk of the noise kernels over tensors of one broadcast shape: two row dimensions and the columns.
 
-Neighbouring dimensions that every operand strides through as one are merged, so that contiguous tensors of any shape
-become one long row, and a mask or mean that is broadcast over some dimensions costs one break.
+Neighbouring dimensions are merged where every operand strides through them as through one. Contiguous tensors of any
+shape become one long row. A mask or mean that is broadcast over some dimensions adds one row dimension.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .._rows import RowStrides
 
 # Columns are counted in int32; a longer merged row stays two dimensions.
 LONGEST_ROW = 2**30
@@ -23,24 +25,24 @@ class Walk(NamedTuple):
     strides: dict[str, tuple[int, int, int]]
 
     def transposed(self) -> "Walk":
-        """The same with inner and outer rows exchanged."""
+        """Return the walk with inner and outer rows exchanged."""
         outer, inner, columns = self.sizes
         return Walk((inner, outer, columns), {name: (b, a, c) for name, (a, b, c) in self.strides.items()})
 
     def sums(self, name: str) -> tuple[bool, ...]:
-        """Over which dimensions the gradient of ``"mean"`` or ``"std"`` is a sum."""
+        """Return, for each dimension, whether the gradient of ``"mean"`` or ``"std"`` is a sum over it."""
         strides = self.strides[f"{name}_gradient"]
         return tuple(size > 1 and stride == 0 for size, stride in zip(self.sizes, strides, strict=True))
 
     @property
     def grouped(self) -> bool:
-        """Whether every row begins with a counter of its own."""
+        """True if every row begins with a counter of its own."""
         outer, inner, columns = self.sizes
         return columns % 4 == 0 or outer * inner == 1
 
 
 def walk(shape: Sequence[int], strides: dict[str, Sequence[int]]) -> Walk | None:
-    """Merge dimensions; None if more than two row dimensions are left, or one row is too long."""
+    """Merge dimensions; return None if more than two row dimensions are left, or one row is too long."""
     sizes: list[int] = []
     merged: list[tuple[int, ...]] = []
     for i, size in enumerate(shape):
@@ -83,15 +85,17 @@ def noise_walk(
     keep_mask: Tensor | None,
     upstream: Tensor | None = None,
 ) -> Walk | str:
-    """Return how the kernels walk the operands (broadcastable to the input) or, in words, why they cannot."""
+    """Return the kernels' walk over the operands (broadcastable to the input), or in words why there is none."""
     operands = {"input": input, "mean": mean, "std": std}
     optional = {"noise_mask": noise_mask, "keep_mask": keep_mask, "upstream": upstream}
     operands |= {name: operand for name, operand in optional.items() if operand is not None}
     for name, operand in operands.items():
         if not name.endswith("mask") and operand.dtype == torch.float64:
             return f"{name} is float64 (the kernels compute in float32)"
-    strides = {name: broadcast_strides(operand, input.shape) for name, operand in operands.items()}
-    # Forward breaks dimensions where backward's sums will.
+    strides: dict[str, Sequence[int]] = {}
+    for name, operand in operands.items():
+        strides[name] = broadcast_strides(operand, input.shape)
+    # Backward sums over dimensions that mean and std are broadcast over. Forward keeps them apart too.
     for name in ("mean", "std"):
         strides[f"{name}_gradient"] = gradient_strides(operands[name].shape, input.shape)
     strides["output"] = gradient_strides(input.shape, input.shape)
@@ -111,9 +115,20 @@ def noise_walk(
     return found
 
 
+def row_strides(walk: Walk, *operands: str) -> list[RowStrides]:
+    """Return each operand's strides over outer and inner rows, 0 where there is no operand."""
+    return [RowStrides(*walk.strides.get(name, (0, 0, 0))[:2]) for name in operands]
+
+
+@triton.jit
+def row_offsets(i_outer, o_inner, strides):
+    """Offsets of the first elements of an outer row's inner rows, [BN, 1]."""
+    return (i_outer * strides.outer + o_inner * strides.inner)[:, None]
+
+
 @triton.jit
 def columns_of(ptr, o_row, o_col, m_row, m_tile, OTHER: tl.constexpr, EACH_COLUMN: tl.constexpr):
-    """An operand's tile [BN, BD], or the one value of each row [BN, 1] where columns share it."""
+    """An operand's tile [BN, BD]; or one value per row, [BN, 1], where the columns share one."""
     if EACH_COLUMN:
         b_x = tl.load(ptr + o_row + o_col, mask=m_tile, other=OTHER)
     else:

@@ -1,7 +1,7 @@
 """Device code of the noise stream: Philox4x32-10 and Box-Muller by polynomials, as ``sgfast.ops.noise`` defines them.
 
-The words are the stream's, bit for bit. The normals take the same polynomials in the same order; a GPU contracts
-a·b + c, divides within 2 ulp and takes roots within 1, which the stated error of the stream allows for.
+The words equal the stream's, bit for bit. The normals take the same polynomials in the same order. A GPU contracts
+a·b + c, divides within 2 ulp and takes roots within 1 ulp; the stated error of the stream allows for that.
 """
 
 import triton
@@ -37,10 +37,10 @@ def words(counter, seed):
 @triton.jit
 def radius(word):
     """√(−2 ln((word + 1)/2³²)) of uint32 words."""
-    # The last word + 1 does not fit; the word itself rounds to the same 2³².
+    # The largest word + 1 does not fit into 32 bits. The largest word itself rounds to the same 2³².
     rounded = (tl.minimum(word, 0xFFFFFFFE) + 1).to(tl.float32)
     bits = rounded.to(tl.int32, bitcast=True)
-    # The exponent e, in units of 2²³; what is left of the bits is 2³²·(1 + s).
+    # ``step`` is the exponent e in units of 2²³; the bits without it are 2³²·(1 + s).
     step = (bits - 0x4F3504F3) & -0x800000
     scaled = (bits - step).to(tl.float32, bitcast=True)
     below_one = (word ^ 0xFFFFFFFF).to(tl.float32) * -2.3283064365386963e-10
@@ -55,12 +55,12 @@ def radius(word):
 @triton.jit
 def cosine_and_sine(word):
     """Cos and sin of 2π·word/2³² of uint32 words."""
-    # Without its two upper bits, and with the next as sign, the word is the distance to the nearest quarter turn.
+    # The word without its two upper bits, the next bit as sign, is the distance to the nearest quarter turn.
     t = (word << 2).to(tl.int32, bitcast=True).to(tl.float32) * 4.656612873077393e-10
     z = t * t
     sine = (((z * -3.58772584e-05 + 0.00248987197) * z - 0.0807453673) * z - 0.2146018475) * t + t
     cosine = (((z * 3.53133465e-06 - 0.000325942008) * z + 0.0158543278) * z - 0.308425136) * z + 1.0
-    # The upper bits of this are the number of that quarter turn, modulo 4.
+    # The two upper bits of ``quarter`` are the number of that quarter turn, modulo 4.
     quarter = tl.add(word, 0x20000000, sanitize_overflow=False)
     odd = (quarter & 0x40000000) != 0
     # Quarters 1 and 2 have a negative cosine, 2 and 3 a negative sine.
@@ -87,7 +87,7 @@ def grouped_normals(counter, seed, BN: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def single_normals(index, offset, seed):
-    """The draws of int64 element numbers that need not begin at a multiple of four: four times the words."""
+    """The draws of any int64 element numbers. Each makes a Philox call, four times as many as ``grouped_normals``."""
     w0, w1, w2, w3 = words((index >> 2) + offset, seed)
     second_pair = (index & 2) != 0
     cosine, sine = cosine_and_sine(tl.where(second_pair, w3, w1))
