@@ -49,7 +49,7 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     if choice.implementation == "triton":
         import sgfast_kernels
 
-        return sgfast_kernels.hidden_forward(noisy, clean, mask, eps)  # type: ignore[no-any-return]
+        return sgfast_kernels.hidden_forward(noisy, clean, mask, eps)
     body = dispatch.implementation_of(forward_rows, choice.implementation)
     values = noisy.new_zeros((4, *noisy.shape[:-1]), dtype=rows.compute_dtype(noisy, clean))
     row_scalars = torch.zeros_like(values)

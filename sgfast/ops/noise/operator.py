@@ -76,8 +76,7 @@ def forward(problem: Problem) -> Tensor:
     if choice.implementation == "triton":
         import sgfast_kernels
 
-        arguments = (input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
-        return sgfast_kernels.noise_forward(*arguments)  # type: ignore[no-any-return]
+        return sgfast_kernels.noise_forward(input, mean, std, seed, offset, noise_mask, keep_mask, lowest, highest)
     keys = philox.round_keys(seed)
     rows.keep_freed_memory(16 * philox.chunk_elements())
     output = torch.empty_like(input, memory_format=torch.contiguous_format)
