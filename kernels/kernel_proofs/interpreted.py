@@ -71,6 +71,10 @@ class InterpretedTest(pytest.Item):
         self.line = line
         self.add_marker("triton")
 
+    def iter_markers_with_node(self, name: str | None = None) -> Iterator[tuple[pytest.Item, pytest.Mark]]:
+        """Leave the marks of the module to the interpreting process: a ``skipif`` would be judged in the wrong one."""
+        return ((self, mark) for mark in self.own_markers if name in (None, mark.name))
+
     def runtest(self) -> None:
         """Take over the outcome and the output of the test's setup, call and teardown."""
         answer = self.config.stash[_interpreter].ask({"run": self.nodeid})

@@ -122,6 +122,13 @@ def test_selected_by_name_keyword_or_mark(folder, arguments):
     assert session(folder, *arguments)[0] == {"test_both[triton]": "PASSED"}
 
 
+def test_marks_of_a_module_are_judged_by_the_other_process(folder):
+    marks = "\npytestmark = [pytest.mark.triton, pytest.mark.skipif(not interpreting, reason='needs kernels')]\n"
+    (folder / "test_some.py").write_text(TESTS + marks)
+    outcomes, _ = session(folder, "-k", "both or needs_kernels")
+    assert outcomes == {"test_both[triton]": "PASSED", "test_needs_kernels": "PASSED"}
+
+
 def test_in_several_processes(folder):
     (folder / "test_other.py").write_text(TESTS)
     _, printed = session(folder, "-n", "2", "--dist", "loadfile")
