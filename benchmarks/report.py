@@ -23,12 +23,24 @@ RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 TRAINING_CURVES = RESULTS / "training-curves.json"  # in another format; docs/training.md shows the curves
 _FIRST_LINES = """# Benchmarks
 
-Written by `python -m benchmarks.report` from the files named below. Times are medians. *floor GB/s*: the bytes that
-must move, each input read once and each output written once, over the time. *peak*: the most memory allocated at once
-beyond the inputs, results included. *kept*: bytes per element that autograd holds between forward and backward beyond
-the inputs. *error*: the largest of the first rows' values against float64, absolute; *relative error* and *gradient
-error*: the largest of a row, in the norm. */ peer*: the time over that of eager PyTorch (presets: TextBrewer) for the
-same task and size; where both took turns, the median of the turns' ratios.
+`python -m benchmarks.report` writes this page from the files that are named below. Times are medians. The columns:
+
+* *floor GB/s*: the bytes that must move, over the time. Each input is read once, and each output is written once.
+* *peak MiB*: the most memory that is allocated at once beyond the inputs. The results are included.
+* *kept B*: bytes per element that autograd holds between forward and backward beyond the inputs.
+* *error*: the largest absolute error of a value against float64. Errors are measured on the first rows.
+* *relative error*, *gradient error*: the norm of a row's error over the norm of the row. The largest is shown.
+* */ peer*: the time over the time of the peer for the same task and size. The peer is eager PyTorch, or TextBrewer for
+  the presets. If the implementation and the peer ran in turns, this is the median of the ratios of the turns.
+
+Tables of growth show how a cost rises with one size:
+
+* *time ^*, *memory ^*: the exponent in cost ~ size ^ exponent.
+* *time step*, *memory step*: the cost per unit of size, over the cost per unit at the next smaller size. The largest of
+  these ratios is shown. A number above 1 means that a unit costs more at the larger size.
+* *step of time / eager*: the time over the time of eager PyTorch, over the same ratio at the next smaller size. The
+  largest is shown. These times are medians, and eager PyTorch ran in turns with the implementation. The other times in
+  tables of growth are the times of the fastest rounds.
 """
 _COLUMNS = {
     "milliseconds": ("ms", "{:.3g}"),
@@ -92,10 +104,10 @@ def task_lines(task: str, records: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def growth_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """Yield exponents and cliffs. A cliff is the largest rise of the cost per unit of size to the next size."""
+    """Yield a table of exponents and largest steps; the head of the page explains the columns."""
     if not rows:
         return
-    headings = ["varied", "task", "by", "time ^", "time cliff", "rise over eager's", "memory ^", "memory cliff"]
+    headings = ["varied", "task", "by", "time ^", "time step", "step of time / eager", "memory ^", "memory step"]
     names = ("milliseconds_exponent", "milliseconds_cliff", "ratio_cliff", "peak_bytes_exponent", "peak_bytes_cliff")
     cells = (
         [
@@ -106,11 +118,7 @@ def growth_lines(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
         ]
         for row in rows
     )
-    title = (
-        "Growth: cost ~ size ^ exponent; a cliff is the largest rise of the cost per unit between neighbouring sizes, "
-        "both of the fastest rounds; the largest rise of the median time over that of eager PyTorch, in turns with it"
-    )
-    yield from table(title, headings, cells)
+    yield from table("Growth", headings, cells)
 
 
 def gpu_parts(parts: dict[str, Any]) -> Iterator[str]:
@@ -178,7 +186,7 @@ def write_page(files: Sequence[Path], page: Path) -> None:
         lines += section(path.resolve(), content, page)
     others = sorted(RESULTS.glob("*.md"))
     if others:
-        lines += ["\n## Other results\n", "As their programs wrote them; each says how it was made.\n"]
+        lines += ["\n## Other results\n", "Programs of their own wrote these files. Each file says how it was made.\n"]
         for path in others:
             title = path.read_text(encoding="utf-8").splitlines()[0].lstrip("# ")
             lines.append(f"* [{title}](../benchmarks/results/{path.name})")
