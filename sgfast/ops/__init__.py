@@ -1,7 +1,7 @@
-"""The hot operations: a PyTorch implementation each, a Triton kernel beside it where one is written.
+"""The hot operations. Each has a PyTorch implementation, and some have a Triton kernel.
 
 Masks, here and in all of ``sgfast``, are bool or numbers equal to 0 or 1. Another number is a ValueError on a CPU. On a
-GPU, where looking at values would stop the queue, and in compiled graphs every number but 0 selects.
+GPU and in compiled graphs every number but 0 selects: a look at the values would stop the GPU's queue.
 """
 
 from sgfast.ops.divergence import divergences

@@ -13,8 +13,8 @@ variable ``SGFAST_IMPL``, then ``"auto"``:
 
 The package ``sgfast_kernels`` needs triton, so it is imported inside the functions that run a kernel.
 
-An explicit choice that cannot run raises ``RuntimeError`` with the reason. The choice is made when the operation
-runs, so that a graph compiled once obeys a later ``use_impl``.
+An explicit choice that cannot run raises ``RuntimeError`` with the reason. The choice is made when the operation runs.
+A graph that was compiled before therefore obeys a later ``use_impl``.
 """
 
 import functools
@@ -37,7 +37,8 @@ IMPLEMENTATIONS = ("auto", "torch", "compile", "triton")
 
 _context: ContextVar[str | None] = ContextVar("sgfast_impl", default=None)
 
-# For each public operation, a function of its arguments: the reason why the Triton kernel cannot run, or None.
+# Maps a public operation to a function of its arguments. The function returns the reason why the Triton kernel cannot
+# run, or None.
 _triton_refusals: dict[Callable[..., Any], Callable[..., str | None]] = {}
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])
@@ -167,7 +168,7 @@ def triton_rows_refusal(**tensors: Tensor) -> str | None:
 
     The arguments' names are those that the user knows.
 
-    Ask only where ``triton_device_refusal`` has no objection.
+    Call this function only after ``triton_device_refusal`` has returned None.
     """
     import sgfast_kernels
 
@@ -188,7 +189,7 @@ def _triton_is_installed() -> bool:
 
 
 def implementation_of(body: _Function, implementation: str, one_loop: bool = False) -> _Function:
-    """Return ``body``, through torch.compile if the implementation is ``"compile"``; ``one_loop``: see `compiled`."""
+    """Return ``body``, compiled if the implementation is ``"compile"``; `compiled` explains ``one_loop``."""
     return compiled(body, one_loop) if implementation == "compile" else body
 
 
@@ -205,9 +206,10 @@ _ONE_LOOP: dict[str, Any] = {
 
 @functools.cache
 def compiled(body: _Function, one_loop: bool = False) -> _Function:
-    """Return ``body`` through torch.compile with dynamic shapes; its first call raises if it cannot be compiled.
+    """Return ``body`` through torch.compile with dynamic shapes. The first call raises if compilation fails.
 
-    ``one_loop`` is for a body that is one pass of much arithmetic over rows: nothing between is written to memory.
+    ``one_loop`` is for a body that is one pass of much arithmetic over rows. No intermediate result is then written to
+    memory.
     """
     function = torch.compile(body, dynamic=True, fullgraph=True, options=_ONE_LOOP if one_loop else None)
 

@@ -25,7 +25,7 @@ from sgfast._version import __version__
 
 
 def _digest_of_sources() -> str:
-    digest = hashlib.sha256(__version__.encode())  # all there is where a package comes without its sources
+    digest = hashlib.sha256(__version__.encode())  # all that a package without its sources has
     package = Path(__file__).parent.parent
     for path in sorted(path for folder in ("ops", "loss", "noise_layer") for path in (package / folder).rglob("*.py")):
         digest.update(path.read_bytes())
@@ -53,16 +53,16 @@ class Operator:
         return self._operator(*self.flat(arguments))
 
     def flat(self, arguments: Any) -> tuple[Any, ...]:
-        """The arguments as the schema has them."""
+        """Return the arguments in the order of the schema, and the digest."""
         return *self._layout.flatten(arguments), FORMULA
 
     @property
     def overload(self) -> Any:
-        """The operator as `torch.library.opcheck` and a graph know it."""
+        """Return the operator in the form that `torch.library.opcheck` and graphs use."""
         return getattr(torch.ops.sgfast, self.name).default
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
-        """Give the outputs' shapes: ``fake`` takes the arguments' tuple of fake tensors."""
+        """Register ``fake``, which makes outputs of the right shapes from the arguments' tuple of fake tensors."""
         self._operator.register_fake(self._unpacked(fake))
         return fake
 
@@ -73,8 +73,8 @@ class Operator:
 
         Args:
             setup: ``setup(ctx, arguments, output)`` keeps what backward needs, see `keep`.
-            gradients: ``gradients(ctx, *upstream)`` returns gradients by the arguments' names; others have none. The
-                gradient of an argument that wants none (see `wanted`) is dropped.
+            gradients: ``gradients(ctx, *upstream)`` returns gradients by the arguments' names. Arguments without a name
+                there have no gradient. A gradient that nobody asked for (see `wanted`) is dropped.
         """
 
         names = frozenset(self._names)
@@ -87,13 +87,13 @@ class Operator:
             unknown = found.keys() - names
             if unknown:
                 raise RuntimeError(f"sgfast::{self.name} has no arguments {sorted(unknown)} that could have gradients")
-            needed = zip(self._names, ctx.needs_input_grad, strict=False)  # PyTorch's has more at its end
+            needed = zip(self._names, ctx.needs_input_grad, strict=False)  # PyTorch's tuple is longer
             return *(found.get(name) if needs else None for name, needs in needed), None
 
         self._operator.register_autograd(backward, setup_context=setup_context)
 
     def wanted(self, ctx: Any, *names: str) -> list[bool]:
-        """Say for each named argument whether its gradient is asked for, in backward."""
+        """In backward, say for each named argument whether its gradient is asked for."""
         needs = dict(zip(self._names, ctx.needs_input_grad, strict=False))
         return [bool(needs[name]) for name in names]
 
@@ -108,7 +108,7 @@ class Operator:
         )
 
     def _unpacked(self, function: Callable[..., Any], checked: bool = False) -> Callable[..., Any]:
-        """``function`` of the arguments' tuple as a function of the flat arguments."""
+        """Turn a function of the arguments' tuple into a function of the flat arguments."""
 
         @functools.wraps(function)
         def run(*flat: Any, **named: Any) -> Any:
@@ -164,7 +164,7 @@ class _Layout:
         named = [(field, hints[field]) for field in arguments._fields]
         nested = [_layout(hint) if _is_named_tuple(hint) else None for _, hint in named]
         self._make = arguments._make
-        # Every call packs and flattens several times, so a tuple without nested tuples is copied at once.
+        # Every call packs and flattens several times. A tuple without nested tuples is therefore copied at once.
         self._nested = nested if any(nested) else None
         #: Names and types.
         self.flat_fields: list[tuple[str, Any]] = []
@@ -173,7 +173,7 @@ class _Layout:
         self.size = len(self.flat_fields)
 
     def flatten(self, arguments: tuple[Any, ...]) -> Sequence[Any]:
-        """The fields in a row."""
+        """Return the fields as one flat sequence."""
         if self._nested is None:
             return arguments
         flat: list[Any] = []
@@ -182,7 +182,7 @@ class _Layout:
         return flat
 
     def pack(self, flat: Sequence[Any], place: int = 0) -> Any:
-        """The tuple whose fields lie from ``place`` on."""
+        """Return the tuple whose first field is at ``place``."""
         if self._nested is None:
             return self._make(flat[place : place + self.size])
         values = []

@@ -1,4 +1,4 @@
-"""Matrix products that no setting of the user's makes coarser."""
+"""Matrix products in full precision, whatever the user's settings say."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,10 +10,11 @@ import torch
 def full_precision_products(device: torch.device) -> Iterator[None]:
     """Multiply float32 matrices on ``device`` in float32: no autocast, no TF32, no bfloat16 inside the block.
 
-    ``torch.set_float32_matmul_precision`` and ``torch.backends`` are settings of the whole process, so other threads'
-    products are precise for the moment too; the settings come back on leaving.
+    ``torch.set_float32_matmul_precision`` and ``torch.backends`` are settings of the whole process. Products of other
+    threads are therefore precise too while the block runs. The old settings return at the end of the block.
     """
-    # Each backend's own setting is read and restored: the older process-wide getter raises once anyone has used these.
+    # Each backend's own setting is read and restored. The older getter for the whole process raises after anyone has
+    # used the backends' settings.
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     coarser = [(backend, backend.fp32_precision) for backend in backends if backend.fp32_precision in ("tf32", "bf16")]
     try:

@@ -13,7 +13,7 @@ DEFAULT_CHUNK_BYTES = 8 * 2**20
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is, else float32: what every loss and metric is computed in."""
+    """Return the dtype that every loss and metric is computed in: float64 if any tensor is float64, else float32."""
     return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
 
 
@@ -22,7 +22,7 @@ def row_chunks(
 ) -> Iterator[Tensor | slice]:
     """Yield the rows to compute: slices without a mask, index tensors of the selected rows with one.
 
-    Finding the selected rows would stop a GPU's queue, so there every row is computed: see ``zero_masked``.
+    On a GPU every row is computed, because a search for the selected rows would stop the queue: see ``zero_masked``.
 
     Args:
         shape: the row shape (the tensor's shape without its last dimension).
@@ -43,7 +43,7 @@ def row_chunks(
 
 
 def keep_freed_memory(size: int) -> None:
-    """Let a CPU reuse the memory of one chunk's temporaries for the next chunk's, up to 32 MiB of them.
+    """Let a CPU reuse the memory of one chunk's temporaries for the next chunk, up to 32 MiB.
 
     The C library of Linux keeps freed memory up to the size of the largest block freed so far. Without such a block
     every temporary comes from the system anew, page by page, which takes several times as long as the arithmetic. The
@@ -74,7 +74,7 @@ def read_scalars(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
 
 
 def empty_gradients(noisy: Tensor, clean: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Return room for both sides' gradients, none for an unwanted one."""
+    """Return empty tensors for both sides' gradients, and None for a gradient that nobody asked for."""
     to_noisy, to_clean = room_for_gradients((noisy, clean), wanted)
     return to_noisy, to_clean
 
@@ -85,7 +85,7 @@ def room_for_gradients(tensors: Sequence[Tensor], wanted: Sequence[bool]) -> lis
 
 
 def zero_masked(values: Tensor, mask: Tensor | None, chunk: Tensor | slice) -> Tensor:
-    """Return ``(rows, ...)`` values with masked rows exactly 0, whatever was computed there (NaN and inf too)."""
+    """Return ``(rows, ...)`` values with masked rows exactly 0, even if NaN or inf was computed there."""
     if mask is None or isinstance(chunk, Tensor):
         return values
     selected = mask.reshape(-1)[chunk]

@@ -13,18 +13,19 @@ from sgfast.ops.rows import DEFAULT_CHUNK_BYTES
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_TYPES = (Tensor, nn.Parameter)
-# Tensors that PyTorch makes of plain ones: while it traces, and until a collective has ended.
+# Classes of tensors that PyTorch makes from plain tensors while it traces, and until a collective has ended.
 _STAND_INS = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor")
 
 
 def check_tensor(name: str, tensor: Any, wanted: str = "a torch.Tensor", beside: Tensor | None = None) -> None:
-    """Check for a tensor that holds plain numbers in strided memory: what every argument that is a tensor must be.
+    """Check for a tensor of plain numbers in strided memory. Every tensor argument must be such a tensor.
 
-    A tensor ``beside`` another one may be a meta tensor here: `check_device` says more about the two.
+    A tensor ``beside`` another tensor may be a meta tensor here. `check_device` compares the two devices with a better
+    message.
 
     Raises:
-        TypeError: no tensor, or one that is sparse, nested, quantised, complex, without values, or of a class that
-            computes in its own way.
+        TypeError: not a tensor, or a tensor that is sparse, nested, quantised, complex, without values, or of a class
+            that computes in its own way.
         ValueError: a DTensor, whatever its placements.
     """
     if not isinstance(tensor, Tensor):
@@ -44,7 +45,7 @@ def check_tensor(name: str, tensor: Any, wanted: str = "a torch.Tensor", beside:
 
 
 def check_tensors(**arguments: Any) -> None:
-    """`check_tensor` for those of some arguments that are tensors; the others are for their own checks."""
+    """Run `check_tensor` on the arguments that are tensors. Arguments of other types have checks of their own."""
     for name, argument in arguments.items():
         if isinstance(argument, Tensor):
             check_tensor(name, argument)
@@ -60,7 +61,7 @@ def _check_class(name: str, tensor: Tensor) -> None:
     kind = type(tensor)
     if isinstance(tensor, nn.UninitializedParameter | nn.UninitializedBuffer):
         raise TypeError(f"{name} must hold values; got an {kind.__name__}")
-    # A class without a dispatch of its own adds names or attributes to a tensor, and changes no operation.
+    # A class without its own dispatch adds names or attributes to a tensor. It changes no operation.
     if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__ and kind.__name__ not in _STAND_INS:
         raise TypeError(f"{name} must be a plain tensor; got a {kind.__name__}")
 
@@ -106,9 +107,10 @@ def row_mask(mask: Tensor | None, name: str, like_name: str, like: Tensor) -> Te
 
 
 def as_bool(name: str, mask: Tensor) -> Tensor:
-    """Return a mask as bool: the one place that says what a mask is, bool or numbers equal to 0 or 1.
+    """Return a mask as bool. This function alone defines a mask: bool, or numbers equal to 0 or 1.
 
-    Other numbers are refused where looking at them is free (`values_are_at_hand`); elsewhere all but 0 select.
+    Other numbers are refused if a look at the values costs nothing (`values_are_at_hand`). Elsewhere every number but 0
+    selects.
 
     Raises:
         TypeError: not a tensor, or of complex numbers.
@@ -132,9 +134,9 @@ def as_bool(name: str, mask: Tensor) -> Tensor:
 
 
 def values_are_at_hand(tensor: Tensor) -> bool:
-    """Whether a tensor's values can be looked at: on a CPU, and not while a graph is traced or rows are vectorized.
+    """Return True if a look at a tensor's values is free: on a CPU, outside of tracing and of vectorized rows.
 
-    On a GPU looking would stop the queue.
+    On a GPU a look at the values would stop the queue.
     """
     return (
         tensor.device.type == "cpu"
@@ -146,14 +148,14 @@ def values_are_at_hand(tensor: Tensor) -> bool:
 
 
 def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
-    """Check for one of the allowed names; the message suggests what a wrong one may have meant."""
+    """Check for one of the allowed names. The message for a wrong name suggests close names."""
     names = tuple(allowed)
     if not isinstance(value, str) or value not in names:
         raise ValueError(f"{name} must be one of {', '.join(names)}; got {value!r}{did_you_mean(value, names)}")
 
 
 def did_you_mean(value: object, allowed: Iterable[str]) -> str:
-    """A sentence with the allowed names that are close to a wrong one, or nothing."""
+    """Return a sentence with the allowed names that are close to a wrong name, or an empty string."""
     names = tuple(allowed)
     if not isinstance(value, str) or not value:
         return ""

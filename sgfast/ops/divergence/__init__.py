@@ -1,4 +1,4 @@
-"""Divergences between two sets of logits: `divergences`, and `masked_divergence` over a support given as a mask."""
+"""Divergences between two sets of logits: `divergences`, and `masked_divergence`, whose support is a mask."""
 
 from sgfast.ops.divergence.operation import divergences, masked_divergence
 

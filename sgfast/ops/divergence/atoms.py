@@ -71,9 +71,11 @@ class Side(NamedTuple):
 
 
 class Rest(NamedTuple):
-    """One side's part outside the support: e^((logits − maximum) / T) (rows, V), 0 inside; its maximum and sum.
+    """One side's part outside the support: its weights, their maximum logit, their sum.
 
-    The part has a maximum of its own, so that its sum keeps all digits, however small a part of the whole it is.
+    The weights are e^((logits − maximum) / T), (rows, V), 0 inside the support.
+
+    The part has its own maximum. Its sum therefore keeps all digits, however small the part is.
     """
 
     weights: Tensor
@@ -88,7 +90,7 @@ def one_side(
     kept: Sequence[Tensor] | None = None,
     divided: bool = True,
 ) -> Side:
-    """Compute one side of the rows. ``kept`` are its maximum and sum, if forward has kept them."""
+    """Compute one side of the rows. ``kept`` holds its maximum and sum if forward has kept them."""
     logits = logits.to(dtype)
     maximum, total = kept or (logits.amax(-1, keepdim=True), None)
     weights = _weights(logits, maximum, scale)
@@ -118,7 +120,8 @@ def _gathered(side: Side, indices: Tensor, valid: Tensor, divided: bool) -> Side
 def _rest(side: Side, scale: Tensor, indices: Tensor) -> Rest:
     weights = side.probabilities.scatter(-1, indices, 0)
     total = total_of_rows(weights, precise=True)
-    # A rest so far below the maximum that digits are lost is rare, and costs four more passes. A CPU can look first.
+    # Digits are lost if the rest lies far below the maximum. Such a rest is rare and costs four more passes, so a CPU
+    # looks for it first.
     if total.device.type == "cpu" and not torch.compiler.is_compiling() and (total > 1e-20).all():
         return Rest(weights, side.maximum, total)
     logits = side.logits.scatter(-1, indices, -torch.inf)
@@ -129,7 +132,7 @@ def _rest(side: Side, scale: Tensor, indices: Tensor) -> Rest:
 
 
 def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
-    """Compute log(a/b) = ±log1p(|a − b| / min(a, b)), which keeps its digits where a is near b and where a is far."""
+    """Compute log(a/b) = ±log1p(|a − b| / min(a, b)), which keeps its digits for close and for distant a and b."""
     difference = numerator - denominator
     return torch.copysign((difference.abs() / torch.minimum(numerator, denominator)).log1p_(), difference)
 
@@ -140,9 +143,9 @@ def _log_ratio(noisy: Side, clean: Side, scales: Scales, paired: bool) -> Tensor
     if paired:
         x, y = ((side.logits - side.maximum).mul_(scale) for side, scale in zip((noisy, clean), scales, strict=True))
         return nan_to_zero(x.sub_(y).sub_(quotient))
-    # Differences are taken before sums: x − y is exact where the sides are close, and so is the subtracted term.
-    # Where the sides lie apart, x − y would be rounded at the size of the shift. Then each side is taken relative to
-    # its own maximum first.
+    # Differences are taken before sums. x − y is exact if the sides are close, and the subtracted term is exact too. If
+    # the sides lie apart, x − y would be rounded at the size of the shift. Each side is then first taken relative to
+    # its own maximum.
     x, y, apart = noisy.logits, clean.logits, noisy.maximum - clean.maximum
     shifted = (apart * scales[0]).abs_() > 4
     if torch.compiler.is_compiling() or shifted.device.type != "cpu" or shifted.any():
@@ -154,7 +157,7 @@ def _log_ratio(noisy: Side, clean: Side, scales: Scales, paired: bool) -> Tensor
 def _ordered_probabilities(noisy: Side, clean: Side, log_ratio: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
     """Compute the larger of p and q as one exponential, and the smaller as the larger times e^−|d|, in compiled code.
 
-    Inductor holds `exp` for costly and computes each once, so that one loop finds all sums over a row.
+    Inductor rates `exp` as costly and computes each `exp` once. One loop then finds all sums over a row.
     """
     noisy_is_larger = log_ratio > 0
     x, y = ((side.logits - side.maximum) * scale for side, scale in zip((noisy, clean), scales, strict=True))
@@ -215,7 +218,7 @@ class Rows(NamedTuple):
 
 
 def read_sides(chunk: Chunk, kept: Sequence[Tensor] | None) -> Rows:
-    """Read a chunk's rows; ``kept`` are the `softmax_scalars`, if they are known."""
+    """Read a chunk's rows; ``kept`` holds the `softmax_scalars` if they are known."""
     noisy, clean, scales, settings, indices, valid, _ = chunk
     dtype = rows.compute_dtype(noisy, clean)
     pairs = list(zip((noisy, clean), scales, strict=True))

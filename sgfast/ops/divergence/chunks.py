@@ -13,9 +13,10 @@ from sgfast.ops.divergence.problem import Problem
 from sgfast.ops.divergence.rows import forward_rows
 from sgfast.ops.topk import selection
 
-# With this many logits a thread's temporaries stay in a 2 MiB cache, and the work outweighs the start of the thread.
+# With this many logits a thread's temporaries fit into a cache of 2 MiB, and the work costs more than the start of the
+# thread.
 _LOGITS_PER_THREAD = 64 * 1024
-# The same with a top-k support, where a chunk has fewer temporaries and needs many small calls.
+# The number for a top-k support. A chunk then has fewer temporaries and needs many small calls.
 _LOGITS_PER_THREAD_TO_SELECT_FROM = 256 * 1024
 
 
@@ -34,13 +35,13 @@ def settings_of(problem: Problem) -> Settings:
 def chunk_settings(problem: Problem) -> Settings:
     """Return the settings of a chunk's arithmetic inside an operator, where the values of tensors can be read."""
     temperature = problem.temperature
-    # Only on a CPU the temperature can be read without waiting for a queue.
+    # Only a CPU can read the temperature without waiting for a queue.
     labelled = problem.labels is not None and temperature.device.type == "cpu"
     return settings_of(problem)._replace(unit_temperature=labelled and bool((temperature == 1).all()))
 
 
 def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) -> Iterator[Tensor | slice]:
-    """Yield chunks whose temporaries stay within the caller's bound; smaller chunks where these are faster.
+    """Yield chunks whose temporaries stay within the caller's bound. Smaller chunks are taken where they are faster.
 
     On a CPU every uncompiled operation is a pass over the chunk. The chunk should stay in the cache and give each
     thread enough work.
@@ -81,16 +82,16 @@ def temporaries(settings: Settings, selected: float, converted: bool) -> float:
 
 
 def masked_temporaries(settings: Settings) -> float:
-    """Return the number for a support given as a mask, compiled or not; a mask's indices are 64 bits wide."""
+    """Return the number of temporaries for a support that is a mask, whose indices are 64 bits wide."""
     return temporaries(settings, 1, converted=True) + 5
 
 
 def compiled_temporaries(settings: Settings, dtype: torch.dtype) -> float:
-    """Return how many temporaries compiled code writes to memory: none where one loop finds all sums of a row."""
+    """Return how many temporaries compiled code writes to memory: none if one loop finds all sums of a row."""
     one_loop = settings.support == "full" and dtype == torch.float32 and settings.beta == 0.5
     one_loop = one_loop and len(settings.kinds) <= 4 and LABEL_KIND not in settings.kinds and not settings.reads_log_p
-    # An eighth stands for none: if another version of PyTorch writes one temporary after all, the memory exceeds the
-    # caller's bound eight times at most.
+    # An eighth stands for none. Another version of PyTorch may write one temporary after all. Memory is then at most
+    # eight times the caller's bound.
     return 1 / 8 if one_loop else max(8, 4 + len(settings.kinds))
 
 
@@ -116,7 +117,7 @@ def forward_of(implementation: str) -> Callable[..., Tensor]:
 def read_chunks(
     problem: Problem, choice: dispatch.Choice, settings: Settings, kept_indices: Tensor | None = None
 ) -> Iterator[tuple[Tensor | slice, Chunk]]:
-    """Yield the numbers of a chunk's rows, and the chunk; backward gives the ``kept_indices`` of a top-k support."""
+    """Yield each chunk and the numbers of its rows. Backward passes the ``kept_indices`` of a top-k support."""
     noisy_scale = 1 / problem.temperature
     clean_scale = noisy_scale if problem.clean_temperature is None else 1 / problem.clean_temperature
     for place in row_chunks(problem, choice, settings):

@@ -13,7 +13,7 @@ from sgfast.ops.topk.selection import unpack_union
 def definition_values(problem: Problem, kept_indices: Tensor | None = None) -> Tensor:
     """Compute the values (kinds, ...) so that autograd can differentiate them; keeps several temporaries per logit.
 
-    ``kept_indices`` are those of a top-k support.
+    ``kept_indices`` are the indices of a top-k support.
     """
     noisy, clean, mask = problem.noisy, problem.clean, problem.mask
     dtype = rows.compute_dtype(noisy, clean)

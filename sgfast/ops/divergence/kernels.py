@@ -1,4 +1,4 @@
-"""The Triton kernels of `divergences`: the arguments they can run, and the calls of forward and backward.
+"""The calls of the Triton kernels for `divergences`, and the arguments that the kernels can run.
 
 The cross-entropy of hard labels comes from the kernels over the whole vocabulary. Beside a top-k support these kernels
 run for the labels alone.
@@ -16,7 +16,7 @@ from sgfast.ops.topk.operator import triton_size_refusal
 
 
 def _only_labels(problem: Problem) -> Problem:
-    """The problem with the kind of hard labels alone, over the whole vocabulary."""
+    """Return the problem of the hard labels alone, over the whole vocabulary."""
     return problem._replace(kinds=LABEL_KIND, top_k=0)
 
 
@@ -87,7 +87,7 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of the wanted sides.
 
-    ``row_scalars`` is None if the graph was traced for the PyTorch implementation; then they are computed again.
+    ``row_scalars`` is None if the graph was traced for the PyTorch implementation. The scalars are then computed again.
     """
     if row_scalars is None:
         row_scalars = forward(problem)[2]

@@ -1,7 +1,7 @@
-"""The kinds of divergence: what the PyTorch implementation knows of each, besides its formulas.
+"""The table of the kinds of divergence, as the PyTorch implementation reads it.
 
-The formulas are in `terms`, in forms that keep their digits, and in `definitions`, as they are written. The kernels
-have a table of their own, ``sgfast_kernels.divergence.kinds``. docs/architecture.md says how a kind is added.
+`terms` has the formulas in forms that keep their digits. `definitions` has the formulas as papers write them. The
+kernels have a table of their own, ``sgfast_kernels.divergence.kinds``. docs/architecture.md says how a kind is added.
 """
 
 from typing import Literal, NamedTuple
@@ -17,17 +17,18 @@ class Kind(NamedTuple):
     factor: float = 1.0
     #: A sum over a part of the atoms may be negative.
     signed: bool = False
-    #: The partial derivative towards log p, and that towards log q, is infinite where one probability alone is 0.
+    #: Two flags, for the partial derivatives with respect to log p and to log q: infinite where one of the two
+    #: probabilities alone is 0.
     infinite_partials: tuple[bool, bool] = (False, False)
     #: The terms read log p, not only log p − log q.
     reads_log_p: bool = False
     #: The terms read 1 − e^(−|log p − log q| / 2).
     reads_half_gaps: bool = False
-    #: The kind that this one is where its mixture has no part of the other side (``skew=0``).
+    #: The kind with the same values if the mixture has no part of the other side (``skew=0``).
     without_mixture: str | None = None
 
 
-#: What is known of each kind, by name.
+#: The kinds by name.
 KIND_TABLE = {
     kind.name: kind
     for kind in (
@@ -46,10 +47,10 @@ KIND_TABLE = {
 #: The kinds' names.
 KINDS = tuple(KIND_TABLE)
 
-#: The name under which the cross-entropy of hard labels travels among the kinds, always the last.
+#: The cross-entropy of hard labels as a kind. It is always the last of the kinds.
 LABEL_KIND = "label_cross_entropy"
 
 
 def users_of(weight: str) -> tuple[str, ...]:
-    """Names of the kinds whose mixture has this weight, ``beta`` or ``skew``."""
+    """Return the names of the kinds whose mixture has this weight, ``beta`` or ``skew``."""
     return tuple(kind.name for kind in KIND_TABLE.values() if kind.weight == weight)

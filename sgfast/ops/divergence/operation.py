@@ -1,9 +1,10 @@
 """Divergences between two sets of logits at every position, any number of kinds from the same reads.
 
-`divergences` has the formulas. The call checks its arguments and makes a `problem` of them, which the registered
-`operator` computes: in PyTorch, `chunks` of rows go through `atoms` (from logits to probabilities and their
-logarithms' differences), `terms` (each kind's formula in a form that keeps its digits) and `rows` (sums, and from
-partial derivatives back to logits); or the Triton `kernels` run. `definitions` has the plain formulas.
+`divergences` has the formulas. The call checks its arguments and makes a `problem` of them. The registered `operator`
+computes the problem. In PyTorch, `chunks` of rows go through three modules. `atoms` turns logits into probabilities and
+the differences of their logarithms. `terms` has each kind's formula in a form that keeps its digits. `rows` has the
+sums, and turns partial derivatives into gradients of the logits. On a GPU the Triton `kernels` run instead.
+`definitions` has the plain formulas.
 """
 
 from collections.abc import Sequence
@@ -87,8 +88,8 @@ def divergences(
 
     Values are within 1e-5 relative + 5e-7 of the exact ones and never negative, also when the sides are nearly equal,
     or lie apart by a constant of up to 1e4; rows of gradients are within one rounding of the inputs' dtype plus
-    (5e-7 + 3e-7·value) / T. ``-inf`` logits are legal on either side (a KL may then be ``inf``; its gradient is 0 on
-    the side where it would be infinite).
+    (5e-7 + 3e-7·value) / T. ``-inf`` logits are legal on either side. A KL may then be ``inf``. Its gradient is 0 on
+    the side where the gradient would be infinite.
 
     Args:
         noisy_logits: (..., V), float32, bfloat16, float16 or float64: the student, p. Row-strided views such as
@@ -98,13 +99,13 @@ def divergences(
             ``squared_hellinger``, ``cross_entropy``, ``skew_forward_kl``, ``skew_reverse_kl``. May be empty where
             there are ``labels``.
         top_k: restrict to S, the top-k indices (ties: the lower index); None for the whole vocabulary.
-        top_k_of: whose top-k make S: the union of ``both`` sides', or those of ``noisy`` or ``clean`` alone.
+        top_k_of: the side whose top-k indices make S: ``noisy``, ``clean``, or ``both`` for the union.
         support: what the restriction means: ``tail`` (S and one atom for the rest of the mass: a true divergence, at
             most the full one), ``truncate`` (a lower bound that grows with k for the non-KL kinds; the KL and skew
             kinds may be negative, are not clamped, and have a gradient at equal logits) or ``renormalize``. No effect
             without ``top_k``.
         mask: (...), bool or numbers equal to 0 or 1, 1 = selected. Masked rows are not read; they give 0 and zero
-            gradient. On a GPU, where looking would stop the queue, any number but 0 selects.
+            gradient. On a GPU every number but 0 selects, because a look at the values would stop the queue.
         labels: (...), integers < V; negative = ignored. Adds ``label_cross_entropy``, the noisy side's cross-entropy
             with these hard labels at temperature 1 over the whole vocabulary, from the same pass; 0 where ignored. On
             a GPU a label ≥ V gives NaN.
@@ -183,16 +184,18 @@ def masked_divergence(
     max_chunk_bytes: int | None = None,
     impl: dispatch.Implementation | None = None,
 ) -> Tensor:
-    """One divergence per position over the support that ``support_mask`` selects: behind `sgfast.loss.divergences`.
+    """Compute one divergence per position over the support that ``support_mask`` selects.
 
-    A row of the mask without any True entry has no atoms: its value and gradients are 0. Padded indices as wide as the
-    vocabulary are gathered from and scattered to, about four times the work of the whole vocabulary; supports that are
-    top-k unions are far cheaper as ``divergences(..., top_k=k)``, where there are at most 2k atoms.
+    A row of the mask without any True entry has no atoms: its value and gradients are 0. The functions of
+    `sgfast.loss.divergences` call this function. The computation gathers and scatters with padded indices as wide as
+    the vocabulary. This is about four times the work of the whole vocabulary. For a union of top-k indices
+    ``divergences(..., top_k=k)`` is far cheaper, because it has at most 2k atoms.
 
     Args:
         noisy_logits: (..., V), as in `divergences`.
         clean_logits: of the same shape.
-        support_mask: bool, (..., V) or broadcastable to it: True = in S. It is read as it lies, also when broadcast.
+        support_mask: bool, (..., V) or broadcastable to it: True = in S. The mask is read without a copy, even if it is
+            broadcast.
         kind: one of `divergences`' kinds.
         support: ``tail``, ``truncate`` or ``renormalize``.
         mask: (...), bool or numbers equal to 0 or 1, 1 = selected.
@@ -241,7 +244,7 @@ def _compute(
     max_chunk_bytes: int | None,
     **checked: Any,
 ) -> dict[str, Tensor]:
-    """Run the operator on arguments that are checked but for temperatures and bound."""
+    """Check the temperatures and the bound, and run the operator. The caller has checked the other arguments."""
     dispatch.refuse_forward_mode("divergences", noisy, clean)
     noisy_temperature, clean_temperature = row_temperatures(temperature, noisy, clean)
     noisy_wanted, clean_wanted = (torch.is_grad_enabled() and side.requires_grad for side in (noisy, clean))

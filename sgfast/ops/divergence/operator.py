@@ -24,8 +24,8 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Compute values (kinds, ...), indices of the top-k support, and row scalars.
 
     The indices are int32, (..., min(2k, V)) or (..., k), −1 where invalid. The row scalars, (4 + 2·kinds, ...) or with
-    top_k (8 + 2·kinds, ...), serve the backward of the same implementation, towards the wanted sides. The PyTorch
-    implementation keeps no row scalars with a support: they are zeros.
+    top_k (8 + 2·kinds, ...), are for the backward of the same implementation, towards the wanted sides. With a support
+    the PyTorch implementation needs no row scalars, so they are zeros.
     """
     noisy, clean, labels, mask, top_k = problem.noisy, problem.clean, problem.labels, problem.mask, problem.top_k
     choice = _choice(problem)
@@ -90,7 +90,7 @@ def backward(arguments: BackwardProblem) -> tuple[Tensor, Tensor]:
         flat_scalars = row_scalars.view(row_scalars.shape[0], -1)
     flat_gradients = [gradient.view(gradient.numel() // size, size) for gradient in gradients]
     for place, chunk in read_chunks(problem, choice, settings, kept_indices):
-        # Without a mask a chunk is a slice of the gradient, so the result is written in place.
+        # Without a mask a chunk is a slice of the gradient. The result is therefore written in place.
         targets = [
             (gradient[place] if mask is None else gradient.new_empty(chunk.noisy.shape)) if side_wanted else None
             for gradient, side_wanted in zip(flat_gradients, wanted, strict=True)

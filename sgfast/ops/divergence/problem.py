@@ -50,7 +50,7 @@ class Problem(NamedTuple):
 
     @property
     def support_width(self) -> int:
-        """Number of a top-k support's indices, padding included."""
+        """The number of indices of a top-k support, padding included."""
         return support_width(self.top_k, self.top_k_of, self.noisy.shape[-1])
 
     @property
@@ -60,7 +60,7 @@ class Problem(NamedTuple):
 
     @property
     def kind_names(self) -> tuple[str, ...]:
-        """The kinds, that of hard labels the last."""
+        """The names of the kinds; the kind of hard labels is the last."""
         return tuple(self.kinds.split(","))
 
     @property
@@ -72,8 +72,8 @@ class Problem(NamedTuple):
 def row_scalar_count(kinds: tuple[str, ...], top_k: int) -> int:
     """Count the scalars that a row keeps for backward.
 
-    Each side has a maximum and a sum, with a top-k support those of its tail too. Each kind has two sums of partials.
-    Hard labels beside a top-k support keep the scalars of the whole vocabulary besides.
+    Each side has a maximum and a sum. With a top-k support the tail of each side has a maximum and a sum too. Each kind
+    has two sums of partials. Hard labels beside a top-k support also keep the scalars of the whole vocabulary.
     """
     if top_k and LABEL_KIND in kinds:
         return row_scalar_count(kinds[:-1], top_k) + row_scalar_count((LABEL_KIND,), 0)
@@ -81,7 +81,7 @@ def row_scalar_count(kinds: tuple[str, ...], top_k: int) -> int:
 
 
 class Options(NamedTuple):
-    """Checked options: the kinds, each once, the kind of hard labels last; the weights of the mixtures."""
+    """Checked options: the kinds without repetition, the kind of hard labels last; the weights of the mixtures."""
 
     kinds: tuple[str, ...]
     beta: float
@@ -132,7 +132,7 @@ def check_kinds(argument: str, kinds: Iterable[object]) -> None:
 
 
 def mixture_weight(name: str, value: float | None, default: float, users: Sequence[str], kinds: Sequence[str]) -> float:
-    """Return a mixture's weight, the default for None; a weight that no kind would use is refused."""
+    """Return a mixture's weight, or the default for None. Refuse a weight that no kind uses."""
     if value is None:
         return default
     validation.check_number(name, value)

@@ -28,7 +28,7 @@ def forward_rows(
     """Compute (rows, 3·kinds + 4) for `finish_values`: a sum for each kind, then row scalars.
 
     The scalars are both sides' maximum and sum and, over the whole vocabulary, two sums of partial derivatives for each
-    kind. A scalar that is not computed is 0. ``kept`` are the `softmax_scalars`, if they are known.
+    kind. A scalar that is not computed is 0. ``kept`` holds the `softmax_scalars` if they are known.
     """
     settings, labels = chunk.settings, chunk.labels
     sums, row_scalars, noisy_side = [], [], None
@@ -55,7 +55,7 @@ def finish_values(found: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Turn the results of `forward_rows`, (rows, …), into values (kinds, rows) and row scalars (4 + 2·kinds, rows)."""
     parts = found.tensor_split([len(settings.kinds)], -1)
     sums, row_scalars = (part.T.clone(memory_format=torch.contiguous_format) for part in parts)
-    # A row with a NaN (or with two infinities of one sign) has a NaN sum. The terms may have lost the NaN.
+    # A row with a NaN, or with two infinities of one sign, has a NaN sum. The terms may have lost this NaN.
     nan = torch.where((row_scalars[1] >= 0) & (row_scalars[3] >= 0), 0.0, torch.nan).to(sums.dtype)
     for kind, kind_sums in zip(settings.divergences, sums, strict=False):
         finish(kind, kind_sums, settings.beta, settings.skew, settings.support == "truncate").add_(nan)
@@ -67,7 +67,7 @@ def backward_rows(
 ) -> list[Tensor | None]:
     """Compute gradients (rows, V) to the wanted sides, in the arithmetic's dtype; ``upstream`` is (kinds, rows).
 
-    ``row_scalars`` come from the same implementation's `forward_rows`. Without them they are computed again.
+    ``row_scalars`` come from `forward_rows` of the same implementation. If they are None, they are computed again.
     """
     noisy, clean, scales, settings, indices, _, labels = chunk
     dtype = rows.compute_dtype(noisy, clean)
@@ -132,10 +132,10 @@ def _weighted_partials(
     probability: Tensor,
     means: Sequence[Tensor] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """Σ over kinds of weight · partial towards one side: its factor, less the mean, the rest, and that mean.
+    """Sum weight · partial over the kinds, towards one side. Return the factor less its mean, the rest, and the mean.
 
-    Factors are finite. A kind whose mean is infinite has no part: there the divergence is infinite (q > 0 where p = 0,
-    or the reverse), and a step in that direction does not exist.
+    The returned factors are finite. A kind whose mean is infinite is left out of the row. Its divergence is infinite
+    there (q > 0 where p = 0, or the reverse), and a gradient does not exist.
     """
     factors, rests, shift = None, None, torch.zeros_like(weights[0])
     for i, kind in enumerate(settings.divergences):
@@ -189,10 +189,10 @@ def _logit_gradient(
     size: int,
     summed: bool,
 ) -> Tensor:
-    """Compute the gradient of the logits from (factor + shift)·p + rest, that of the atoms' log-probabilities.
+    """Compute the gradient of the logits from the gradient of the atoms' log-probabilities, (factor + shift)·p + rest.
 
-    With ``summed`` the rounding errors left in the row sums are removed. Compiled code has the means from forward and
-    leaves the errors: to remove them it would need a second loop, and memory between the two loops.
+    With ``summed`` the rounding errors that are left in the row sums are removed. Compiled code takes the means from
+    forward and keeps these errors. It would need a second loop to remove them, and memory between the two loops.
     """
     if not summed:
         if factor is None or rest is None:
@@ -233,7 +233,7 @@ def _centred(probability: Tensor, factor: Tensor | None, rest: Tensor | None) ->
 
 
 def _at_temperature_1(chunk: Chunk, side: Side | None, kept_sum: Tensor | None = None) -> Side:
-    """Return the noisy side over the whole vocabulary at temperature 1, reusing ``side`` where possible."""
+    """Return the noisy side over the whole vocabulary at temperature 1. ``side`` is used again where possible."""
     dtype = rows.compute_dtype(chunk.noisy, chunk.clean)
     if side is None or chunk.settings.support in ("renormalize", "tail"):
         return one_side(chunk.noisy, 1.0, dtype)

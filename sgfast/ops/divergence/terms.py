@@ -12,13 +12,13 @@ The linear part (1−λ)(p − q) sums to 0 over a whole distribution; a truncat
 Jensen–Shannon is beta·KL(q‖m) + (1−beta)·KL(p‖m), and the two linear parts cancel.
 
 Partial derivatives with respect to log p (not the logits) are given as factor·p + rest; those with respect to log q
-likewise. The gradient of the logits is p·(factor − Σ factor·p) + rest − p·Σ rest. The factors are subtracted before p
-multiplies them, so that no digits are lost where one atom has nearly all mass. Over a whole distribution Σ p = 1, so a
+likewise. The gradient of the logits is p·(factor − Σ factor·p) + rest − p·Σ rest. The factors are subtracted before the
+product with p. No digits are then lost where one atom has nearly all mass. Over a whole distribution Σ p = 1, so a
 multiple of p added to a partial derivative does not change the gradient. The multiple is chosen so that nothing cancels
 near p = q.
 
-The arithmetic is written for the CPU, where every operation is a pass over memory: a selection (torch.where) costs as
-much as ten products there, so signs enter through copysign, and 0 · inf = 0 through nan_to_num.
+The arithmetic is written for the CPU, where every operation is a pass over memory. A selection (torch.where) costs as
+much as ten products there. Signs are therefore made by copysign, and 0 · inf = 0 by nan_to_num.
 """
 
 import math
@@ -31,7 +31,7 @@ from sgfast.ops.divergence.kinds import KIND_TABLE, Kind
 
 
 class Atoms:
-    """Both distributions over the same atoms; what a kind needs of them, computed once. Fields are (rows, atoms)."""
+    """Both distributions over the same atoms, (rows, atoms). Each quantity that kinds read is computed once."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Atoms:
     ) -> None:
         """Take d = log p − log q: ±inf where one side is 0, 0 where both are; log p if it is needed.
 
-        ``ordered`` is the larger and the smaller of p and q, where they are at hand.
+        ``ordered`` is the larger and the smaller of p and q, if they are known.
         """
         self.p, self.q, self.log_p = p, q, log_p
         self.log_ratio, self._ordered = log_ratio, ordered
@@ -124,8 +124,8 @@ class Atoms:
         """m/P = 1 − κw; a new tensor."""
         if _is_moderate(weight):
             return self._negative_mixture_loss(weight).add_(1)
-        # With an extreme weight κw may be next to 1, and its rounding would show in 1 − κw. It does not show in
-        # m/P = (1−κ) + κ·e^−|d|.
+        # With an extreme weight κw may be next to 1. The rounding of κw would then show in 1 − κw. The form m/P = (1−κ)
+        # + κ·e^−|d| avoids this.
         share_of_larger = self._by_sign(1 - weight, weight)
         return (-self.gap).exp_().mul_(self._by_sign(weight, 1 - weight)).add_(share_of_larger)
 
@@ -156,7 +156,7 @@ def nan_to_zero(tensor: Tensor) -> Tensor:
 
     Rows whose logits are NaN are found by their sums.
     """
-    if torch.compiler.is_compiling():  # where Inductor tests for NaN it leaves the vector unit
+    if torch.compiler.is_compiling():  # a test for NaN would make Inductor leave the vector unit
         return torch.where(tensor == tensor, tensor, 0)
     return tensor.nan_to_num_(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
@@ -184,7 +184,8 @@ def expm1(exponent: Tensor) -> Tensor:
     if not torch.compiler.is_compiling():
         return exponent.expm1_()
     # Inductor's vector code for expm1 is exp(x) − 1, which loses digits near 0. On [−¼, 0] a polynomial for (e^x − 1)/x
-    # is used: right to half of the last digit for float32, and the series 1 + x(1/2! + x(1/3! + …)) for float64.
+    # is used. For float32 its error is half of the last digit. For float64 the polynomial is the series 1 + x(1/2! +
+    # x(1/3! + …)).
     if exponent.dtype == torch.float32:
         series = _polynomial(exponent, (1.0, 0.499999515, 0.166651083, 0.0414906549, 0.00751360807))
     else:
@@ -193,7 +194,7 @@ def expm1(exponent: Tensor) -> Tensor:
 
 
 def _log1p_of_half(x: Tensor) -> Tensor:
-    """log(1 + x/2) for −1 ≤ x ≤ 0 to float32's digits: 2 artanh(x/(x + 4)), a third of the time of compiled log1p."""
+    """log(1 + x/2) = 2 artanh(x/(x + 4)) for −1 ≤ x ≤ 0, to float32's digits, in a third of log1p's time."""
     z = x / (x + 4)
     # 2 artanh(z)/z as a polynomial of z² on [0, 1/9].
     return _polynomial(z * z, (2.0, 0.666663214, 0.400245966, 0.279651582, 0.281577784)) * z
@@ -213,22 +214,22 @@ def row_sum(kind: str, atoms: Atoms, beta: float, skew: float, truncated: bool) 
 
 
 def finish(kind: str, sums: Tensor, beta: float, skew: float, truncated: bool) -> Tensor:
-    """Values of one kind from its row sums, in place: ≥ 0, but for the KL and skew kinds of a truncated sum."""
+    """Turn the row sums of one kind into values ≥ 0, in place. KL and skew kinds of a truncated sum may be negative."""
     known = _simplest(kind, skew)
     # The terms of Jensen-Shannon with equal weights are doubled: see `_jensen_shannon`.
     sums.mul_(known.factor / 2 if known.name == "jensen_shannon" and beta == 0.5 else known.factor)
-    # The values are ≥ 0 already but for the last rounding.
+    # Without the last rounding the values would be ≥ 0 already.
     return sums if truncated and known.signed else sums.clamp_(min=0)
 
 
 def _simplest(kind: str, skew: float) -> Kind:
-    """The kind that is computed: a skew kind without a mixture is a plain one."""
+    """Return the kind that is computed: a skew kind without a mixture is a plain kind."""
     known = KIND_TABLE[kind]
     return KIND_TABLE[known.without_mixture] if known.without_mixture and skew == 0 else known
 
 
 def _terms(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> Tensor:
-    """The terms that are summed over a row; `finish` has the factors, which cost less after the sum."""
+    """Compute the terms of a row's sum. `finish` has the factors, because a factor costs less after the sum."""
     match kind:
         case "forward_kl":
             terms = nan_to_zero(atoms.q * atoms.log_ratio).neg_()
@@ -257,19 +258,19 @@ def _terms(kind: str, atoms: Atoms, beta: float, skew: float, linear: bool) -> T
 
 
 def _jensen_shannon(atoms: Atoms, beta: float) -> Tensor:
-    """beta·q·log(m/q) + (1−beta)·p·log(m/p) = m·log1p(−κw) + κ·min(p, q)·|d|; where beta is ½, twice that."""
+    """beta·q·log(m/q) + (1−beta)·p·log(m/p) = m·log1p(−κw) + κ·min(p, q)·|d|; doubled where beta is ½."""
     if beta != 0.5:
         return _times_log_mixture(atoms, "q", beta, beta).add_(_times_log_mixture(atoms, "p", beta, 1 - beta))
     return atoms.smaller_times_gap().addcmul_(atoms.log_mixture(beta), atoms.sum_of_sides())
 
 
 def _times_log_mixture(atoms: Atoms, side: str, weight: float, factor: float) -> Tensor:
-    """factor · q · log(m/q), or of p, for the mixture m = weight·q + (1−weight)·p, 0 < weight < 1; a new tensor."""
+    """factor·q·log(m/q), or factor·p·log(m/p), for m = weight·q + (1−weight)·p, 0 < weight < 1; a new tensor."""
     return nan_to_zero(_log_mixture_over(atoms, side, weight).mul_(atoms.q if side == "q" else atoms.p)).mul_(factor)
 
 
 def _log_mixture_over(atoms: Atoms, side: str, weight: float) -> Tensor:
-    """log(m/q), or log(m/p), for that mixture; infinite where q (or p) is 0; a new tensor."""
+    """log(m/q), or log(m/p), for the mixture m with this weight of q; infinite where q (or p) is 0; a new tensor."""
     log_mixture = atoms.log_mixture(weight)
     if side == "q":
         return log_mixture.add_(atoms.log_ratio.clamp(min=0))
@@ -281,8 +282,8 @@ def partial_derivative(
 ) -> tuple[Tensor | None, Tensor | None]:
     """One kind's partial with respect to log p (side 0) or log q (side 1) as factor·p (or q) + rest.
 
-    A part that is None is 0; parts are not to be written to. A factor may be infinite, and has no meaning where the
-    probability is 0.
+    A part that is None is 0. The caller must not write to the parts. A factor may be infinite. It has no meaning where
+    the probability is 0.
     """
     towards = (_partial_to_p, _partial_to_q)[side]
     return towards(_simplest(kind, skew).name, atoms, beta, skew, not truncated)
@@ -345,6 +346,6 @@ def _partial_to_q(
 
 
 def _hellinger_partial(atoms: Atoms, is_larger: Tensor) -> tuple[Tensor, Tensor]:
-    """½(p − √(pq)): ½h·p where p is the larger side, −½h·√(pq) elsewhere; or the same with the sides exchanged."""
+    """½(p − √(pq)): ½h·p where p is the larger side, −½h·√(pq) elsewhere. The sides may be exchanged."""
     half = atoms.half_shrinkage * 0.5
     return (half * is_larger).neg_(), half.mul_((atoms.p * atoms.q).sqrt_()).mul_(1 - is_larger)

@@ -9,12 +9,13 @@ With x = m_i − c, y = m_j − c, ρ = 1/σ_j² (each 0 where masked) and any c
     Σ (σ_i² + (x − y)²) ρ = (σ_i² + x²)·ρ + 1·(y² ρ) − 2 x·(y ρ)
 
 are inner products, so that no (A, B, T, D) tensor is ever made. They are taken in float64. Their rounding is at most
-(features + 8) 2⁻⁵² times the first two summands: nothing beside a KL of that size, but too much for two Gaussians that
-nearly agree 10⁵ σ from c. A pair is uncertain if this bound does not prove it right to 10⁻⁶ relative or 10⁻⁷ nats a
-feature, or if its sum is NaN. Uncertain pairs are summed again term by term: on a CPU all of them; on a GPU the A + B
-least certain pairs, because counting them would stop the queue. Negative results (rounding) become 0.
+(features + 8) 2⁻⁵² times the first two summands. This is nothing beside a KL of the summands' size, and too much for
+two Gaussians that nearly agree 10⁵ σ from c. A pair is uncertain if its sum is NaN, or if this bound does not prove the
+sum right to 10⁻⁶ relative or 10⁻⁷ nats a feature. Uncertain pairs are summed again term by term. On a CPU all uncertain
+pairs are summed again. On a GPU the A + B least certain pairs are, because a count of uncertain pairs would stop the
+queue. Negative results (rounding) become 0.
 
-Gradients are matrix products too (`products`), off by about 10⁻¹⁶ (|m − c| / σ)² of 1/σ. Backward
+Gradients are matrix products too (`products`). Their error is about 10⁻¹⁶ (|m − c| / σ)² of 1/σ. Backward
 keeps the inputs and nothing else. There is no Triton kernel: the time goes into float64 matrix products, which PyTorch
 hands to the vendor's library.
 
@@ -49,18 +50,19 @@ def pairwise_gaussian_kl(
         std_a: of ``mean_a``'s shape, positive wherever it is used.
         mean_b: (B, T, D).
         std_b: of ``mean_b``'s shape.
-        mask_a: (A, T) or, to select single features, (A, T, D); 1 = used. What is masked never reaches a result
-            or a gradient, NaN included.
+        mask_a: (A, T) or, to select single features, (A, T, D); 1 = used. Masked values, NaN included, never reach a
+            result or a gradient.
         mask_b: (B, T) or (B, T, D).
-        combine_masks: a pair uses what both masks select; False: what ``mask_a`` selects, whatever ``mask_b`` says.
+        combine_masks: True: a pair uses the features that both masks select. False: it uses the features that
+            ``mask_a`` selects, whatever ``mask_b`` says.
         max_chunk_bytes: bound on temporaries beyond a few (A, B) matrices in float64; one feature of every Gaussian is
             read at least. Default 64 MiB, or the size of such a matrix.
         impl: see ``sgfast.ops.dispatch``; there is no Triton kernel.
 
     Returns:
         ``(kl, count)``, (A, B) each: the sums over positions and features, ≥ 0, in float32 (float64 if an input is),
-        differentiable with respect to means and stds; and the number of features that entered, int64. A pair with
-        nothing in common gives 0 and 0.
+        differentiable with respect to means and stds; and the number of features in each sum, int64. A pair without a
+        common feature gives 0 and 0.
 
     Raises:
         TypeError: an input is not a floating tensor, or a mask is not a tensor.

@@ -12,7 +12,7 @@ from sgfast.ops.gaussian.chunks import Side, feature_chunks, read_side
 from sgfast.ops.gaussian.products import Block, gradients_of_products, pair_sums, products
 from sgfast.ops.operator import define, keep, kept
 
-# Bytes for a feature of a Gaussian on its way through the products, and for one of a pair that is summed term by term.
+# Bytes for a Gaussian's feature in the products, and for a feature of a pair that is summed term by term.
 _PRODUCT_BYTES = 96
 _DIRECT_BYTES = 96
 # Largest rounding error that a pair may have without being summed again.
@@ -66,7 +66,7 @@ class Problem(NamedTuple):
 
 @define("pairwise_gaussian_kl", Problem)
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Compute the divergences and the number of features that entered each, (A, B) both."""
+    """Compute the divergences and the number of features in each, (A, B) both."""
     mean_a, mean_b = problem.mean_a, problem.mean_b
     choice = dispatch.select(problem.impl, triton_refusal())
     body = dispatch.implementation_of(products, choice.implementation)

@@ -25,7 +25,7 @@ def definition_values(noisy: Tensor, clean: Tensor, eps: float) -> Tensor:
 
 
 def far_apart(l2: Tensor, a_norm: Tensor, b_norm: Tensor) -> Tensor:
-    """Mark the rows that are farther from each other than one of the two is from 0."""
+    """Mark the rows with ‖a − b‖ > min(‖a‖, ‖b‖)."""
     return l2 > torch.minimum(a_norm, b_norm)
 
 

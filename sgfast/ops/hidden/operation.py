@@ -7,11 +7,11 @@ For rows a (noisy) and b (clean) of width D:
     cosine_distance    1 − cos(a, b) = (‖a−b‖² − (‖a‖−‖b‖)²) / (2‖a‖‖b‖),  ‖a‖−‖b‖ = Σ(a−b)(a+b) / (‖a‖+‖b‖)
     cosine_similarity  1 − cosine_distance
 
-The cosine is formed from differences because 1 − a·b/(‖a‖‖b‖) loses all its digits when a ≈ b, and distillation spends
-its time there. Rows with ‖a−b‖ > min(‖a‖, ‖b‖) take 1 − a·b/(‖a‖‖b‖) instead: there the differences would lose digits,
-the more the farther the norms lie apart. A row is zero if its squared norm underflows (norm below 1.1e-19 in float32);
-then the similarity and its gradient are 0. At a = b the gradient of l2 is 0. With δ = ‖a‖−‖b‖, the gradients combine
-a − b and the row itself:
+The cosine is formed from differences, because 1 − a·b/(‖a‖‖b‖) loses all its digits if a ≈ b, and distillation mostly
+works near a ≈ b. Rows with ‖a−b‖ > min(‖a‖, ‖b‖) take 1 − a·b/(‖a‖‖b‖) instead. The differences of such rows would lose
+digits, and more digits if the norms lie farther apart. A row is zero if its squared norm underflows (norm below 1.1e-19
+in float32); then the similarity and its gradient are 0. At a = b the gradient of l2 is 0. With δ = ‖a‖−‖b‖, the
+gradients combine a − b and the row itself:
 
     ∂cosine_distance/∂a = (a−b) / (‖a‖‖b‖) − a · (δ/(‖a‖‖b‖) + cosine_distance/‖a‖) / ‖a‖
     ∂l2/∂a = (a−b) / l2,   ∂normalized_l2/∂b = (b−a) / (l2·‖b‖) − b · l2 / ‖b‖³   (second term 0 if ‖b‖ ≤ eps)

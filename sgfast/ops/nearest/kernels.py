@@ -1,10 +1,10 @@
 r"""Nearest rows and ranks by the Triton kernels: one launch finds candidates, direct distances decide between them.
 
 The kernel bounds sign · d² − sign · ‖a‖² of all pairs from below (``sgfast_kernels.nearest``) and returns the rows of
-the least bounds, a few more than are asked for. Their d² is computed from the differences. The result is proved where
-the k-th of these lies below the last bound: no other row can. A query where that fails (more equal rows than there
-are candidates, squares that overflow) is scanned as `scan` does. To learn whether there are any
-is the one moment the GPU's queue is waited for.
+the least bounds, a few more than are asked for. Their d² is computed from the differences. The result is proved if the
+k-th of these d² lies below the last bound, because every other row then lies above the k-th. A query without this proof
+(more equal rows than candidates, squares that overflow) is searched by `scan`. The host waits for the GPU's queue only
+once, to learn whether such queries exist.
 
 The kernel's b = fl(scale·t) − c, for cosine with scale = fl(1/‖t‖), lies within 2u of the unit vector less c, and u ‖b‖
 for the subtraction; the query's point too. With δ = (4 + N) u for both, sums and product are off by 2 N δ + δ², of
@@ -21,7 +21,7 @@ from sgfast.ops.nearest import scan
 
 # Candidates beyond the k that are asked for: they hold rows nearly as near as the k-th.
 _SPARE = 8
-# Largest number of undecided rows of a query that are compared directly. The target is one of them.
+# The largest number of undecided rows of a query that are compared directly. The target is one of these rows.
 _UNDECIDED = 16
 # Bytes for a candidate while it is packed, sorted and compared.
 _CANDIDATE_BYTES = 512
@@ -45,7 +45,7 @@ def refusal(queries: Tensor, table: Tensor, k: int) -> str | None:
 
 
 def nearest(queries: Tensor, table: Tensor, k: int, metric: str, sign: int, max_bytes: int) -> tuple[Tensor, Tensor]:
-    """As ``scan.nearest``."""
+    """Search as ``scan.nearest`` does."""
     import sgfast_kernels
 
     total, count = math.prod(queries.shape[:-1]), _power_of_two(k + _SPARE)
@@ -80,7 +80,7 @@ def nearest(queries: Tensor, table: Tensor, k: int, metric: str, sign: int, max_
 def ranks(
     queries: Tensor, table: Tensor, targets: Tensor, target_squares: Tensor, metric: str, max_bytes: int
 ) -> Tensor:
-    """As ``scan.ranks``."""
+    """Count as ``scan.ranks`` does."""
     import sgfast_kernels
 
     counts = torch.empty_like(targets)
@@ -132,7 +132,7 @@ def _bound(table: Tensor, metric: str) -> tuple[float, float, float]:
 
 
 def _scale(table: Tensor, metric: str, max_bytes: int) -> Tensor | None:
-    """Float32 factors that make unit vectors of the rows, 0 for zero vectors; NaN where there is none of use."""
+    """Float32 factors that make unit vectors of the rows: 0 for zero vectors, NaN if no factor is usable."""
     if metric == "l2":
         return None
     step = max(1, max_bytes // (8 * table.shape[1]))

@@ -5,13 +5,12 @@ For a query q and the table's rows t_j:
     l2       ‖q − t_j‖
     cosine   1 − cos(q, t_j) = ½ ‖q/‖q‖ − t_j/‖t_j‖‖²,   1 where either vector is zero
 
-Order is by that distance, equal distances by index; the rank of row j is the number of rows before it. A NaN distance
-counts as infinite. Both metrics are squared Euclidean distances d² between points (for cosine, unit vectors). A matrix
-product finds the rows that might matter; their d² is then computed from the differences, in float64. It depends on the
-two rows alone, bit for bit, so that equal rows tie and the division into chunks never shows.
+Rows are ordered by distance, and rows at equal distance by index. The rank of row j is the number of rows before row j.
+A NaN distance counts as infinite. Both metrics are squared Euclidean distances d² between points (for cosine, unit
+vectors). A matrix product finds the rows that might matter. Their d² is then computed from the differences, in float64.
+Every bit of d² depends on the two rows alone. Equal rows therefore tie, and the division into chunks changes no result.
 
-`scan` has the search in PyTorch and its bounds, `kernels` the one that lets a
-kernel find the candidates.
+`scan` has the search in PyTorch and its bounds. `kernels` has the search in which a kernel finds the candidates.
 
 Inputs float32, bfloat16, float16 or float64; distances in float32 (float64 if an input is), indices and ranks in
 int64. There is no gradient.

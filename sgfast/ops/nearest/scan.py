@@ -5,13 +5,14 @@ float32, N = ‖a‖ + ‖b‖ and u = 2⁻²⁴,
 
     |s − d²| ≤ (1.2 D + 16) u N² + 2⁻¹²⁴ D
 
-Rounding a and b moves their distance, at most N, by u N at most, hence d² by 2 u N² + u² N². The three sums of D
-products, in any order of summation, are off by D u/(1 − D u) times ‖a‖², ‖b‖² and 2 ‖a‖‖b‖, together 1.2 D u N² (for
-D < 2.8 million). Their sum and the bound itself round a handful of times, and every underflow costs less than 2⁻¹²⁶.
-A block of pairs is one product, s − ‖a‖², and one comparison with a threshold for each query: ‖a‖² and the bound, with
-the block's largest ‖b‖ for all its rows, are on the threshold's side. Rows past it cannot reach the result and are
-dropped; the others, and whatever overflowed or is NaN, are compared directly. Where most rows fall within the bound, a
-table of equal rows for one, results are as exact and memory as bounded, in the time of Q·V direct distances.
+The rounding of a and b moves their distance, which is at most N, by at most u N. It therefore moves d² by at most 2 u
+N² + u² N². The three sums of D products, in any order of summation, are off by D u/(1 − D u) times ‖a‖², ‖b‖² and 2
+‖a‖‖b‖, together 1.2 D u N² (for D < 2.8 million). Their sum and the bound itself round a handful of times, and every
+underflow costs less than 2⁻¹²⁶. A block of pairs costs one product, s − ‖a‖², and one comparison with a threshold for
+each query. The threshold contains ‖a‖² and the bound, which takes the block's largest ‖b‖ for all rows of the block.
+Rows past the threshold cannot reach the result and are dropped. All other rows, overflows and NaN included, are
+compared directly. If most rows fall within the bound, as in a table of equal rows, results stay exact and memory stays
+bounded. The search then takes the time of Q·V direct distances.
 """
 
 import math
@@ -46,7 +47,7 @@ class Side(NamedTuple):
 
 
 def _row_sums(values: Tensor) -> Tensor:
-    """Sums over the last dimension by halving: each depends on its own row alone, which ``sum`` does not promise."""
+    """Sum over the last dimension by halving. Each sum depends on its own row alone, which ``sum`` does not promise."""
     while (width := values.shape[-1]) > 1:
         half = width // 2
         folded = values[..., :half] + values[..., half : 2 * half]
@@ -55,7 +56,7 @@ def _row_sums(values: Tensor) -> Tensor:
 
 
 def _points(vectors: Tensor, metric: str) -> tuple[Tensor, Tensor | None]:
-    """The points whose distances are compared, (n, D) float64: the vectors, or unit vectors and which are zero (n,)."""
+    """Return the points that are compared, (n, D) float64: the vectors, or unit vectors and their zero flags (n,)."""
     points = vectors.to(torch.float64)
     if metric == "l2":
         return points, None
@@ -65,7 +66,7 @@ def _points(vectors: Tensor, metric: str) -> tuple[Tensor, Tensor | None]:
 
 
 def _squarable(points: Tensor, dtype: torch.dtype) -> Tensor:
-    """Float64 vectors over their largest absolute value where they come from float64: other squares fit as they are."""
+    """Divide float64 vectors by their largest absolute value. Squares of vectors of other dtypes fit into float64."""
     if dtype != torch.float64:
         return points
     largest = torch.linalg.vector_norm(points, torch.inf, dim=-1, keepdim=True)
@@ -102,7 +103,7 @@ def _rows_of_a_temporary(vectors: Tensor) -> int:
 
 
 def side_of(vectors: Tensor, center: Tensor, metric: str) -> Side:
-    """Vectors as the scan sees them."""
+    """Put vectors into the form that the scan reads."""
     zero = None
     if metric == "cosine":
         parts = [_centred_unit_vectors(part, center) for part in torch.split(vectors, _rows_of_a_temporary(vectors))]
@@ -128,7 +129,7 @@ def _centred_unit_vectors(vectors: Tensor, center: Tensor) -> tuple[Tensor, Tens
 
 
 def center_of(queries: Tensor, table: Tensor, metric: str, max_bytes: int) -> Tensor:
-    """The mean of a sample of the table: any center is right, a near one makes the bound tight."""
+    """Return the mean of a sample of the table. Any center is right; a near center makes the bound tight."""
     sample = max(1, max_bytes // (_SCAN_BYTES * table.shape[1]))
     points, _ = _points(table[:: -(-table.shape[0] // sample)], metric)
     return points.mean(0).nan_to_num(0, 0, 0).to(rows.compute_dtype(queries, table))
@@ -145,12 +146,12 @@ def _keys(queries: Side, vectors: Side, sign: int) -> Tensor:
 
 
 def bound_factors(width: int) -> tuple[float, float]:
-    """The bound is the first times N², plus the second (see the module)."""
+    """Return (a, b): the bound is a·N² + b (see the module)."""
     return (1.2 * width + 16) * 2.0**-24, width * 2.0**-124
 
 
 def _offsets(queries: Side, vectors: Side, sign: int) -> tuple[Tensor, Tensor]:
-    """Bounds (queries,) on a key's error, and what a key lacks to sign · d², in float64; NaN where there are none."""
+    """Bounds (queries,) on a key's error, and sign · d² less the key, in float64; NaN where there is no bound."""
     coefficient, constant = bound_factors(queries.points.shape[-1])
     reach = torch.where(vectors.norms.isnan(), 0, vectors.norms).amax()
     bound = coefficient * (queries.norms + reach).to(torch.float64).square() + constant
@@ -221,14 +222,14 @@ def slices(first: int, last: int, step: int) -> Iterator[slice]:
 def nearest(
     queries: Tensor, table: Tensor, k: int, metric: str, sign: int, max_bytes: int, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """The k least sign · d² of every query, (queries, k) float64, and their rows, by (sign · d², row)."""
+    """The k smallest sign · d² of every query, (queries, k) float64, and their rows, ordered by (sign · d², row)."""
     sizes = sizes_of(table.shape[1], k, max_bytes)
     total = math.prod(queries.shape[:-1])
     found_keys = table.new_empty((total, k), dtype=torch.float64)
     indices = table.new_empty((total, k), dtype=torch.int64)
     with full_precision_products(table.device):
         for block in _scan(queries, table, metric, sign, sizes, implementation):
-            # Rows come in the order of their indices, so min(k, rows so far) are found before this block.
+            # Rows come in the order of their indices. Before this block, min(k, rows so far) rows are found.
             found, now_found = min(k, block.table_slice.start), min(k, block.table_slice.stop)
             block_keys, block_indices = found_keys[block.query_slice], indices[block.query_slice]
             query_rows, table_rows = _candidates(block, k, block_keys[:, -1] if found == k else None)
@@ -242,7 +243,7 @@ def nearest(
 
 def _candidates(block: _Block, k: int, limits: Tensor | None) -> tuple[Tensor, Tensor]:
     """Rows and columns of the block's pairs that may be among the k first; ``limits`` is the k-th key found so far."""
-    # A comparison with NaN is false, hence the negations: where there is no bound, the pair is compared.
+    # A comparison with NaN is false. The negations therefore select the pairs without a bound.
     if limits is not None:
         # A later row at the same distance comes after those found.
         thresholds = _below(limits + block.bound - block.missing)
@@ -260,7 +261,7 @@ def _candidates(block: _Block, k: int, limits: Tensor | None) -> tuple[Tensor, T
 
 
 def round_up(limits: Tensor) -> Tensor:
-    """The smallest float32 at or above float64 limits: a float32 matrix is compared with it where it lies."""
+    """The smallest float32 at or above float64 limits. A float32 matrix can be compared with it without a copy."""
     nearest = limits.to(torch.float32)
     return torch.where(nearest >= limits, nearest, nearest.nextafter(nearest.new_tensor(math.inf)))
 

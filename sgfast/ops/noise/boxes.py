@@ -1,7 +1,7 @@
 """Boxes of a tensor that are contiguous in the linear order: how `operator` bounds its memory.
 
-A draw belongs to an element's place in the linear order, and means and stds may be broadcast, so that chunks of rows
-would not do: a box is a view of tensors of any strides.
+A draw belongs to an element's place in the linear order, and means and stds may be broadcast. Chunks of rows are
+therefore not enough. A box is a view of tensors of any strides.
 """
 
 import itertools

@@ -73,8 +73,8 @@ def standard_normal(
     """Draw standard normals that depend on nothing but seed, offset and their linear index.
 
     Element i is the same number for every shape, implementation and device, within ``NORMAL_ERROR`` (2.1e-6;
-    bit for bit within one implementation on one device). The stream is public mathematics, not a cipher: who knows
-    the seed knows the noise.
+    bit for bit within one implementation on one device). The stream is public mathematics, not a cipher. Anyone who
+    knows the seed knows the noise.
 
     Args:
         shape: of the result, any number of elements.

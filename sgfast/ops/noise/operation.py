@@ -5,8 +5,8 @@ With eps = ``standard_normal(input.shape, seed, offset=offset)``, a noise mask n
     apply_noise = where(n, clamp(where(k, input + std·eps, 0) + mean), input)
 
 Arithmetic in float32 (float64 for a float64 input), eps rounded once to the input's dtype, output in the input's
-dtype. Unselected elements are the input's, bit for bit; whatever lies there (NaN and inf too) reaches no gradient but
-the input's own. For an upstream gradient g, zero where unselected or outside the clamp's range:
+dtype. Unselected elements equal the input bit for bit. Their values, NaN and inf too, reach no gradient but the
+input's. For an upstream gradient g, zero where unselected or outside the clamp's range:
 
     ∂mean = g,   ∂std = where(k, g·eps, 0),   ∂input = where(k, g, 0), and the untouched upstream where unselected
 
@@ -46,7 +46,7 @@ def apply_noise(
         offset: how many groups of four draws to skip.
         noise_mask: 1 = transform; None transforms everything. A mask with the shape of the input's leading
             dimensions covers those; any other shape must broadcast to the input.
-        keep_mask: 1 = keep the feature; elsewhere the mean alone replaces it. It broadcasts to the input.
+        keep_mask: 1 = keep the feature; the mean alone replaces other features. It broadcasts to the input.
         value_range: (low or None, high or None), a clamp on transformed elements; outside it their gradient is 0.
         impl: see ``sgfast.ops.dispatch``.
 

@@ -34,7 +34,7 @@ def triton_refusal(
 
 
 def over_leading(noise_mask: Tensor | None, input: Tensor) -> Tensor | None:
-    """A mask that has the shape of the input's leading dimensions, made to broadcast over the rest."""
+    """Make a mask of the input's leading dimensions broadcast over the other dimensions."""
     if noise_mask is None or noise_mask.shape != input.shape[: noise_mask.dim()]:
         return noise_mask
     return noise_mask.view(*noise_mask.shape, *[1] * (input.dim() - noise_mask.dim()))

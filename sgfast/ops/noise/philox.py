@@ -62,7 +62,7 @@ def philox(counter: Sequence[Tensor], keys: Tensor) -> tuple[Tensor, Tensor]:
     products = torch.empty_like(multiplied)
     second = torch.arange(2, device=keys.device)[:, None]
     multipliers = second * (_MULTIPLIERS[1] - _MULTIPLIERS[0]) + _MULTIPLIERS[0]
-    # Both words at once change places in every round, and with them multipliers and keys.
+    # The two words exchange places in every round. Their multipliers and keys exchange places too.
     for i, key in enumerate(keys[_SPREAD:].unbind()):
         torch.mul(multiplied, multipliers if i % 2 == 0 else multipliers.flip(0), out=products)
         torch.bitwise_right_shift(products, 32, out=multiplied)

@@ -23,7 +23,7 @@ def check_k(name: str, k: int, size: int) -> None:
 
 def top_k_indices(logits: Tensor, k: int) -> Tensor:
     """Indices (rows, k) of the k largest logits of each row (rows, V), the lower index first among equal ones."""
-    if logits.dtype == torch.float64:  # a key would need more than 64 bits
+    if logits.dtype == torch.float64:  # the two parts of a key would need more than 64 bits
         return logits.sort(dim=-1, descending=True, stable=True).indices[:, :k]
     # Adding 0 turns −0 into +0, which must tie with it. Flipping the lower bits of negative floats makes the order of
     # their bit patterns, read as integers, the order of the values.
@@ -52,7 +52,7 @@ def _top_k_set(logits: Tensor, k: int) -> Tensor:
     place = torch.where(values > smallest, -1, torch.where(values == smallest, selected, size))
     indices = selected.gather(-1, place.argsort(-1)[:, :k])
     # A row whose last selected logit equals the k-th may have more equal logits outside the selection. Such a row is
-    # ordered by its keys. Keys take much memory, so they are made for one row at a time.
+    # ordered by its keys. Keys take much memory and are therefore made for one row at a time.
     crowded = with_nan | ((values[:, -1:] == smallest)[:, 0] & (values.shape[-1] < size))
     for row in crowded.nonzero()[:, 0].tolist():
         indices[row] = top_k_indices(logits[row : row + 1], k)
@@ -67,8 +67,8 @@ def support_width(k: int, top_k_of: str, size: int) -> int:
 def union_of_top_k(noisy: Tensor, clean: Tensor, k: int, top_k_of: str = "both") -> tuple[Tensor, Tensor]:
     """Union of both sides' top-k: ascending indices (rows, min(2k, V)) and which of them are valid.
 
-    Padding repeats the row's last valid index, so that every entry is an index of the union. With ``top_k_of`` of one
-    side, ``noisy`` or ``clean``: that side's top-k alone, (rows, k), all valid.
+    Padding repeats the row's last valid index, so that every entry is an index of the union. If ``top_k_of`` is
+    ``noisy`` or ``clean``, the result is the top-k of this side alone, (rows, k), all valid.
     """
     size = noisy.shape[-1]
     if top_k_of != "both":
@@ -98,7 +98,7 @@ def temporary_bytes(logits: Tensor, k: int) -> int:
     A crowded row on a CPU allocates its 64-bit keys after the other temporaries are free.
     """
     if logits.device.type == "cpu":
-        return 100 * k + 2048  # what was selected, and the sorts of both sides' indices
+        return 100 * k + 2048  # the selection, and the sorts of both sides' indices
     return 32 * logits.shape[-1]  # the float copy, its bits, 64-bit keys and their parts, one side after the other
 
 
