@@ -1,4 +1,4 @@
-"""Measurements of operations beside their peers. What proves and times the kernels lies in kernels/kernel_proofs."""
+"""Measurements of operations beside their peers. kernels/kernel_proofs has the proofs and the times of the kernels."""
 
 import sys
 from pathlib import Path

@@ -86,7 +86,7 @@ def run_task(benchmark: Any, pytestconfig: pytest.Config, table: Table, small: b
             record["times_peer"] = median(ours / theirs for ours, theirs in zip(times, peer_seconds, strict=True))
         benchmark.extra_info.update(record)
         table.append(record)
-        _write(pytestconfig)  # results are kept if a later benchmark fails
+        _write(pytestconfig)  # written now, so that a later failure keeps these results
 
     return run
 

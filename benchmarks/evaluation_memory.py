@@ -138,7 +138,8 @@ def main() -> None:
         budgets = BUDGETS if arguments.budget is None else (arguments.budget,)
         lines = []
         for budget in budgets:
-            # A process of its own for each: memory left by one measurement would count for the next.
+            # Each measurement has its own process. Memory that one measurement leaves would count for the next
+            # measurement.
             command = [sys.executable, "-m", "benchmarks.evaluation_memory", "--inputs", name, "--budget", budget]
             command += ["--attacks", arguments.attacks]
             finished = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Losses as others write them: the peers that the divergences and the presets are measured beside.
+"""Losses as other authors write them. They are the peers of the divergences and of the presets in measurements.
 
 The divergences are written from the definitions in their papers. They are functions of (N, V) logits and return one
 value per position, in float32 unless an input is float64.
@@ -17,7 +17,7 @@ from sgfast.benchmarking.plain import log_softmax
 def generalized_jsd(student: Tensor, teacher: Tensor, beta: float = 0.5) -> Tensor:
     """JSD(beta) = beta·KL(q‖m) + (1−beta)·KL(p‖m), m = beta·q + (1−beta)·p, with the mixture formed from logarithms.
 
-    Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), equation 1: what GKD trainers minimise.
+    Agarwal et al. 2024, "On-Policy Distillation of Language Models" (GKD), equation 1. GKD trainers minimise this loss.
     """
     a, b = log_softmax(student), log_softmax(teacher)
     weights = torch.tensor([1 - beta, beta], dtype=a.dtype, device=a.device).log()

@@ -20,7 +20,7 @@ from sgfast.utils.files import replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-TRAINING_CURVES = RESULTS / "training-curves.json"  # in another format; docs/training.md shows the curves
+TRAINING_CURVES = RESULTS / "training-curves.json"  # has another format; docs/training.md shows its curves
 _FIRST_LINES = """# Benchmarks
 
 `python -m benchmarks.report` writes this page from the files that are named below. Times are medians. The columns:
@@ -168,7 +168,7 @@ def table(
 
 
 def _is_peer(one: dict[str, Any], record: dict[str, Any], sizes: Sequence[str]) -> bool:
-    """Return whether others are compared with ``one`` at the record's sizes: eager PyTorch, or TextBrewer."""
+    """Return True if ``one`` is the peer of the record: eager PyTorch or TextBrewer, at the same sizes."""
     return one["implementation"] in (EAGER, "TextBrewer") and all(one.get(name) == record.get(name) for name in sizes)
 
 

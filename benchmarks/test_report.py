@@ -107,7 +107,7 @@ def test_the_page_is_made_from_the_results_that_are_there(tmp_path):
 
 
 def test_results_show_no_cliff_over_the_vocabulary():
-    """From one vocabulary to the next, time over eager PyTorch and memory per logit rise at most 1.3-fold."""
+    """Time over eager PyTorch and memory per logit rise at most 1.3-fold from one vocabulary to the next."""
     content = report.read(report.RESULTS / "growth-cpu" / "divergences.json")
     rows = [row for row in report.growth(content["records"]) if row["sweep"] == "vocab" and "ratio_cliff" in row]
     ours = [row for row in rows if row["implementation"] == "sgfast"]

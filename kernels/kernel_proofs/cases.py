@@ -1,4 +1,4 @@
-"""The launches that are proved: compiled for each GPU, counted in the interpreter, timed where there is a GPU.
+"""The launches that are proved. They are compiled for each GPU, counted in the interpreter, and timed on a GPU.
 
 A case calls a launching function of ``sgfast_kernels`` with real arguments. The compiled kernel therefore has the
 signature, the specialisations and the tile of a real launch. To add a kernel, add its cases.
@@ -88,7 +88,7 @@ def _divergence(
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(dtype, width, rows, device)
-        # The middle column: any will do.
+        # The middle column is the label. Any other column would do.
         labels = [torch.full((rows,), width // 2, device=device)] if "label_cross_entropy" in kinds else []
         if not gradients:
             return *logits, kinds, 0.5, 0.1, *labels
@@ -157,7 +157,8 @@ def _backward(dtype: torch.dtype, width: int, kinds: str, *needs: bool, **limits
 
 
 def _top_k(width: int, k: int, support: str | None = None, kinds: str = "kl") -> Case:
-    """The support alone, or also divergences over it. The floor: both sides once, groups, groups read again."""
+    """A case of the support alone, or of divergences over the support. The floor: both sides once, groups, groups read
+    again."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(_bf16, width, rows, device)

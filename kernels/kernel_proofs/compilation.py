@@ -1,4 +1,4 @@
-"""Compile the launches of ``kernel_proofs.cases`` for GPUs that are not here, and read the machine code.
+"""Compile the launches of ``kernel_proofs.cases`` without their GPUs, and read the machine code.
 
 A case is called with tensors on the meta device, at the size that is timed. Its launches are caught and not made.
 Triton's own launcher derives the signature and the specialisations, so the compiled kernel is the one that would run.
@@ -130,7 +130,7 @@ _AMDGCN = _Syntax(r"(\.LBB\w+):", r"\t([a-z]+_[a-z0-9_]+)(.*)", r"s_c?branch\S*\
 def _parse(listing: str, syntax: _Syntax) -> tuple[list[str], list[str]]:
     """All instructions, and the instructions of the first innermost loop that loads.
 
-    Without such a loop the second list is the first. Later loops serve tails and the rows that need care.
+    If no loop loads, the second list equals the first. Later loops serve tails and rows that are read again.
     """
     code: list[str] = []
     labels: dict[str, int] = {}

@@ -74,7 +74,8 @@ def tests(notes: Notes) -> None:
 
 
 def large(notes: Notes, device: str = "cuda", elements: int = 2**31) -> None:
-    """Run each operation on just over ``elements`` elements: its last rows equal the results of these rows alone."""
+    """Run each operation on just over ``elements`` elements. Compare its last rows with the results of these rows
+    alone."""
     failures = []
     for name, function, inputs in large_cases(device, elements):
         whole = function(*inputs)
@@ -100,7 +101,7 @@ def large_cases(device: str, elements: int) -> Iterator[tuple[str, Callable[...,
     def with_gradient(noisy: Tensor, clean: Tensor, **settings: Any) -> Sequence[Tensor]:
         leaf = noisy.detach().requires_grad_()
         values = ops.divergences(leaf, clean, ["jensen_shannon"], **settings)["jensen_shannon"]
-        # Gradients of all rows are written; the last rows' are compared.
+        # The gradients of all rows are written. The gradients of the last rows are compared.
         return values.detach(), torch.autograd.grad(values.sum(), leaf)[0]
 
     yield "divergences with gradient", with_gradient, logits
@@ -215,7 +216,7 @@ def divergences(notes: Notes, device: str = "cuda", shape: tuple[int, int] = LAR
             tokens=tokens, vocab=vocab, top_k=top_k, dtype=torch.bfloat16, device=device, impls=["auto"]
         )
         for task in tasks:
-            # sgfast comes first: its figures are kept if memory or time run out.
+            # sgfast comes first, so that its figures are kept if memory or time runs out.
             for implementation in reversed(list(task.implementations)):
                 try:
                     record = {"sweep": None, **measure(task, implementation)}

@@ -29,7 +29,7 @@ _interpreter = pytest.StashKey["Interpreter"]()
 
 
 def interpreting() -> bool:
-    """Whether this process interprets kernels."""
+    """Return True if this process interprets kernels."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -72,7 +72,8 @@ class InterpretedTest(pytest.Item):
         self.add_marker("triton")
 
     def iter_markers_with_node(self, name: str | None = None) -> Iterator[tuple[pytest.Item, pytest.Mark]]:
-        """Leave the marks of the module to the interpreting process: a ``skipif`` would be judged in the wrong one."""
+        """Leave the module's marks to the interpreting process, because this process would judge a ``skipif``
+        wrongly."""
         return ((self, mark) for mark in self.own_markers if name in (None, mark.name))
 
     def runtest(self) -> None:
@@ -97,7 +98,7 @@ class InterpretedTest(pytest.Item):
             if report.skipped and hasattr(report, "wasxfail"):
                 pytest.xfail(report.wasxfail)
             if report.skipped:
-                # At the place of the test: the place of this call says nothing.
+                # The report has the place of the test. The place of this call says nothing.
                 raise pytest.skip.Exception(report.longrepr[2].removeprefix("Skipped: "), _use_item_location=True)
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
@@ -127,7 +128,7 @@ class Interpreter:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        """Send a question and wait for the answer: ``error`` says how the process ended, should it end first."""
+        """Send a question and wait for the answer. If the process ends first, ``error`` says how."""
         if self._process is None:
             self._start()
         assert self._process is not None

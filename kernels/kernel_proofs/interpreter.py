@@ -1,6 +1,6 @@
 """The pytest plugin of the process that interprets kernels for an ordinary session: the other end of ``interpreted``.
 
-The session collects nothing and runs nothing of its own accord. It answers questions, one JSON object a line:
+The session collects and runs only what it is asked for. A question is one JSON object on one line:
 
 ``{"collect": module}``   the node ids and lines of the module's tests, or what failed
 ``{"run": node id}``      the reports of the test

@@ -72,7 +72,7 @@ def main() -> int:
             f"{c.name:{width}s} {c.floor:6.2f} {c.loaded:7.3f} {c.stored:7.3f} {c.ratio:7.3f} {c.limit:6.3f}"
             f" {c.masked_loaded:16.3f} {c.masked_stored:7.3f}"
         )
-    # Where all rows are masked, a kernel reads the mask and the rows that it copies, and nothing else.
+    # If all rows are masked, a kernel may read only the mask and the rows that it copies.
     over = [c.name for c in counts if c.ratio > c.limit or c.masked_loaded > c.masked + 0.01 * c.floor]
     print(f"over the limit: {', '.join(over)}" if over else "all within their limits")
     return 1 if over else 0

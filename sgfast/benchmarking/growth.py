@@ -52,7 +52,7 @@ def growth(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
     The times are of the fastest rounds, if records have them, because other work on a machine makes a round slower and
     never faster. ``ratio_cliff`` is the largest rise, from one size to the next, of the ratio between the time and the
-    time of eager PyTorch, which took turns with it. The machine's cost of memory at a size cancels in this ratio.
+    time of eager PyTorch. The two ran in turns. The machine's cost of memory at a size cancels in this ratio.
     """
     sweeps: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for record in records:

@@ -272,7 +272,7 @@ def _loss_functions(
     combine_noise_masks: bool = True,
     even_batch: bool = False,
 ) -> LossFunctions:
-    """Build the three functions of a factory: the weights among the hyperparameters choose the components."""
+    """Build the three functions of a factory. The weights among the hyperparameters choose the components."""
     check_noisy_model("noisy_model", noisy_model)
     wanted, weights = check_hyperparameters(noisy_model, hyperparameters)
     check_bool("combine_noise_masks_for_mutual_information_sub_batches", combine_noise_masks)

@@ -348,7 +348,7 @@ class DivergenceLoss(nn.Module):
     def _reduce(
         self, values: Tensor, mask: Tensor | None, weights: Tensor | None, num_items: int | float | Tensor | None
     ) -> Tensor:
-        """Weigh and reduce values per position, 0 where they do not count."""
+        """Weigh and reduce values per position. Positions that do not count have the value 0."""
         if weights is not None:
             weights = weights.to(values.dtype)
             values = values * weights

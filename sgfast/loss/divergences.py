@@ -90,8 +90,8 @@ def jensen_shannon_divergence(
 ) -> Tensor:
     """beta·KL(q‖m) + (1−beta)·KL(p‖m) with m = beta·q + (1−beta)·p; symmetric and at most ln 2 at beta = 0.5.
 
-    With 0 < beta < 1 (None: 0.5) it is the generalised Jensen–Shannon divergence of GKD (Agarwal et al. 2024). At the
-    ends, a ValueError here, GKD's losses are `kl_divergence`: forward at 0, reverse at 1.
+    With 0 < beta < 1 (None: 0.5) it is the generalised Jensen–Shannon divergence of GKD (Agarwal et al. 2024). The ends
+    0 and 1 are a ValueError here. GKD's losses at the ends are `kl_divergence`: forward at 0, reverse at 1.
     """
     return _divergence(
         "jensen_shannon",
@@ -169,10 +169,10 @@ def kl_divergence(
     temperature: Temperature = 1.0,
     impl: Implementation | None = None,
 ) -> Tensor:
-    """KL(q‖p) = Σ q (log q − log p), clean from noisy: what distillation calls forward KL.
+    """KL(q‖p) = Σ q (log q − log p), of clean from noisy: the forward KL of distillation.
 
-    ``reverse=True`` gives KL(p‖q). It is ``F.kl_div(p.log(), q, reduction="none").sum(-1)``. Under ``truncate`` it may
-    be negative; ``tail`` is a true divergence.
+    The value equals ``F.kl_div(p.log(), q, reduction="none").sum(-1)``. ``reverse=True`` gives KL(p‖q). Under
+    ``truncate`` it may be negative; ``tail`` is a true divergence.
     """
     return _divergence(
         "reverse_kl" if reverse else "forward_kl",
@@ -198,7 +198,7 @@ def cross_entropy(
     temperature: Temperature = 1.0,
     impl: Implementation | None = None,
 ) -> Tensor:
-    """− Σ q log p, with the clean distribution as soft labels: KL(q‖p) + H(q), so H(q) at equal logits."""
+    """− Σ q log p = KL(q‖p) + H(q), with the clean distribution as soft labels. At equal logits the value is H(q)."""
     return _divergence(
         "cross_entropy",
         noisy_logits,

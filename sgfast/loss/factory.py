@@ -1,4 +1,4 @@
-"""The shared part of all loss factories: the three functions they return, types of their values, argument checks."""
+"""The shared part of all loss factories: the three returned functions, the types of their values, argument checks."""
 
 import math
 import numbers

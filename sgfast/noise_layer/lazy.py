@@ -91,7 +91,7 @@ class LazyNoiseLayer(BaseNoiseLayer):
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
-        # A layer without shapes was saved without its parameters, and loads so.
+        # A layer without shapes is saved without its parameters and loads without them.
         if not any(prefix + name in state_dict for name in self._parameters):
             lazy = {prefix + name for name in self._lazy_names()}
             missing_keys[:] = [name for name in missing_keys if name not in lazy]

@@ -82,7 +82,7 @@ class PatchCloakNoiseLayer(LazyNoiseLayer):
         return self._per_pixel(input, "mean"), self.parameterization(self._per_pixel(input, "rho"))
 
     def no_weight_decay(self) -> set[str]:
-        """The names of the biases, which hold the part that all patches share."""
+        """The names of the biases. Biases hold the part that all patches share."""
         return {"mean_bias", "rho_bias"}
 
     def _per_pixel(self, input: Tensor, name: str) -> Tensor:

@@ -94,7 +94,7 @@ class _Children:
         self._fork = 0
         self._forks = 0
         in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self._inherited_rank = None if in_group else process_rank()  # a group is joined, its environment inherited
+        self._inherited_rank = None if in_group else process_rank()  # only the rank of the environment is inherited
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(before=self._before_fork, after_in_child=self._after_fork)
 
@@ -124,7 +124,10 @@ class _Draws:
         self.lock = threading.Lock()
 
     def remember(self, state: Any) -> None:
-        """Keep a forward's state. A state that comes again means that the generator was set back: later states go."""
+        """Keep a forward's state. A state that comes again shows that the generator was set back.
+
+        The state's first entry and all later entries are then dropped.
+        """
         if state in self._states:
             states = list(self._states)
             for later in states[states.index(state) :]:
@@ -156,7 +159,7 @@ def _draw_seed(arguments: _SeedDraw) -> Tensor:
         # The seed is drawn on the device, so that nothing waits for the device.
         drawn = torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=like.device)
         if not _is_capturing(like.device):
-            # The state of a CPU's generator is 5 kB; the number that it gave is as good.
+            # The state of a CPU's generator has 5 kB. The drawn number identifies the state as well.
             state = drawn.item() if state is None else state
             if not _in_backward():
                 _draws.remember(state)
@@ -193,7 +196,7 @@ def _count_forward(arguments: _ForwardCount) -> Tensor:
             "a noise layer with a fixed seed cannot be recomputed under activation checkpointing: it would draw "
             "other noise. Pass seed= to its forward, or build it with seed=None"
         )
-    with _draws.lock:  # or two threads may count one forward
+    with _draws.lock:  # without the lock two threads may count one forward
         count = forward_count.add_(1).to(like.device, copy=True)
     return fold_in(mix_seed(seed % 2**64, process_word(like.device)), count)
 
@@ -208,7 +211,8 @@ def _in_backward() -> bool:
 
 
 def _is_capturing(device: torch.device) -> bool:
-    # A graph's warm-up has run the same draw outside; inside, the generator does not tell its state.
+    # The warm-up of a graph has run the same draw outside of the graph. Inside a graph the generator does not tell its
+    # state.
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

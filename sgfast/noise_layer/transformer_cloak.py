@@ -20,7 +20,7 @@ from sgfast.ops import validation
 from sgfast.ops.validation import check_bool, check_count, check_finite, check_real
 from sgfast.utils.positions import position_ids_of
 
-# The bodies that a saved layer may name. Nothing else is imported for a file.
+# The bodies that a saved layer may name. A file can make the program import nothing else.
 KNOWN_BODIES = (
     "GPT2Model",
     "Gemma2Model",
@@ -283,7 +283,7 @@ def _estimator_config(config: Any, num_hidden_layers: int, num_attention_heads: 
     config = copy.deepcopy(config)
     config.num_hidden_layers = num_hidden_layers
     config.vocab_size, config.pad_token_id = 1, None
-    if hasattr(config, "quantization_config"):  # it describes the base model's weights; the estimators' are new
+    if hasattr(config, "quantization_config"):  # describes the base model's weights, not the estimators'
         del config.quantization_config
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[layer % len(config.layer_types)] for layer in range(num_hidden_layers)]

@@ -74,7 +74,7 @@ def read_scalars(tensor: Tensor, chunk: Tensor | slice) -> Tensor:
 
 
 def empty_gradients(noisy: Tensor, clean: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, Tensor]:
-    """Return empty tensors for both sides' gradients, and None for a gradient that nobody asked for."""
+    """Return empty tensors for both sides' gradients; the shape is (0,) for a gradient that nobody asked for."""
     to_noisy, to_clean = room_for_gradients((noisy, clean), wanted)
     return to_noisy, to_clean
 

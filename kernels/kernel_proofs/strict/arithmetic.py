@@ -133,7 +133,7 @@ def _reduce(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _index(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Let a scalar be a loop bound: Triton 3.6 asks numpy 2.4 for a conversion that it no longer makes."""
+    """Let a scalar be a loop bound. Triton 3.6 asks for a conversion that numpy 2.4 no longer makes."""
 
     def patch_language_tensor(tensor: Any, scope: Any) -> None:
         original(tensor, scope)

@@ -39,7 +39,7 @@ LIBDEVICE: dict[str, Callable[..., np.ndarray]] = {
     "trunc": np.trunc,
 }
 
-# One instruction a call: the assembly text is searched for these.
+# The assembly text of a call has one instruction. It is searched for these names.
 ASSEMBLY: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "cos.approx": np.cos,
     "ex2.approx": np.exp2,
@@ -74,7 +74,7 @@ def _emulated(function: Callable[..., np.ndarray]) -> Callable[..., Any]:
 def _inline_assembly(
     self: Any, assembly: str, constraints: str, values: list[Any], result_type: Any, is_pure: bool, pack: int
 ) -> _Results:
-    """Emulate one instruction. Unknown assembly is refused: with a guess in its place a kernel would pass unproved."""
+    """Emulate one instruction. Unknown assembly is refused, because a guess would let a kernel pass without proof."""
     for instruction, function in ASSEMBLY.items():
         if instruction in assembly:
             data = function(values[0].data).astype(values[0].data.dtype)

@@ -1,7 +1,7 @@
-"""What a launch may touch: bounds, poison, races, program order, and the bytes it moves.
+"""The memory of a launch: bounds, poison, races, program order, and the bytes that move.
 
-Every access of a launch is checked against the tensors passed to it when it happens, and logged; races are looked for
-in the log when the launch ends, by sorting it by address.
+Every access is checked at once against the tensors that were passed to the launch, and logged. When the launch ends,
+the log is sorted by address and searched for races.
 """
 
 import inspect
@@ -21,7 +21,7 @@ LOAD, STORE, ATOMIC = 0, 1, 2
 
 
 class StrictError(AssertionError):
-    """An error that would be one on a GPU as well."""
+    """An error that a GPU would make as well."""
 
 
 @dataclass
@@ -44,7 +44,8 @@ class _Extent:
             reverse=True,
         )
         self.end = self.start + self.item * (1 + sum(stride * (size - 1) for stride, size in levels))
-        # Overlapping windows (as_strided) have no unique decomposition: any element between the ends will do.
+        # An address in overlapping windows (as_strided) has no unique index. Every address between the ends is
+        # accepted.
         inner_spans = [1 + sum(stride * (size - 1) for stride, size in levels[i + 1 :]) for i in range(len(levels))]
         overlap = any(stride < span for (stride, _), span in zip(levels, inner_spans, strict=True))
         self.levels = [(1, (self.end - self.start) // self.item)] if overlap else levels
@@ -69,7 +70,7 @@ class _Access:
     addresses: np.ndarray
     size: int
     program: int
-    #: Barriers passed in this launch: accesses of one program with one number are unordered.
+    #: The number of barriers passed in this launch. Accesses of one program with the same number are unordered.
     epoch: int
 
 
@@ -315,7 +316,7 @@ def _poison(loaded: Any) -> Any:
         return 0x7FC1  # a NaN
     if loaded.data.dtype.kind == "f":
         return np.nan
-    # As an index this number leads far out of bounds, also after a product with an element size wraps around.
+    # As an index this number leads far out of bounds, even if its product with an element size wraps around.
     return True if loaded.data.dtype == bool else np.iinfo(loaded.data.dtype).max // 3
 
 

@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Triton up to 3.9 contracts a·b + c into one instruction by default; Triton 3.10 and later do not. The accuracy and the
-# instruction counts of the kernels hold with contraction.
+# Triton up to 3.9 contracts a·b + c into one instruction by default; Triton 3.10 and later do not. The stated accuracy
+# and instruction counts of the kernels hold with contraction.
 LAUNCH_OPTIONS = {"enable_fp_fusion": True}
 
 
@@ -24,8 +24,9 @@ class RowLayout(NamedTuple):
     """Row ``i`` starts at element ``i // inner * strides.outer + i % inner * strides.inner``.
 
     A kernel takes ``inner`` and ``strides`` as two arguments. Triton compiles a kernel again when an integer of a tuple
-    becomes 1 or a multiple of 16, and ``do_not_specialize`` does not reach into tuples. Aligned loads need that of the
-    strides. ``inner`` is a number of rows, which must not compile a kernel again, and stays outside the tuple.
+    becomes 1 or a multiple of 16, and ``do_not_specialize`` does not reach into tuples. Aligned loads need this
+    specialisation of the strides. ``inner`` is a number of rows, which must not compile a kernel again, and stays
+    outside the tuple.
     """
 
     inner: int
@@ -55,7 +56,7 @@ def row_layout(tensor: Tensor) -> RowLayout | None:
 
 
 def required_layout(tensor: Tensor) -> RowLayout:
-    """Return the layout of a tensor whose rows the caller knows to have one."""
+    """Return the layout of a tensor. The caller knows that its rows have a layout."""
     layout = row_layout(tensor)
     assert layout is not None, f"strides {tensor.stride()}"
     return layout
@@ -99,8 +100,9 @@ def row_start(i_row, inner, strides):
 def to_float32(b_x):
     """A block as float32.
 
-    bfloat16 is shifted: the compiler joins the shift with the unpacking of loaded words, but not a conversion. This
-    holds for blocks loaded into registers. Blocks staged through shared memory are better converted.
+    bfloat16 is shifted. The compiler joins a shift with the unpacking of loaded words, and does not join a conversion.
+    This holds for blocks that are loaded into registers. A conversion is better for blocks that are staged through
+    shared memory.
     """
     if b_x.dtype == tl.bfloat16:
         b_x = (b_x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
@@ -109,13 +111,13 @@ def to_float32(b_x):
 
 @triton.jit
 def sum_neighbours(b_x, BN: tl.constexpr, BD: tl.constexpr, NEIGHBOURS: tl.constexpr):
-    """Sum neighbouring columns that one thread holds, [BN, BD] → [BN, BD // NEIGHBOURS], so that it keeps one sum."""
+    """Sum the neighbouring columns of a thread, [BN, BD] → [BN, BD // NEIGHBOURS]; the thread then keeps one sum."""
     return tl.sum(tl.reshape(b_x, [BN, BD // NEIGHBOURS, NEIGHBOURS]), axis=2)
 
 
 @triton.jit
 def columns(b_x, LAST: tl.constexpr):
-    """The slices of a 2-D block along its last dimension (else its first), a power of two of them, as a tuple."""
+    """The slices of a 2-D block along its last dimension, or its first, as a tuple. Their number is a power of two."""
     if not LAST:
         b_x = tl.trans(b_x)
     return _slices(b_x)

@@ -1,13 +1,13 @@
 """Distances between hidden states: one read of both sides forward, one read and one write a side backward.
 
 For rows a (noisy) and b (clean), forward writes ``values`` (4, ...): cosine distance, l2, normalized l2, cosine
-similarity; and ``row_scalars`` (4, ...) for backward: ‖a−b‖, ‖a‖, ‖b‖, ‖a‖−‖b‖. The cosine is formed from differences,
-(‖a−b‖² − (‖a‖−‖b‖)²) / (2‖a‖‖b‖) with ‖a‖−‖b‖ = Σ(a−b)(a+b) / (‖a‖+‖b‖), and keeps its digits where a ≈ b; where ‖a−b‖
-> min(‖a‖, ‖b‖) it is 1 − Σab / (‖a‖‖b‖), which keeps its digits where the norms are far apart. A row whose squared norm
-underflows counts as zero: similarity 0, cosine gradient 0. Both gradients are combinations of a − b and of the side's
-own row, with coefficients per row.
+similarity; and ``row_scalars`` (4, ...) for backward: ‖a−b‖, ‖a‖, ‖b‖, ‖a‖−‖b‖. The cosine distance is formed from
+differences, (‖a−b‖² − (‖a‖−‖b‖)²) / (2‖a‖‖b‖) with ‖a‖−‖b‖ = Σ(a−b)(a+b) / (‖a‖+‖b‖). This form keeps its digits if a ≈
+b. If ‖a−b‖ > min(‖a‖, ‖b‖), the cosine distance is 1 − Σab / (‖a‖‖b‖), which keeps its digits if the norms are far
+apart. A row whose squared norm underflows counts as zero: similarity 0, cosine gradient 0. Both gradients are
+combinations of a − b and of the side's own row, with coefficients per row.
 
-Masked rows are not read; both passes write zeros there.
+Masked rows are not read. Both passes write zeros for them.
 """
 
 import torch
@@ -106,14 +106,14 @@ def hidden_backward(
 def _tile(noisy: Tensor, clean: Tensor) -> dict[str, int]:
     """Return rows and columns of a program's tile, the columns that share a sum, and the warps.
 
-    One warp takes one row in steps of 512 columns: two 16-byte bf16 loads a side are in flight per thread, 40 to 60
-    registers keep an SM full of warps, and nothing crosses warps. Wider rows get more warps, so that no program makes
-    more than eight steps up to 16384 columns; narrow rows share a program. Sizes depend on the width's power of two
-    alone, so that shapes share compiled kernels.
+    One warp takes one row in steps of 512 columns. Each thread has two 16-byte bf16 loads a side in flight, 40 to 60
+    registers keep an SM full of warps, and no value crosses warps. Wider rows get more warps: up to 16384 columns no
+    program makes more than eight steps. Narrow rows share a program. Sizes depend on the width's power of two alone, so
+    that shapes share compiled kernels.
     """
     width, neighbours = noisy.shape[-1], vector_columns(noisy, clean)
     warps = 1 if width <= 4096 else 2 if width <= 8192 else 4
-    # A thread of an unaligned tile keeps every column's sum: half the columns keep it within the registers.
+    # A thread of an unaligned tile keeps a sum for every column. With half the columns the sums fit into the registers.
     step = (512 if neighbours > 1 else 256) * warps
     columns = min(max(triton.next_power_of_2(width), 16), step)
     return {"BN": step // columns, "BD": columns, "NEIGHBOURS": neighbours, "num_warps": warps}

@@ -1,4 +1,4 @@
-"""The table rows that may be among the nearest of every query: a product and a running selection in one launch.
+"""The table rows that may be among the nearest of every query, by a product and a running selection in one launch.
 
 For query points a (centred, float32) and table rows x with the point b = scale·x − center, computed here,
 
@@ -6,13 +6,13 @@ For query points a (centred, float32) and table rows x with the point b = scale�
 
 with N = ‖a‖ + the largest ‖b‖ of the tile. The caller derives the bound E. ``nearest_candidates`` keeps, for every
 query, the rows of the least key − E. ``rank_candidates`` counts the rows that are certainly before a limit and keeps
-the rows that key ± E leaves undecided. A key that is NaN (a NaN, or no bound: the caller's norm is NaN) has the least
-bound.
+the rows that key ± E leaves undecided. A key may be NaN, from a NaN or from a norm that the caller sets to NaN because
+it has no bound. Such a key has the least bound.
 
-One program has a tile of queries and a share of the table, walked from front to back. Its selection is sorted 64-bit
-integers, the order-preserving bits of key − E above the row's number; a tile without a row that could enter is passed
-over, else its first rows enter by half a bitonic merge. The product is plain float32 ("ieee"): no useful bound holds
-for TF32.
+One program has a tile of queries and a share of the table, which it walks from front to back. Its selection is a sorted
+list of 64-bit integers. The upper half of an integer has the bits of key − E, in an encoding that keeps the order. The
+lower half has the row's number. A tile without a row that could enter is skipped. The first rows of any other tile
+enter by half a bitonic merge. The product is plain float32 ("ieee"), because no useful bound holds for TF32.
 """
 
 import torch
@@ -72,7 +72,7 @@ def rank_candidates(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return, for every query, how many rows are certainly before its limit, how many are undecided, and which.
 
-    (Q,) int64 twice, and (Q, count) int64: the undecided, if there are no more than ``count``, then −1.
+    Returns (Q,) int64 twice, and (Q, count) int64: the undecided rows if they are at most ``count``, then −1.
 
     Args:
         queries: as in ``nearest_candidates``.
@@ -158,7 +158,7 @@ def _values(packed: Tensor) -> Tensor:
 
 @triton.jit
 def _pack(b_x, b_row, m_x):
-    """Integers that descend as (value, row) ascends, NaN first; the least of all where masked."""
+    """Integers that descend as (value, row) ascends, NaN first. Masked lanes get the least integer."""
     b_bits = b_x.to(tl.int32, bitcast=True)
     b_bits = tl.where(b_x == b_x, b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF), -2147483648)
     return tl.where(m_x, ~((b_bits.to(tl.int64) << 32) | b_row.to(tl.int64)), -9223372036854775808)
@@ -166,7 +166,7 @@ def _pack(b_x, b_row, m_x):
 
 @triton.jit
 def _merge(b_selected, b_new, FIRST: tl.constexpr):
-    """The first of the selected and the new together, sorted; the selected are sorted."""
+    """Select the first of the selected and the new integers, sorted. The selected are sorted already."""
     b_new = tl.flip(tl.topk(b_new, FIRST), 1)
     return tl.bitonic_merge(tl.maximum(b_selected, b_new), descending=True)
 
@@ -227,7 +227,7 @@ def _candidates_kernel(
             b_bb += b_b * b_b
             b_product = tl.dot(b_a, tl.trans(b_b), b_product, input_precision="ieee")
         b_square = tl.sum(b_bb, axis=1)
-        # Larger squares may overflow on the way: there is no bound.
+        # Larger squares may overflow in the computation, so they have no bound.
         b_square = tl.where(b_square < 1.3e36, b_square, float("nan"))
         reach = tl.sqrt(tl.max(tl.where(m_row & (b_square == b_square), b_square, 0.0), axis=0))
         b_reach = b_norm + reach
@@ -242,7 +242,7 @@ def _candidates_kernel(
             b_below = tl.load(limit_ptr + o_query, mask=m_query, other=0.0)
             b_above = tl.load(limit_ptr + rows.to(tl.int64) + o_query, mask=m_query, other=0.0)
             m_before = m_pair & (b_key + b_error[:, None] < b_below[:, None])
-            # Rows neither before nor after the limit are undecided, NaN among them.
+            # Rows that are neither before nor after the limit are undecided. Rows with NaN are among the undecided.
             m_pair = m_pair & ~m_before & ~(b_least > b_above[:, None])
             b_before += tl.sum(m_before.to(tl.int32), axis=1)
             b_undecided += tl.sum(m_pair.to(tl.int32), axis=1)

@@ -18,7 +18,7 @@ Count = Tensor | float | None
 def layer_components(
     noisy: Outputs, clean: Outputs, layer: int | None, counted: Tensor, wanted: frozenset[str], count: Count
 ) -> dict[str, Tensor]:
-    """Distances between noisy and clean outputs of a decoder layer, or logits for None, over l & a."""
+    """Distances over l & a between noisy and clean outputs: a decoder layer's, or the logits for None."""
     losses: dict[str, Tensor] = {}
     if wanted & {"distillation_layer_cosine_distance", "distillation_layer_l2_distance"}:
         distances = hidden_distances(noisy.at(layer), clean.at(layer), counted)

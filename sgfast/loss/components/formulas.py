@@ -222,7 +222,7 @@ def distillation_protection_l2(normalized_l2: Tensor, counted: Tensor, count: Te
 
 
 def clean_embedding_performance(normalized_l2: Tensor, counted: Tensor, count: Tensor | float | None = None) -> Tensor:
-    """The formula of `distillation_protection_l2` with the student's clean output as u and the teacher's as v.
+    """`distillation_protection_l2` with the student's clean output as u and the teacher's clean output as v.
 
     The value is small when the student cannot read clean tokens.
 

@@ -37,7 +37,7 @@ class DistillationLoss(nn.Module):
         Both arguments are dictionaries as TextBrewer's adaptors give them, every key optional:
 
         * ``logits``: (B, L, V) or (B, V), or a list of them, one for each head;
-        * ``logits_mask``: (B, L), 1 = selected, or a list. Has no effect on (B, V). Give both sides the same
+        * ``logits_mask``: (B, L), 1 = selected, or a list. The mask has no effect on (B, V). Give both sides the same
           tensor if they have the same mask: the rows are then read in place. Two different masks select the rows of
           their own sides (as many on both sides), which copies the rows and stops a GPU's queue. If only one side has
           a mask, this mask counts for both;
@@ -159,7 +159,7 @@ class DistillationLoss(nn.Module):
     def _match(
         self, index: int, match: IntermediateMatch, student_outputs: Outputs, teacher_outputs: Outputs
     ) -> tuple[str, float, Tensor]:
-        """Name, weight and value of one match."""
+        """Return the name, the weight and the value of one match."""
         student = _layers(f"intermediate_matches[{index}]: the student", student_outputs, match.feature, match.layer_S)
         teacher = _layers(f"intermediate_matches[{index}]: the teacher", teacher_outputs, match.feature, match.layer_T)
         if match.proj:

@@ -5,17 +5,21 @@ For layers A, A' (student) and B, B' (teacher) of one sample, each (L, D), and w
     features     G = Σ_i w_i A_iᵀ A'_i − Σ_i w_i B_iᵀ B'_i                  (D, D')    value = Σ G²
     positions    G = A A'ᵀ / D_A − B B'ᵀ / D_B                             (L, L)     value = Σ w_i w_j G_ij²
 
-Both are G = XᵀY of stacked factors. Where the sides have one shape these are X = [A − B; B], Y = [A'; A' − B'], which
-keeps the digits of G where student and teacher are close. With X of K rows and U columns and Y of K rows and V,
+Both forms are G = XᵀY of stacked factors. If the sides have one shape, the factors are
+
+    X = [A − B; B],    Y = [A'; A' − B']
+
+These factors keep the digits of G where student and teacher are close. For X of shape (K, U) and Y of shape (K, V),
 
     Σ_uv G_uv² = Σ_kl (X Xᵀ)_kl (Y Yᵀ)_kl
 
-so the value is had from U·V numbers or from K·K. The form with fewer products is taken, and neither is ever held: a
-block of rows of it is made, used and dropped, in backward again. Gradients, for weights diagonal in W:
+so the value can be computed from U·V numbers or from K·K numbers. The computation takes the form with fewer products.
+The matrix is never held whole: a block of its rows is made, used and dropped. Backward makes the blocks again.
+Gradients, with the weights on the diagonal of W:
 
     ∂/∂X = 2 Y W Gᵀ W = 2 (Y W Yᵀ) X W,    ∂/∂Y = 2 X W G W = 2 (X W Xᵀ) Y W
 
-Products in float32 (float64 if an input is), whatever autocast and TF32 say; nothing is kept besides the inputs.
+Products are in float32 (float64 if an input is), whatever autocast and TF32 say. Nothing is kept besides the inputs.
 """
 
 import functools
@@ -44,7 +48,7 @@ class _Factors(NamedTuple):
 
 
 def reference(weights: Tensor, form: str, *layers: Tensor) -> Tensor:
-    """The definition, whole Gram matrices at once: (B,)."""
+    """Compute the definition with whole Gram matrices: (B,)."""
     student, student_to, teacher, teacher_to = (
         torch.where(weights[..., None] == 0, 0, side.to(weights.dtype)) for side in layers
     )
@@ -57,7 +61,7 @@ def reference(weights: Tensor, form: str, *layers: Tensor) -> Tensor:
 
 
 def _factors(layers: _Layers, weights: Tensor, form: str) -> _Factors:
-    """The stacked factors of one sample, with what stands at weight 0 (NaN too) left out."""
+    """Return the stacked factors of one sample, without the positions of weight 0, whose values may be NaN."""
     student, student_to, teacher, teacher_to = (
         torch.where(weights[:, None] == 0, 0, side.to(weights.dtype)) for side in layers
     )
@@ -72,7 +76,7 @@ def _factors(layers: _Layers, weights: Tensor, form: str) -> _Factors:
 
 
 def _layer_gradients(to_x: Tensor, to_y: Tensor, layers: _Layers, weights: Tensor, form: str) -> list[Tensor]:
-    """From the gradients of the factors to those of the four layers, (L, D) each."""
+    """Turn the gradients of the factors into the gradients of the four layers, (L, D) each."""
     if form == "positions":
         to_x, to_y = to_x.T, to_y.T
     first, second = layers[0], layers[2]
@@ -107,7 +111,7 @@ def _prefers_dual(factors: _Factors) -> bool:
 
 
 def _blocks(length: int, row: int, itemsize: int) -> Iterator[slice]:
-    """Blocks of the rows of a (length, row) matrix, of which two fit in the bytes for temporaries."""
+    """Cut the rows of a (length, row) matrix into blocks. Two blocks fit into the bytes for temporaries."""
     step = max(1, rows.DEFAULT_CHUNK_BYTES // max(2 * row * itemsize, 1))
     for start in range(0, length, step):
         yield slice(start, min(start + step, length))
@@ -120,7 +124,7 @@ def _sample_value(factors: _Factors, compile_or_not: Callable[[Any], Any]) -> Te
         body = compile_or_not(_dual_value)
         for block in _blocks(x.shape[0], x.shape[0], x.itemsize):
             value = value + body(x, y, x[block], y[block], weights)
-        return value.clamp(min=0)  # a sum of squares, but for rounding
+        return value.clamp(min=0)  # a sum of squares, which rounding may leave below 0
     body = compile_or_not(_direct_value)
     for block in _blocks(x.shape[1], y.shape[1], x.itemsize):
         value = value + body(x[:, block], y, None if weights is None else weights[block], weights)
@@ -165,7 +169,7 @@ class _Problem(NamedTuple):
 
     @property
     def layers(self) -> _Layers:
-        """What has a gradient."""
+        """The tensors that have a gradient."""
         return self.student, self.student_to, self.teacher, self.teacher_to
 
 
@@ -188,7 +192,7 @@ def _(problem: _Problem) -> Tensor:
 
 
 class _Backward(NamedTuple):
-    """What the gradients are computed from: the problem and upstream (B,)."""
+    """The arguments of the backward operator: the problem and upstream (B,)."""
 
     problem: _Problem
     upstream: Tensor
@@ -197,9 +201,9 @@ class _Backward(NamedTuple):
 
 @define("gram_distance_backward", _Backward)
 def _backward(arguments: _Backward) -> list[Tensor]:
-    """Gradients to the four layers; an unwanted one comes back empty.
+    """Compute the gradients to the four layers. A gradient that nobody asked for is empty.
 
-    An impl that could not run has been refused in forward, and the products are PyTorch's in every one.
+    Forward has refused an ``impl`` that cannot run. Every other ``impl`` takes PyTorch's products.
     """
     problem, upstream, wanted = arguments
     form, weights = problem.form, problem.weights
@@ -255,14 +259,14 @@ _backward.register_gradients(_setup_second, _second_gradients)
 def gram_distance(
     student: Tensor, student_to: Tensor, teacher: Tensor, teacher_to: Tensor, weights: Tensor, form: Form
 ) -> Tensor:
-    """One value per sample; the formulas are at the top of this module.
+    """Compute one value per sample. The formulas are at the top of this module.
 
     Args:
         student: (B, L, D_A), checked by the caller.
         student_to: (B, L, D_A'), the second layer; D_A' = D_A for ``positions``.
         teacher: (B, L, D_B), of the student's shape for ``features``.
         teacher_to: the teacher's second layer.
-        weights: (B, L) in the arithmetic's dtype. Positions of weight 0 give nothing, whatever stands there.
+        weights: (B, L) in the arithmetic's dtype. Positions of weight 0 add nothing, even if their values are NaN.
         form: ``features`` or ``positions``.
 
     Returns:

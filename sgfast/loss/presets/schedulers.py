@@ -1,10 +1,10 @@
 """Schedules of the losses' weights over training, and of the temperature from row to row.
 
 A temperature scheduler is ``f(logits_S, logits_T, base_temperature)`` → a number or a tensor of the row shape. `flsw`
-and `cwsm` are from "Preparing Lessons: Improve Knowledge Distillation with Better Supervision" (arXiv:1911.07471);
-their temperatures average to the base temperature, and nothing keeps them from falling below 0: ``cwsm`` at a language
-model's vocabulary goes into the hundreds on both sides. ``min_temperature`` is a floor; without one the numbers are
-TextBrewer's.
+and `cwsm` are from "Preparing Lessons: Improve Knowledge Distillation with Better Supervision" (arXiv:1911.07471). The
+mean of their temperatures is the base temperature. A single temperature may fall below 0. With the vocabulary of a
+language model, ``cwsm`` gives temperatures of several hundreds, of either sign. ``min_temperature`` is a lower bound.
+Without it the numbers are TextBrewer's.
 """
 
 import math
@@ -23,12 +23,12 @@ TemperatureScheduler = Callable[..., float | Tensor]
 
 
 def linear_growth_weight_scheduler(x: float) -> float:
-    """Return x: from 0 to 1 as x = step / steps does."""
+    """Return x = step / steps, which grows from 0 to 1."""
     return x
 
 
 def linear_decay_weight_scheduler(x: float) -> float:
-    """Return 1 − x: from 1 to 0 as x = step / steps goes from 0 to 1."""
+    """Return 1 − x, which falls from 1 to 0 while x = step / steps grows from 0 to 1."""
     return 1 - x
 
 
@@ -42,20 +42,21 @@ def constant_temperature_scheduler(
 def flsw_temperature_scheduler_builder(
     beta: float, gamma: float, eps: float = 1e-4, *args: object, min_temperature: float | None = None
 ) -> TemperatureScheduler:
-    """Focal-loss-style weights: the less two rows agree, the lower their temperature.
+    """Build a scheduler of focal-loss-style weights: rows that agree less get a lower temperature.
 
     w = (1 − s·t / ((|s| + eps)(|t| + eps)))^gamma, temperature = base + (mean(w) − w) · beta.
 
     Args:
         beta: how far the temperature moves.
-        gamma: the exponent. Where rounding makes 1 − cos negative it is taken for 0 (TextBrewer: NaN in every row).
+        gamma: the exponent. If rounding makes 1 − cos negative, the scheduler takes 0. TextBrewer gives NaN in every
+            row then.
         eps: added to the norms.
         *args: ignored, as TextBrewer does.
         min_temperature: a floor of the result; None for none.
 
     Returns:
         ``scheduler(logits_S, logits_T, base_temperature, *, mask=None)`` for logits (..., V) → (...), a constant for
-        the gradient. The mean is over the rows that ``mask`` (...) selects, others get the base temperature.
+        the gradient. The mean is over the rows that ``mask`` (...) selects. Other rows get the base temperature.
     """
     _check_min_temperature(min_temperature)
 
@@ -80,7 +81,7 @@ def _focal_temperature(
 def cwsm_temperature_scheduler_builder(
     beta: float, *args: object, min_temperature: float | None = None
 ) -> TemperatureScheduler:
-    """Confidence-weighted: the surer the student, the higher the temperature.
+    """Build a scheduler of confidence weights: rows of a surer student get a higher temperature.
 
     w = 1 / (max softmax(s) + 1e-3), temperature = base + (mean(w) − w) · beta.
 
@@ -91,7 +92,7 @@ def cwsm_temperature_scheduler_builder(
 
     Returns:
         ``scheduler(logits_S, logits_T, base_temperature, *, mask=None)`` for logits (..., V) → (...), a constant for
-        the gradient. The mean is over the rows that ``mask`` (...) selects, others get the base temperature.
+        the gradient. The mean is over the rows that ``mask`` (...) selects. Other rows get the base temperature.
     """
     _check_min_temperature(min_temperature)
 
@@ -134,7 +135,7 @@ def _row_statistic(logits_S: Tensor, logits_T: Tensor, mask: Tensor | None, stat
     return values
 
 
-# Temporaries of one row: both sides in the arithmetic's dtype and their products.
+# The temporaries of one row are both sides in the arithmetic's dtype and the products of both.
 _TEMPORARIES = 6
 
 

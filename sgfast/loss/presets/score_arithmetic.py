@@ -1,8 +1,8 @@
 """The arithmetic of `score_rows`, one chunk of rows at a time.
 
-Scores are (..., K), keys broadcast to them. `forward_rows` and `backward_rows` are right everywhere. The quick ways
-take a third of the passes and are right where their sums are finite, that is where no score is infinite: a CPU can
-look.
+Scores are (..., K), and keys broadcast to the scores. `forward_rows` and `backward_rows` are right for all scores. The
+quick ways take a third of the passes. They are right if their sums are finite, which means that no score is infinite. A
+CPU can look at the sums without waiting.
 """
 
 import math
@@ -18,7 +18,7 @@ Kind = Literal["squared_error", "cross_entropy"]
 
 
 class _Distributions(NamedTuple):
-    """What the cross entropy and its gradients are made of; every field is (..., K)."""
+    """The parts of the cross entropy and of its gradients. Every field is (..., K)."""
 
     p: Tensor
     q: Tensor
@@ -29,19 +29,19 @@ class _Distributions(NamedTuple):
 def _differences(
     student: Tensor, teacher: Tensor, keys: Tensor | None, threshold: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return s − t, and where it moves with s and with t."""
+    """Return s − t, and two masks: the columns whose difference depends on s, and on t."""
     if threshold is None:
         both = (student != -math.inf) & (teacher != -math.inf)
         student_counts = teacher_counts = both if keys is None else both & (keys != 0)
     else:
-        # Not `>`: a NaN must come through.
+        # The test is not `>`, because a NaN must stay in the result.
         student_counts, teacher_counts = ~(student <= threshold), ~(teacher <= threshold)
     difference = torch.where(student_counts, student, 0) - torch.where(teacher_counts, teacher, 0)
     return difference, student_counts, teacher_counts
 
 
 def _log_softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """(log p, p); p is 0 throughout a row of nothing but −inf."""
+    """Return (log p, p). In a row of −inf alone, every p is 0."""
     maximum = scores.detach().amax(-1, keepdim=True)
     shifted = scores - torch.where(maximum == -math.inf, 0, maximum)
     exponentials = shifted.exp()
@@ -64,7 +64,7 @@ def _distributions(student: Tensor, teacher: Tensor, keys: Tensor | None, thresh
 
 
 def forward_rows(student: Tensor, teacher: Tensor, keys: Tensor | None, kind: Kind, threshold: float | None) -> Tensor:
-    """(..., K) twice → (...). Differentiable by autograd: the reference for second derivatives."""
+    """Compute the values (...) of two (..., K). Autograd differentiates them for second derivatives."""
     student, teacher = (side.to(rows.compute_dtype(student, teacher)) for side in (student, teacher))
     if kind == "squared_error":
         squares = _differences(student, teacher, keys, threshold)[0].square()
@@ -83,7 +83,7 @@ def backward_rows(
     needs_student: bool,
     needs_teacher: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients (..., K) to the sides that need one, in the arithmetic's dtype."""
+    """Compute gradients (..., K) to the sides that need them, in the arithmetic's dtype."""
     student, teacher = (side.to(rows.compute_dtype(student, teacher)) for side in (student, teacher))
     upstream = upstream[..., None]
     if kind == "squared_error":
@@ -107,7 +107,7 @@ def backward_rows(
 def forward_rows_on_cpu(
     student: Tensor, teacher: Tensor, keys: Tensor | None, kind: Kind, threshold: float | None
 ) -> Tensor:
-    """`forward_rows`, by the quick way where it is right."""
+    """Compute `forward_rows` by the quick way if its sums are finite."""
     dtype = rows.compute_dtype(student, teacher)
     s, t = student.to(dtype), teacher.to(dtype)
     if kind == "squared_error":
@@ -128,7 +128,7 @@ def backward_rows_on_cpu(
     needs_student: bool,
     needs_teacher: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
-    """`backward_rows`, by the quick way where it is right."""
+    """Compute `backward_rows` by the quick way if its sums are finite."""
     dtype = rows.compute_dtype(student, teacher)
     s, t, slope = student.to(dtype), teacher.to(dtype), upstream[..., None]
     student_gradient = teacher_gradient = None
@@ -156,12 +156,12 @@ def backward_rows_on_cpu(
 
 
 def _above(scores: Tensor, threshold: float | None) -> Tensor:
-    """Scores with those at or below the threshold replaced by 0."""
+    """Replace scores at or below the threshold by 0."""
     return scores if threshold is None else F.threshold(scores, threshold, 0.0)
 
 
 def _drop_below(terms: Tensor, scores: Tensor, threshold: float | None, in_place: bool = True) -> Tensor:
-    """Terms with 0 where the score is at or below the threshold."""
+    """Replace the terms of scores at or below the threshold by 0."""
     if threshold is None:
         return terms
     below = scores <= threshold

@@ -5,16 +5,17 @@ For rows s (student) and t (teacher) of width K, with weights k of the columns (
     squared_error    Σ k (s − t)²
     cross_entropy    −Σ k q log p,   p = softmax(s), q = softmax(t) over all columns, masked ones too
 
-``threshold`` is TextBrewer's guess at a mask where none is given: a score at or below it is taken for a masked one.
-``squared_error`` then replaces it by 0, each side on its own; ``cross_entropy`` leaves the teacher's out of the sum.
-Without a threshold a column that is −inf on either side is not compared; a row of nothing but −inf gives 0.
+``threshold`` is TextBrewer's guess of a mask if the caller gives no mask. A score at or below the threshold counts as
+masked. ``squared_error`` replaces masked scores by 0, on each side separately. ``cross_entropy`` leaves the columns
+whose teacher's score is masked out of the sum. Without a threshold, a column that is −inf on either side is not
+compared. A row of −inf alone gives 0.
 
 Gradients, with w = k q where the column counts and f = −k log p there:
 
     squared_error    ∂/∂s = 2 k (s − t),   ∂/∂t = −∂/∂s
     cross_entropy    ∂/∂s = p Σ w − w,     ∂/∂t = q (f − Σ q f)
 
-Arithmetic in float32 (float64 if an input is), in chunks of rows; nothing is kept for backward besides the inputs.
+The arithmetic is in float32 (float64 if an input is), in chunks of rows. Backward needs the inputs alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -56,7 +57,7 @@ class _Problem(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The arithmetic's and the values'."""
+        """The dtype of the arithmetic and of the values."""
         return rows.compute_dtype(self.student, self.teacher)
 
 
@@ -64,7 +65,7 @@ _Chunk = tuple[Tensor | slice, Tensor, Tensor, Tensor | None]
 
 
 def _chunks(problem: _Problem) -> Iterator[_Chunk]:
-    """Yield chunks of rows: where they lie, both sides, and with keys the sides as (samples, rows, K) beside them."""
+    """Yield chunks of rows: their places, both sides, and the keys. With keys the sides are (samples, rows, K)."""
     student, teacher, keys = problem.student, problem.teacher, problem.keys
     shape, width = student.shape[:-1], student.shape[-1]
     row_bytes = width * problem.dtype.itemsize * _TEMPORARIES
@@ -81,7 +82,7 @@ def _chunks(problem: _Problem) -> Iterator[_Chunk]:
 
 
 def _blocks(samples: int, of_a_sample: int, rows_at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Yield (samples, rows of each): several whole samples, or a part of one."""
+    """Yield (samples, rows of each sample): several whole samples, or a part of one sample."""
     step = max(1, rows_at_once // max(of_a_sample, 1))
     for first in range(0, samples, step):
         for start in range(0, of_a_sample, max(rows_at_once, 1)):
@@ -113,7 +114,7 @@ def _(problem: _Problem) -> Tensor:
 
 
 class _Backward(NamedTuple):
-    """What the gradients are computed from: the problem and upstream of the row shape."""
+    """The arguments of the backward operator: the problem and upstream of the row shape."""
 
     problem: _Problem
     upstream: Tensor
@@ -122,7 +123,7 @@ class _Backward(NamedTuple):
 
 @define("score_rows_backward", _Backward)
 def _backward(arguments: _Backward) -> tuple[Tensor, Tensor]:
-    """Gradients to both sides; an unwanted one comes back empty."""
+    """Compute the gradients to both sides. A gradient that nobody asked for is empty."""
     problem, upstream, wanted = arguments
     body = _body(problem, backward_rows, backward_rows_on_cpu)
     gradients = rows.empty_gradients(problem.student, problem.teacher, wanted)
@@ -166,7 +167,7 @@ def _second_gradients(ctx: Any, *upstream_of_gradients: Tensor | None) -> dict[s
 
     def reference(student: Tensor, teacher: Tensor) -> Tensor:
         if mask is not None:
-            # Masked rows are replaced before the arithmetic, so that a NaN there cannot reach a gradient.
+            # Masked rows are replaced before the arithmetic, so that a NaN in a masked row cannot reach a gradient.
             student, teacher = (torch.where(mask[..., None], side, 0) for side in (student, teacher))
         every_key = keys if keys is None else keys.view(keys.shape[0], *[1] * (student.dim() - 2), -1)
         values = forward_rows(student, teacher, every_key, problem.kind, problem.threshold)
@@ -197,7 +198,7 @@ def score_rows(
     mask: Tensor | None = None,
     threshold: float | None = None,
 ) -> Tensor:
-    """One value per row of scores; the formulas are at the top of this module.
+    """Compute one value per row of scores. The formulas are at the top of this module.
 
     Args:
         student: (B, ..., K), checked by the caller.
@@ -205,7 +206,7 @@ def score_rows(
         kind: ``squared_error`` or ``cross_entropy``.
         keys: (B, K), contiguous, in the arithmetic's dtype, weights of the columns.
         mask: (B, ...) bool. Masked rows are not read; they give 0 and zero gradient.
-        threshold: at or below it a score is taken for a masked one; not together with ``keys``.
+        threshold: a score at or below the threshold counts as masked. Not together with ``keys``.
 
     Returns:
         (B, ...), float32 or float64.

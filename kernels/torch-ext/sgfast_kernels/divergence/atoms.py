@@ -1,7 +1,7 @@
 """Divergences over the few atoms of a top-k support: the logits at its indices, and one atom for the rest.
 
-The terms are those of ``terms`` in their plainest form, with normalised probabilities, since a row has few atoms. Tiles
-are [rows, atoms], scalars of rows are [rows, 1]. Lanes without an atom have probability 0 on both sides.
+The terms have their plainest form, with normalised probabilities, because a row has few atoms. Tiles are [rows, atoms],
+scalars of rows are [rows, 1]. Lanes without an atom have probability 0 on both sides.
 """
 
 import triton
@@ -36,7 +36,7 @@ from .terms import (
 SUPPORTS = ("truncate", "renormalize", "tail")
 TRUNCATE, RENORMALIZE, TAIL = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-# Scalars of a row before those of the kinds: largest logit and sum of weights of x and of y, the same of the tails.
+# The scalars of a row before the scalars of the kinds: largest logit and sum of weights, of x, of y, and of both tails.
 ROW_SCALARS = 8
 
 
@@ -58,7 +58,7 @@ def load_support(union_ptr, o_row, m_read, size, a_row, b_row, BK: tl.constexpr)
 
 @triton.jit
 def atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT: tl.constexpr, BK: tl.constexpr):
-    """p, q, log2 p/q and log2 p of every atom, the tail's in lane ``size``; and which lane is the tail's."""
+    """p, q, log2 p/q and log2 p of every atom, and the mask of the tail's lane, which is lane ``size``."""
     c_a, c_b, row = offsets(m_a, s_a, m_b, s_b, slope)
     b_zx = tl.fma(b_x, slope, -c_a)
     b_p, b_q = tl.exp2(b_zx) / s_a, tl.exp2(tl.fma(b_y, slope, -c_b)) / s_b
@@ -73,12 +73,12 @@ def atoms(b_x, b_y, m_a, s_a, m_b, s_b, r_a, t_a, r_b, t_b, slope, size, SUPPORT
         )
         p = (t_a / s_a) * tl.exp2(c_ra - c_a)
         q = (t_b / s_b) * tl.exp2(c_rb - c_b)
-        # Differences within each side come first, because the sides may lie apart.
+        # The differences within each side are taken first, because the sides may lie apart.
         d = ((c_ra - c_a) - (c_rb - c_b)) + (log2_ratio(t_a, t_b) - log2_ratio(s_a, s_b))
         b_p, b_q = tl.where(m_tail, p, b_p), tl.where(m_tail, q, b_q)
         b_d = tl.where(m_tail, d, b_d)
         b_log_p = tl.where(m_tail, (c_ra - c_a) + tl.log2(t_a / s_a), b_log_p)
-    # NaN where both sides are 0.
+    # The ratio is NaN where both sides are 0.
     return b_p, b_q, tl.where(b_d == b_d, b_d, 0.0), b_log_p, m_tail
 
 
@@ -96,8 +96,8 @@ def term_and_partials(
     """Each atom's term of one kind, and the partials with respect to log p and log q.
 
     Over whole distributions a multiple of p − q is added to the terms of the KL and skew kinds, and a multiple of p (of
-    q) to their partials. The sums of these multiples are 0, and with them nothing cancels near p = q. Under
-    ``truncate`` terms and partials are those of the definition. ``beta`` and ``skew`` are pairs: a weight w, and 1 − w.
+    q) to their partials. The multiples sum to 0. They keep terms and partials free of cancellation near p = q. Under
+    ``truncate`` terms and partials follow the definition. ``beta`` and ``skew`` are pairs: a weight w, and 1 − w.
     """
     b_difference = difference_of(b_p, b_q, b_d)
     b_pl, b_ql = times_ratio(b_p, b_d) * LN2, times_ratio(b_q, b_d) * LN2
@@ -141,7 +141,7 @@ def term_and_partials(
 
 @triton.jit
 def finite_or_zero(b_partial):
-    """The rows' partials and their sum, both 0 where the sum is infinite: a gradient does not exist there."""
+    """The rows' partials and their sum. Both are 0 in a row whose sum is infinite, because the row has no gradient."""
     total = tl.sum(b_partial, axis=1, keep_dims=True)
     infinite = tl.abs(total) == float("inf")
     return tl.where(infinite, 0.0, b_partial), tl.where(infinite, 0.0, total)

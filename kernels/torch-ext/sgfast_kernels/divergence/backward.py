@@ -3,7 +3,8 @@
 ``divergence_backward``  ∂/∂x = Σ upstream·(A − p·ΣA) / T and ∂/∂y = Σ upstream·(B − q·ΣB) / T, all kinds at once, from
                          the row scalars of ``divergence_forward``.
 
-The side towards which a row's partial is infinite gets gradient 0 there; masked rows are not read and get zeros.
+If a row's partial towards a side is infinite, this side's gradient is 0 in the row. Masked rows are not read and get
+zeros.
 """
 
 from collections.abc import Sequence
@@ -143,8 +144,8 @@ def _coefficients(upstream_ptr, scalars_ptr, places, field, i_row, rate, KINDS: 
             g_p, g_q = tl.where(p_finite, g, 0.0) * rate, tl.where(q_finite, g, 0.0) * rate
             a_0 -= tl.where(p_finite, g * to_p, 0.0) * rate
             b_0 -= tl.where(q_finite, g * to_q, 0.0) * rate
-            # A kind with the terms P·d has the partials p·d to log p and a multiple of p − q to log q; with Q·d it is
-            # the other way round.
+            # A kind with the terms P·d has the partial p·d to log p, and a multiple of p − q to log q. With the terms
+            # Q·d the two sides are exchanged.
             if reads(i, SKEWED, SUM_Q_RATIO) or i == CROSS_ENTROPY:
                 a_2 += g_p
             if reads(i, SKEWED, SUM_P_RATIO):
@@ -187,7 +188,7 @@ def _gradients(
     slope, c_a, c_b, rescale, correction, ratio_row, log_s_b = row
     b_log_p, b_log_q, b_u, b_v = probabilities(b_x, b_y, (slope, c_a, c_b, rescale), KINDS)
     b_p, b_q = squares(b_u, b_v, KINDS)
-    # Forward summed by the sign of this difference.
+    # Forward has taken the signs of its terms from this difference.
     b_apart = tl.fma(b_p, rescale, -b_q)
     b_p *= rescale
     b_log_p = tl.fma(b_log_p, bits_per_unit(KINDS), correction)
@@ -200,7 +201,7 @@ def _gradients(
         b_d = clamped(b_log_p - b_log_q)
         b_difference = b_apart
 
-    # Terms of no kind are left out: the compiler would keep 0 · d, which might be NaN.
+    # Terms that no kind needs are left out. The compiler would keep a product 0 · d, which might be NaN.
     b_to_p, b_to_q = a[0], b[0]
     if needed(KINDS, SKEWED, SUM_P_RATIO):
         b_to_p += b_d * a[1]

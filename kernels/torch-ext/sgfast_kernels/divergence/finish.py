@@ -1,4 +1,4 @@
-"""From the sums over a row's logits to its divergences, and to the row scalars that backward reads."""
+"""The last step of forward: sums over a row's logits become divergences, and row scalars for backward."""
 
 import triton
 import triton.language as tl
@@ -50,7 +50,7 @@ def _total(sums_ptr, i_sum, splits, field, o_row, m_row):
 
 @triton.jit
 def _store_kind(values_ptr, scalars_ptr, place, field, o_row, m_row, m_read, b_valid, b_value, b_to_p, b_to_q):
-    # Each value is a sum of terms that are at least 0; rounding may leave a sum below 0.
+    # Each value is a sum of terms ≥ 0. Rounding may leave the value below 0.
     b_value = tl.where(b_valid, tl.maximum(b_value, 0.0), float("nan"))
     tl.store(values_ptr + place * field + o_row, tl.where(m_read, b_value, 0.0), mask=m_row)
     o_field = scalars_ptr + (_LSE_FIELDS + 2 * place) * field + o_row
@@ -62,8 +62,8 @@ def _store_kind(values_ptr, scalars_ptr, place, field, o_row, m_row, m_read, b_v
 def _value_and_partial_sums(totals, b_d, b_1, b_s, betas, TO_NATS: tl.constexpr, KIND: tl.constexpr):
     """A kind's value, ΣA and ΣB from the totals of its sums.
 
-    ``b_d`` is Σ(P − Q)/S: the normalisers' rounding, which each value is corrected by.
-    ``b_1`` is 1/S and ``b_s`` is S, the clean side's sum of weights.
+    ``b_d`` is Σ(P − Q)/S, the rounding error of the normalisers. It corrects each value. ``b_1`` is 1/S and ``b_s`` is
+    S, the clean side's sum of weights.
     """
     if KIND == FORWARD_KL:
         b_v = b_d - TO_NATS * b_1 * totals[SUM_Q_RATIO]
@@ -122,7 +122,7 @@ def finish_kernel(
     EXACT: tl.constexpr,
     BN: tl.constexpr,
 ):
-    """From sums over logits to values, ΣA and ΣB, and the scalars of ``lse_pair`` beside them."""
+    """Turn sums over logits into values, ΣA and ΣB, and copy the scalars of ``lse_pair``."""
     o_row = tl.program_id(0).to(tl.int64) * BN + tl.arange(0, BN)
     field = rows.to(tl.int64)
     m_row = o_row < rows
@@ -144,7 +144,7 @@ def finish_kernel(
         b_x = tl.load(a_label, mask=(b_label >= 0) & (b_label < width), other=0.0).to(tl.float32)
         b_c = b_m * LOG2_E
         b_v = (b_m - b_x) + LN2 * (tl.log2(b_s1) - tl.fma(b_m, LOG2_E, -b_c))
-        # The other side and the temperature do not matter; a label beyond the vocabulary gives NaN.
+        # The other side and the temperature have no effect here. A label beyond the vocabulary gives NaN.
         m_valid = (b_s1 > 0) & (b_s1 < float("inf")) & (b_label < width)
         m_label = m_read & (b_label >= 0)
         b_0 = tl.zeros([BN], tl.float32)

@@ -3,8 +3,9 @@
 ``divergence_forward``  values (kinds, ...), and row scalars (4 + 2·kinds, ...): ``lse_pair``'s, then per kind ΣA and
                         ΣB, the row sums of the partials with respect to log p and log q, which backward needs.
 
-Where few rows would leave processors idle, programs share a row. −inf logits are probability 0: KL is inf where the
-other side is not 0. A row with a NaN or +inf logit, or of −inf alone, gives NaN. Masked rows are not read and give 0.
+If few rows would leave processors idle, programs share a row. A logit of −inf has probability 0, and a KL is inf if the
+other side's probability is not 0. A row with a NaN or +inf logit, or of −inf alone, gives NaN. Masked rows are not read
+and give 0.
 """
 
 from collections.abc import Sequence
@@ -132,7 +133,7 @@ def divergence_forward(
 
 @triton.jit
 def _product(b_p, b_log, GUARDED: tl.constexpr):
-    """P · log. Guarded, 0 · (±inf) and 0 · NaN are 0, and ratios that backward would clamp are infinite."""
+    """P · log. If guarded, 0 · (±inf) and 0 · NaN are 0, and ratios that backward would clamp are infinite."""
     if GUARDED:
         b_log = tl.where(tl.abs(b_log) < BIG, b_log, b_log * float("inf"))
         b_log = tl.where(b_p > 0, b_log, 0.0)
@@ -294,8 +295,8 @@ def _forward_kernel(
         sums = _add_tile(
             sums, b_a, b_b, row, betas, skews, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=False
         )
-    # An infinite ratio shows in a sum: 0 · inf is NaN, and no sum of finite ratios is large. Such a row is read again,
-    # guarded. The tail of every row is guarded too.
+    # An infinite ratio shows in a sum: 0 · inf is NaN, and no sum of finite ratios is large. Such a row is read again
+    # with guarded products. The tail of every row has guarded products too.
     b_magnitude = tl.zeros([BV // NEIGHBOURS], tl.float32)
     for i in tl.static_range(SUM_COUNT):
         if unbounded(i):
@@ -309,7 +310,7 @@ def _forward_kernel(
         sums = _add_tile(
             sums, b_a, b_b, row, betas, skews, KINDS, SKEWED, EXACT, BV, NEIGHBOURS, ADJACENT, GUARDED=True
         )
-    # All logarithms of P lack the same correction. One of the programs adds it, times ΣP = ΣQ.
+    # All logarithms of P lack the same correction. One of the programs adds the correction, times ΣP = ΣQ.
     lacking = tl.where(tl.program_id(1) == 0, correction * s_b / bits_per_unit(KINDS), 0.0)
     o_part = sums_ptr + tl.program_id(1) * field + i_row
     for i in tl.static_range(SUM_COUNT):

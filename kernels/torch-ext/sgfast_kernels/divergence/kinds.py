@@ -1,8 +1,7 @@
-"""The kinds of divergence and the sums over a row's logits that they read: each is declared here, once.
+"""The table of the kinds of divergence, and of the sums over a row's logits that the kinds read.
 
-Adding a kind touches its line in ``KINDS`` and its index below; its value in ``finish``; its gradient in ``backward``;
-its terms over atoms in ``atoms``. A kind that reads a new sum adds a line in ``SUMS``, its index, and its terms in
-``forward``.
+A new kind needs a line in ``KINDS`` and an index below. It needs its value in ``finish``, its gradient in ``backward``,
+and its terms over atoms in ``atoms``. A new sum needs a line in ``SUMS``, an index, and its terms in ``forward``.
 """
 
 from collections.abc import Sequence
@@ -13,14 +12,14 @@ import triton.language as tl
 
 
 class Sum(NamedTuple):
-    """A sum over the logits of a row, of terms in P = p·S and Q = q·S with the clean side's S."""
+    """A sum over the logits of a row. Its terms are in P = p·S and Q = q·S, with the clean side's S."""
 
     name: str
     #: The terms lack the row's factor ``rescale`` of P: never, or in all but the exact kernels ("fast").
     lacks_rescale: Literal["never", "fast"] = "never"
     #: The terms lack the row's ``correction`` of log P: never, always, or in all but the exact kernels.
     lacks_correction: Literal["never", "fast", "always"] = "never"
-    #: The sum is infinite or NaN where a ratio P/Q is infinite; the row is then read again, guarded.
+    #: The sum is infinite or NaN if a ratio P/Q is infinite. The row is then read again with guarded products.
     unbounded: bool = False
 
 
@@ -30,9 +29,9 @@ class Kind(NamedTuple):
     name: str
     #: Names of the sums that its value is made of.
     sums: tuple[str, ...]
-    #: Under the support ``truncate`` its value may be negative.
+    #: The value may be negative under the support ``truncate``.
     signed: bool = False
-    #: The kind that it equals where the mixture's weight ``skew`` is 0.
+    #: The kind with the same values if the mixture's weight ``skew`` is 0.
     unskewed: str = ""
 
 
@@ -121,7 +120,7 @@ def kind_bits(kinds: Sequence[str]) -> int:
 def places_of(kinds: Sequence[str]) -> int:
     """Return where each kind stands in ``kinds``, four bits for each kind of the table.
 
-    One integer, since Triton would compile a kernel again for every 0 and 1 in a tuple of them.
+    The places are one integer, because Triton would compile a kernel again for every 0 and 1 in a tuple.
     """
     return sum(place << _PLACE_BITS.value * NAMES.index(kind) for place, kind in enumerate(kinds))
 
@@ -140,7 +139,7 @@ def asked(kinds, kind):
 
 @triton.constexpr_function
 def acting_kind(kind, skewed):
-    """The kind, or the one that it equals where ``skewed`` is false: the mixtures' weight is 0."""
+    """The kind; or, if ``skewed`` is false (a mixture's weight is 0), the kind with the same values."""
     other = _KINDS.value[kind].unskewed
     if skewed or not other:
         return kind

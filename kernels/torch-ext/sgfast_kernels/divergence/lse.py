@@ -3,10 +3,10 @@
 For logits x (noisy) and y (clean) over a temperature T, in units of bits: k = log2(e) / T.
 
 ``lse_pair``  per row and side the maximum m and S = Σ 2^(kx − fl(k·m)): (4, ...) = m_x, S_x, m_y, S_y. A log-sum-exp
-              would be rounded to its own size; here the largest term is 1 but for rounding of the last bit.
+              would be rounded at its own size. The largest term of S is 1, up to the last bit.
 
-Where few rows would leave processors idle, programs share a row and a small kernel joins their parts. A row with a NaN
-or +inf logit, or of −inf alone, has a sum that is NaN, infinite or 0. Masked rows are not read.
+If few rows would leave processors idle, programs share a row, and a small kernel joins their parts. A row with a NaN or
++inf logit, or of −inf alone, has a sum that is NaN, infinite or 0. Masked rows are not read.
 """
 
 import torch
@@ -74,7 +74,7 @@ def lse_pair(
 
 @triton.jit
 def _accumulate(b_x, b_m, b_c, b_s, slope, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
-    """Add a tile of one side to the running maxima m, c = fl(k·m) and sums, one of each for a thread's neighbours.
+    """Add a tile of one side to the running maxima m, the c = fl(k·m), and the sums. Neighbouring columns share these.
 
     c is a maximum of products, not a product of the maximum. The compiler would fuse such a product into the
     differences below, and the rounding error of c would multiply S again with every tile.
@@ -83,7 +83,7 @@ def _accumulate(b_x, b_m, b_c, b_s, slope, BV: tl.constexpr, NEIGHBOURS: tl.cons
     b_x = neighbours(b_x, BV, NEIGHBOURS, ADJACENT)
     b_highest = tl.max(b_x, axis=axis)
     b_next = tl.maximum(b_c, b_highest * slope)
-    # Fused, so that the rounding error of c stays in S.
+    # This is fused, so that the rounding error of c stays in S.
     b_e = tl.exp2(tl.fma(b_x, slope, -tl.expand_dims(b_next, axis)))
     return tl.maximum(b_m, b_highest), b_next, tl.fma(b_s, tl.exp2(b_c - b_next), tl.sum(b_e, axis=axis))
 

@@ -11,25 +11,26 @@ from .kinds import HELLINGER, asked
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2_E = tl.constexpr(1.4426950408889634)
-# Stands for an infinite ratio where a product with probability 0 must be 0. No product with it overflows.
+# A finite number in place of an infinite ratio: its product with a probability of 0 is 0, and no product overflows.
 BIG = tl.constexpr(1e30)
-# A smaller probability has lost its digits.
+# A probability below this number has lost its digits.
 TINY = tl.constexpr(1.1754943508222875e-38)
-# The reference of weights is at least this, in bits. The rounding error of a product k·m stays in the weights as a
-# power of two. At 1e9 the power is at most 2^32; at the −1e20 of a masked logit it would overflow.
+# The reference of weights is not below this number of bits. The rounding error of a product k·m stays in the weights as
+# a power of two. At 1e9 the power is at most 2^32; at the −1e20 of a masked logit it would overflow.
 LEAST_EXPONENT = tl.constexpr(-1e9)
 
 
 @triton.jit
 def reference(maximum, slope):
     """fl(k·r) of the maximum r; finite where all logits are −inf or masked."""
-    # A fused sum with 0 is rounded here. The compiler would fuse a plain product, unrounded, into the caller's sum.
+    # The fused sum with 0 rounds the product here. The compiler would fuse a plain product, unrounded, into the
+    # caller's sum.
     return tl.maximum(tl.fma(maximum, slope, 0.0), LEAST_EXPONENT)
 
 
 @triton.jit
 def difference_of(b_p, b_q, b_d):
-    """P − Q = (P + Q)·tanh(ln P/Q / 2): for close sides by a polynomial in d = log2 P/Q, to 1e-7 however close."""
+    """P − Q = (P + Q)·tanh(ln P/Q / 2). Close sides take a polynomial in d = log2 P/Q, with relative error 1e-7."""
     b_s = b_d * b_d
     b_t = ((-2.94606680e-05 * b_s + 6.64874522e-04) * b_s - 1.38756705e-02) * b_s + 3.46573579e-01
     # d is NaN where both sides are 0.
@@ -38,9 +39,9 @@ def difference_of(b_p, b_q, b_d):
 
 @triton.jit
 def log2_of_one_minus(b_t, b_u):
-    """log2 of u = 1 − t for t in [0, 1], relative error 1e-7: no GPU's fast logarithm has that near 1.
+    """log2 of u = 1 − t for t in [0, 1], with relative error 1e-7. No GPU's fast logarithm is as exact near 1.
 
-    ``b_u`` has the digits where t is near 1, ``b_t`` where it is near 0.
+    ``b_u`` has the digits if t is near 1, and ``b_t`` if t is near 0.
     """
     b_u = tl.maximum(b_u, TINY)
     b_bits = b_u.to(tl.int32, bitcast=True)
@@ -54,7 +55,7 @@ def log2_of_one_minus(b_t, b_u):
 
 @triton.jit
 def log2_ratio(a, b):
-    """log2(a / b) for positive scalars, exactly 0 where they are equal and close to 0 with all digits."""
+    """log2(a / b) for positive scalars: exactly 0 for equal scalars, and with all digits for close scalars."""
     f = (a - b) / b
     s = f / (2.0 + f)
     z = s * s
@@ -69,7 +70,7 @@ def offsets(m_a, s_a, m_b, s_b, slope):
     # The sums contain the rounding errors of both c.
     rounding = tl.fma(m_a, slope, -c_a) - tl.fma(m_b, slope, -c_b)
     gap = m_a - m_b
-    # Close sides lose no digits in x − y; sides that lie apart would lose those of the shift between them.
+    # Close sides lose no digits in x − y. Sides that lie apart would lose as many digits as the shift between them has.
     apart = tl.abs(gap * slope) > 6.0
     return (
         c_a,
@@ -113,7 +114,7 @@ def sign_of(b_d, b_p):
 
 @triton.jit
 def mixture(b_p, b_q, b_d, b_difference, weights):
-    """For m = w·Q + (1 − w)·P with weights (w, 1 − w): log2 of m over the larger of P and Q, and m over it."""
+    """For m = w·Q + (1 − w)·P with weights (w, 1 − w): log2(m / max(P, Q)), and m / max(P, Q)."""
     b_inverse = 1.0 / tl.maximum(tl.maximum(b_p, b_q), TINY)
     b_of_smaller, b_of_larger = tl.where(b_d > 0, weights[0], weights[1]), tl.where(b_d > 0, weights[1], weights[0])
     b_share = tl.fma(b_of_smaller, tl.minimum(b_p, b_q) * b_inverse, b_of_larger)
@@ -126,7 +127,8 @@ def joint_offsets(m_a, s_a, m_b, s_b, slope):
 
     The correction undoes the rounding of c_x.
     """
-    # Fused with 0, because pass 1 rounded the products: the compiler would fuse them, unrounded, into sums.
+    # The products are fused with 0, because pass 1 rounded them. The compiler would fuse plain products, unrounded,
+    # into sums.
     c_a, c_b = tl.fma(m_a, slope, 0.0), tl.fma(m_b, slope, 0.0)
     shift = log2_ratio(s_a, s_b)
     shifted = c_a + shift
@@ -136,7 +138,7 @@ def joint_offsets(m_a, s_a, m_b, s_b, slope):
 
 @triton.constexpr_function
 def bits_per_unit(kinds):
-    """Unit of the fast logarithms, in bits: 2 where Hellinger needs √P and √Q, which are then their powers of two."""
+    """Unit of the fast logarithms, in bits. It is 2 if Hellinger needs √P and √Q as powers of two."""
     return 2.0 if asked(kinds, HELLINGER) else 1.0
 
 

@@ -41,9 +41,9 @@ def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, 
     =========  ==================  ==========  ============================================================
 
     On AMD a warp is twice as wide and a thread has half the columns: one 16-byte load a side. Narrow vocabularies get
-    narrow tiles, by powers of two, so that shapes share compiled kernels; the architecture changes nothing else.
-    Loads are staged through shared memory where the loop is short; with three kinds or more there are enough
-    instructions between a warp's loads for the other warps' loads to arrive, and staging costs 2 a column.
+    narrow tiles, by powers of two, so that shapes share compiled kernels. The architecture changes nothing else. Loads
+    are staged through shared memory if fewer than three kinds are asked for. Three kinds or more need so many
+    instructions that the loads of other warps arrive in time, and staging costs 2 instructions a column.
     """
     adjacent = vector_columns(noisy, clean) > 1
     narrow = max(noisy.element_size(), clean.element_size()) == 2
@@ -60,9 +60,10 @@ def tile(noisy: Tensor, clean: Tensor, kinds: int, backward: bool) -> dict[str, 
 
 @triton.jit
 def neighbours(b_x, BV: tl.constexpr, NEIGHBOURS: tl.constexpr, ADJACENT: tl.constexpr):
-    """A tile whose last axis (adjacent) or first axis has the columns that one thread holds.
+    """A tile with the columns of one thread along its last axis (adjacent) or along its first axis.
 
-    A thread's columns are adjacent where one load fetches them. Elsewhere they are a round of all threads apart.
+    A thread's columns are adjacent if one load fetches them. Otherwise all other threads have a column between two of
+    them.
     """
     groups: tl.constexpr = BV // NEIGHBOURS
     return tl.reshape(b_x, [groups, NEIGHBOURS]) if ADJACENT else tl.reshape(b_x, [NEIGHBOURS, groups])

@@ -1,9 +1,9 @@
 """Gradients of divergences over the union of both sides' top-k.
 
 Outside the support a gradient is a constant of the row times the logit's probability (``truncate``), the constant times
-its share of the tail (``tail``), or 0 (``renormalize``). One launch per side writes these gradients. It reads that side
-where probabilities are needed, and never the other side. A second launch overwrites the gradients inside the support,
-O(k) a row.
+the logit's share of the tail (``tail``), or 0 (``renormalize``). One launch per side writes these gradients. The launch
+reads its own side if probabilities are needed, and never the other side. A second launch overwrites the gradients
+inside the support, O(k) a row.
 """
 
 from collections.abc import Sequence

@@ -7,8 +7,8 @@
                              probability (``truncate``).
 
 The tail of a side is the sum of its weights outside its own top-k, less the weights that the other side's top-k takes.
-If an eighth or less would be left, digits would be lost: the row is then read once more. −inf, NaN and masked rows are
-as in ``forward``.
+If an eighth or less would be left, the difference would lose digits. The row is then read once more. −inf, NaN and
+masked rows are as in ``forward``.
 """
 
 from collections.abc import Sequence
@@ -103,13 +103,13 @@ def divergence_topk_forward(
 
 @triton.jit
 def _is_first(b_x, b_index, value, index):
-    """True for logits in their row's top-k, given the value and the index of the k-th."""
+    """True for logits in their row's top-k. The value and the index of the k-th decide."""
     return (b_x > value) | ((b_x == value) & (b_index <= index))
 
 
 @triton.jit
 def _tail(b_index, b_x, x_row, y_row, masses, other_masses, width, slope, BN: tl.constexpr, BV: tl.constexpr):
-    """Largest logit of x outside the support and the weights outside against it, or of a larger reference."""
+    """The largest logit of x outside the support, or a larger reference, and the weights outside against it."""
     _, _, r, total, value, index = masses
     _, _, _, _, other_value, other_index = other_masses
     m_taken = (b_index >= 0) & ~_is_first(b_x, b_index, value, index)
@@ -214,7 +214,7 @@ def _forward_kernel(
             )
             value = tl.sum(b_term, axis=1, keep_dims=True)
             if SUPPORT != TRUNCATE or not signed(i):
-                value = tl.maximum(value, 0.0)  # rounding may leave it below 0
+                value = tl.maximum(value, 0.0)  # rounding may leave the difference below 0
             value = tl.where(valid, value, float("nan"))
             tl.store(values_ptr + place * field + o_row, tl.where(m_read, value, 0.0), mask=m_row)
             b_to_p, p_total = finite_or_zero(b_to_p)

@@ -10,8 +10,8 @@ the weight of a logit against a reference r is 2^(kx − fl(k·r)):
                        read once and have no groups.
 3. ``_union_kernel``   Merges both sides' indices.
 
-The weights outside are the sum of the groups that were not read again and of the logits that were read again and are
-not among the first. A difference of the whole and a part would have no digits where the part is nearly the whole.
+The weights outside are a sum over two parts: the groups that were not read again, and the logits that were read again
+and are not among the first. The whole less the first would lose all digits if the first have nearly all weight.
 """
 
 import torch
@@ -23,20 +23,20 @@ from .._rows import LAUNCH_OPTIONS, mask_rows, on_device_of, required_layout, ro
 from .terms import LOG2_E, reference
 from .tiles import split_rows, temperature_rows
 
-#: The largest k and the widest rows that the kernels take: tiles hold a row's first groups, and the maxima of all
+#: The largest k and the widest rows that the kernels take. A tile holds a row's first groups, or the maxima of all
 #: groups.
 MAX_TOP_K = 128
 MAX_TOP_K_WIDTH = 2**19
 _TILE = 8192
 _GROUPS = (16, 32, 64, 128)
 
-#: Fields of a side's rows: the largest logit and the sum of weights against it; the largest logit outside the side's
-#: own first k and the sum of weights outside against that; value and index of the k-th.
+#: Fields of a side's rows: the largest logit and the sum of weights against this logit; the largest logit outside the
+#: side's own first k and the sum of weights outside against this logit; value and index of the k-th.
 MASSES = 6
 
 
 def group_columns(width: int, k: int) -> int:
-    """Return the group's columns that move the least: 24 bytes per pair of groups and 4 per column read again."""
+    """Return the group's columns that move the fewest bytes: 24 a pair of groups, 4 a column that is read again."""
     fitting = [group for group in _GROUPS if group * triton.next_power_of_2(k) <= _TILE]
     return min(fitting, key=lambda group: 24 / group + 4 * group * k / width)
 
@@ -52,8 +52,8 @@ def top_k_union(
         mask: (...) bool, True = selected, or None.
         temperature: (...), positive; a number expanded to that shape is read as a number.
         k: how many of each side, at most MAX_TOP_K.
-        top_k_of: ``both``, or ``noisy`` or ``clean`` for that side's top-k alone, (..., k). The other side then has no
-            first k: all its logits count as outside, the k-th is +inf.
+        top_k_of: ``both``, or ``noisy`` or ``clean`` for the top-k of one side alone, (..., k). The other side then has
+            no first k: all its logits count as outside, and its k-th value is +inf.
 
     Returns:
         int32 (..., min(2k, V)): ascending, then −1; all −1 in masked rows. And float32 (2, MASSES, ...), not written
@@ -193,7 +193,7 @@ def _keys(b_x, m_x, BITS: tl.constexpr):
 
 @triton.jit
 def _kth_largest(b_key, least, k):
-    """The k-th largest key, by halving the range in which it lies: from ``least``."""
+    """The k-th largest key. The search halves the range of the key, which starts at ``least``."""
     most = tl.max(b_key)
     while least < most:
         middle = (least | most) - ((least ^ most) >> 1)  # their mean, rounded up, without overflow
@@ -205,7 +205,7 @@ def _kth_largest(b_key, least, k):
 
 @triton.jit
 def _first(b_key, kth, k):
-    """True for the first k of [rows, columns] keys by (key descending, position); and their places by position."""
+    """True for the first k of [rows, columns] keys by (key descending, position), and their places by position."""
     # One scan counts twice: keys above the k-th in the lower half, ties in the upper half.
     b_counts = (b_key > kth).to(tl.int32) + ((b_key == kth).to(tl.int32) << 16)
     b_in_row = tl.sum(b_counts, axis=1)
@@ -285,7 +285,7 @@ def _select_kernel(
     c_outside = reference(outside, slope)
     outside_total = tl.sum(tl.exp2(tl.fma(b_outside, slope, -c_outside)))
     outside_total += unread_total * tl.exp2(reference(unread, slope) - c_outside)
-    # The first k are summed apart from the rest: in a sum of few terms the largest lose the least.
+    # The first k are summed apart from the rest, because large terms lose fewer digits in a sum of few terms.
     maximum = tl.max(b_x)
     c = reference(maximum, slope)
     total = tl.sum(tl.where(m_first, tl.exp2(tl.fma(b_x, slope, -c)), 0.0)) + outside_total * tl.exp2(c_outside - c)
@@ -295,7 +295,7 @@ def _select_kernel(
     tl.store(masses_ptr + 2 * field + i_row, outside)
     tl.store(masses_ptr + 3 * field + i_row, outside_total)
     tl.store(masses_ptr + 4 * field + i_row, tl.max(tl.where(m_last, b_x, float("-inf"))))
-    # Exact: below 2²⁴.
+    # The number is exact, because it is below 2²⁴.
     tl.store(masses_ptr + 5 * field + i_row, tl.max(tl.where(m_last, b_index, 0)).to(tl.float32))
 
 

@@ -4,9 +4,9 @@ For an upstream gradient g, zero where unselected or outside the clamp's range:
 
     ∂mean = g,   ∂std = where(k, g·eps, 0),   ∂input = where(k, g, 0), and the untouched upstream where unselected
 
-The gradient of a broadcast mean or std is a sum in two stages and a fixed order, without atomics: every program adds
-up to ``_MOST_TRIPS`` tiles of rows and writes its partial sums in float32; torch adds the programs' sums. Input, mean
-and std are read only where a clamp's range must be checked.
+The gradient of a broadcast mean or std is a sum in two stages and in a fixed order, without atomics. Every program adds
+up to ``_MOST_TRIPS`` tiles of rows and writes its partial sums in float32. torch adds the sums of the programs. Input,
+mean and std are read only where a clamp's range must be checked.
 """
 
 import torch

@@ -103,7 +103,7 @@ def bytes_of(mask: Tensor | None) -> Tensor | None:
 
 
 def each_column(walk: Walk) -> dict[str, bool]:
-    """Return, for each operand, whether it has a value for each column; a stride of 0 spreads one over the row."""
+    """Return, for each operand, True if it has a value for each column. A stride of 0 repeats one value."""
     names = ("mean", "std", "noise_mask", "keep_mask")
     return {f"{name.upper()}_COLUMNS": walk.strides.get(name, (0, 0, 0))[2] == 1 for name in names}
 
@@ -111,8 +111,8 @@ def each_column(walk: Walk) -> dict[str, bool]:
 def tile_of(walk: Walk, input: Tensor, sums_rows: bool = False) -> dict[str, int]:
     """Return rows and columns of a program's tile, and its warps.
 
-    The tile is halved for float32, for sums kept in registers and for draws one by one. Narrow rows share a program.
-    Sizes depend on powers of two alone, so that shapes share compiled kernels.
+    The tile is halved for float32, for sums that are kept in registers, and for draws that are made one by one. Narrow
+    rows share a program. Sizes depend on powers of two alone, so that shapes share compiled kernels.
     """
     _, inner, width = walk.sizes
     halved = sums_rows or input.dtype == torch.float32 or not walk.grouped

@@ -1,7 +1,7 @@
 """The walk of the noise kernels over tensors of one broadcast shape: two row dimensions and the columns.
 
-Neighbouring dimensions are merged where every operand strides through them as through one. Contiguous tensors of any
-shape become one long row. A mask or mean that is broadcast over some dimensions adds one row dimension.
+Neighbouring dimensions are merged if every operand strides through them as through one dimension. Contiguous tensors of
+any shape become one long row. A mask or mean that is broadcast over some dimensions adds one row dimension.
 """
 
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ class Walk(NamedTuple):
         return Walk((inner, outer, columns), {name: (b, a, c) for name, (a, b, c) in self.strides.items()})
 
     def sums(self, name: str) -> tuple[bool, ...]:
-        """Return, for each dimension, whether the gradient of ``"mean"`` or ``"std"`` is a sum over it."""
+        """Return, for each dimension, True if the gradient of ``"mean"`` or ``"std"`` is a sum over the dimension."""
         strides = self.strides[f"{name}_gradient"]
         return tuple(size > 1 and stride == 0 for size, stride in zip(self.sizes, strides, strict=True))
 
@@ -85,7 +85,7 @@ def noise_walk(
     keep_mask: Tensor | None,
     upstream: Tensor | None = None,
 ) -> Walk | str:
-    """Return the kernels' walk over the operands (broadcastable to the input), or in words why there is none."""
+    """Return the kernels' walk over the operands (broadcastable to the input), or the reason why no walk exists."""
     operands = {"input": input, "mean": mean, "std": std}
     optional = {"noise_mask": noise_mask, "keep_mask": keep_mask, "upstream": upstream}
     operands |= {name: operand for name, operand in optional.items() if operand is not None}
@@ -95,7 +95,8 @@ def noise_walk(
     strides: dict[str, Sequence[int]] = {}
     for name, operand in operands.items():
         strides[name] = broadcast_strides(operand, input.shape)
-    # Backward sums over dimensions that mean and std are broadcast over. Forward keeps them apart too.
+    # Backward sums over the dimensions in which mean or std is broadcast. Forward does not merge these dimensions
+    # either.
     for name in ("mean", "std"):
         strides[f"{name}_gradient"] = gradient_strides(operands[name].shape, input.shape)
     strides["output"] = gradient_strides(input.shape, input.shape)
@@ -128,7 +129,7 @@ def row_offsets(i_outer, o_inner, strides):
 
 @triton.jit
 def columns_of(ptr, o_row, o_col, m_row, m_tile, OTHER: tl.constexpr, EACH_COLUMN: tl.constexpr):
-    """An operand's tile [BN, BD]; or one value per row, [BN, 1], where the columns share one."""
+    """An operand's tile [BN, BD], or one value per row, [BN, 1], if the columns share a value."""
     if EACH_COLUMN:
         b_x = tl.load(ptr + o_row + o_col, mask=m_tile, other=OTHER)
     else:

@@ -1,7 +1,7 @@
 """Device code of the noise stream: Philox4x32-10 and Box-Muller by polynomials, as ``sgfast.ops.noise`` defines them.
 
-The words equal the stream's, bit for bit. The normals take the same polynomials in the same order. A GPU contracts
-a·b + c, divides within 2 ulp and takes roots within 1 ulp; the stated error of the stream allows for that.
+The words equal the stream's words, bit for bit. The normals take the same polynomials in the same order. A GPU
+contracts a·b + c, divides within 2 ulp and takes roots within 1 ulp; the stated error of the stream allows for that.
 """
 
 import triton
@@ -87,7 +87,7 @@ def grouped_normals(counter, seed, BN: tl.constexpr, BD: tl.constexpr):
 
 @triton.jit
 def single_normals(index, offset, seed):
-    """The draws of any int64 element numbers. Each makes a Philox call, four times as many as ``grouped_normals``."""
+    """The draws of any int64 element numbers. Each draw makes a Philox call of its own."""
     w0, w1, w2, w3 = words((index >> 2) + offset, seed)
     second_pair = (index & 2) != 0
     cosine, sine = cosine_and_sine(tl.where(second_pair, w3, w1))
