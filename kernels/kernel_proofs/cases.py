@@ -157,8 +157,7 @@ def _backward(dtype: torch.dtype, width: int, kinds: str, *needs: bool, **limits
 
 
 def _top_k(width: int, k: int, support: str | None = None, kinds: str = "kl") -> Case:
-    """A case of the support alone, or of divergences over the support. The floor: both sides once, groups, groups read
-    again."""
+    """The support alone, or divergences over it too. The floor: both sides once, groups, groups read again."""
 
     def arguments(rows: int, device: str) -> tuple[Any, ...]:
         logits = _logits(_bf16, width, rows, device)

@@ -74,8 +74,7 @@ def tests(notes: Notes) -> None:
 
 
 def large(notes: Notes, device: str = "cuda", elements: int = 2**31) -> None:
-    """Run each operation on just over ``elements`` elements. Compare its last rows with the results of these rows
-    alone."""
+    """Run operations on just over ``elements`` elements. The last rows equal the results of these rows alone."""
     failures = []
     for name, function, inputs in large_cases(device, elements):
         whole = function(*inputs)

@@ -72,8 +72,7 @@ class InterpretedTest(pytest.Item):
         self.add_marker("triton")
 
     def iter_markers_with_node(self, name: str | None = None) -> Iterator[tuple[pytest.Item, pytest.Mark]]:
-        """Leave the module's marks to the interpreting process, because this process would judge a ``skipif``
-        wrongly."""
+        """Leave the module's marks to the interpreting process: this process would judge a ``skipif`` wrongly."""
         return ((self, mark) for mark in self.own_markers if name in (None, mark.name))
 
     def runtest(self) -> None:
