@@ -147,7 +147,7 @@ def radius(word: Tensor) -> Tensor:
     # is e in units of 2²³; what is left of the bits is 2³²·(1 + s).
     step = (bits - 0x4F3504F3).bitwise_and_(-(2**23))
     scaled = (bits - step).view(torch.float32)
-    # Where e = 0 the upper bit of this is not set: as int32 it is 2³² − 1 − word.
+    # If e = 0, the upper bit of this is not set. As int32 this is 2³² − 1 − word.
     below_one = word.to(torch.int32).bitwise_not_().to(torch.float32).mul_(-(2.0**-32))
     s = _select(step >> 31, scaled.mul_(2.0**-32).sub_(1), below_one)
     q = s / (s + 2)

@@ -77,7 +77,7 @@ def _value_and_partial_sums(totals, b_d, b_1, b_s, betas, TO_NATS: tl.constexpr,
         b_v, b_a, b_b = b_a + b_b, b_a + b_d, b_b - b_d
     elif KIND == JENSEN_SHANNON:
         b_tv = 0.5 * b_1 * totals[SUM_APART]
-        # Where no probability differs, the sums contain only rounding errors of the logarithms.
+        # If no probability differs, the sums contain only rounding errors of the logarithms.
         b_a = tl.where(b_tv == 0, 0.0, betas[1] * TO_NATS * b_1 * totals[SUM_P_MIXTURE])
         b_b = tl.where(b_tv == 0, 0.0, betas[0] * TO_NATS * b_1 * totals[SUM_Q_MIXTURE])
         b_v = tl.minimum(b_a + b_b, LN2 * b_tv)
