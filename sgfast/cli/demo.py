@@ -36,7 +36,7 @@ from sgfast.utils.records import IndexedRecords
 
 DEFAULT_PROMPT = "I am Ada Lovelace. Explain in one sentence what a Python function is."
 WORDS_PER_PASSAGE, HELD_OUT, MAX_LENGTH, BATCH_SIZE = 60, 32, 128, 8
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3  # from 2e-3 on, sigma outruns the distillation in the first 30 steps
 NOISE_LAYER = {"scale": (1e-3, 1.0), "rhos_init": -2.0}
 LOSS_WEIGHTS = {
     "std_log_ratio_loss_weight": 0.2,

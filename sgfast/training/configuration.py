@@ -73,7 +73,7 @@ class Configuration:
     batch_size: int = 8
     accumulation: int = 1
     max_length: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
