@@ -75,7 +75,6 @@ def run_evaluate(options: Mapping[str, Any], given: set[str]) -> None:
     if settings[0].parquet:
         check_parquet()
     find_device(options["device"])
-    check_model_exists(options["model"])
     folders = dict.fromkeys([out, *(one.out for one in settings)])
     with joined() as processes, contextlib.ExitStack() as writers:
         for folder in folders:
@@ -125,6 +124,7 @@ def _evaluate_all(
             write_parquet(one.out / PARQUET_FILE, one.out / SEQUENCES_FILE)
     if not begun:
         return
+    check_model_exists(options["model"])
     for _ in read_records(settings[0].data, text_unit=settings[0].text_unit):
         pass  # a faulty line is an error here, before the model is loaded
     console.print(f"loading {settings[0].model or PACKAGED_MODEL}", highlight=False)

@@ -6,7 +6,6 @@ from typing import Annotated, Any, get_args
 import typer
 
 from sgfast.ops.validation import did_you_mean
-from sgfast.utils.devices import check_device_name
 
 # No run needs a larger count. Without a bound, a count of 400 digits would never end.
 MOST = 2**31 - 1
@@ -44,15 +43,8 @@ def choice(literal: Any, help: str) -> Any:
     return typer.Option(parser=parse, metavar=f"[{'|'.join(names)}]", help=help)
 
 
-def device(value: str) -> str:
-    """Check that a device could exist, and return its name."""
-    try:
-        return check_device_name(value, "it")
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
-
-
+# The command checks the name: a wrong one is one line, without the usage.
 Device = Annotated[
     str,
-    typer.Option(callback=device, metavar="DEVICE", help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps."),
+    typer.Option(metavar="DEVICE", help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps."),
 ]

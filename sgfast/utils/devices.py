@@ -22,7 +22,7 @@ def check_device_name(name: str, source: str = "device") -> str:
         >>> check_device_name("cuda:1")
         'cuda:1'
     """
-    if name not in _NAMES and not re.fullmatch(rf"cuda:\d{{1,{_MOST_DIGITS}}}", name):
+    if name not in _NAMES and not re.fullmatch(rf"cuda:[0-9]{{1,{_MOST_DIGITS}}}", name):
         suggestion = did_you_mean(name, _NAMES)
         raise ValueError(f"{source} must be auto, cpu, cuda, cuda:N or mps; got {name[:100]!r}{suggestion}")
     return name

@@ -87,7 +87,7 @@ def test_other_families(family, sizes, tasks, tmp_path):
         (["hidden", "--dtype", "flaot32"], "got 'flaot32'. Did you mean 'float32'?"),
         (["noise", "--impl", "fast"], "--impl must be among auto"),
         (["noise", "--impl", "tritn"], "got 'tritn'. Did you mean 'triton'?"),
-        (["train", "--device", "tpu"], "it must be auto, cpu, cuda, cuda:N or mps"),
+        (["train", "--device", "tpu"], "--device must be auto, cpu, cuda, cuda:N or mps"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, tmp_path, capsys):
