@@ -118,7 +118,6 @@ def test_resume_reads_the_options_of_the_folder(evaluate, base_model, tmp_path, 
         monkeypatch.setattr(sys, "argv", ["sgfast", "evaluate", "--out", str(out), "--resume", *map(str, arguments)])
         with pytest.raises(SystemExit) as stopped:
             main()
-            raise SystemExit(0)
         return stopped.value.code
 
     monkeypatch.chdir(tmp_path)
