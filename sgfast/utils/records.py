@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
+from sgfast.ops.validation import check_choice
 from sgfast.utils import strict_json
 from sgfast.utils.input_files import open_regular
 
@@ -135,8 +136,7 @@ def data_digest(path: str | os.PathLike[str]) -> str:
 
 
 def _checked_unit(text_unit: TextUnit) -> TextUnit:
-    if text_unit not in TEXT_UNITS:
-        raise ValueError(f"text_unit must be one of {', '.join(TEXT_UNITS)}; got {text_unit!r}")
+    check_choice("text_unit", text_unit, TEXT_UNITS)
     return text_unit
 
 
