@@ -33,7 +33,7 @@ from sgfast.training.trainer_run import History, train
 from sgfast.utils.devices import find_device
 from sgfast.utils.files import check_output_file, replacing
 from sgfast.utils.one_writer import one_writer
-from sgfast.utils.records import IndexedRecords
+from sgfast.utils.records import TextRecords
 
 DEFAULT_PROMPT = "I am Ada Lovelace. Explain in one sentence what a Python function is."
 WORDS_PER_PASSAGE, HELD_OUT, MAX_LENGTH, BATCH_SIZE = 60, 32, 128, 8
@@ -153,10 +153,9 @@ def _train(
 ) -> tuple[History, bool]:
     """Train as ``sgfast train`` does, without checkpoints; return the history, and True if all steps were taken."""
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "passages.txt"
-        data.write_text("\n".join(passages), encoding="utf-8")
+        records = TextRecords(passages, "the demo's passages")
         configuration = Configuration(
-            data=data,
+            data=records.path,
             out=Path(folder),
             steps=steps,
             batch_size=BATCH_SIZE,
@@ -165,7 +164,7 @@ def _train(
             seed=seed % 2**32,  # the trainer takes no larger one
             device=str(device),
         )
-        examples = TokenizedRecords(IndexedRecords(data), models.tokenizer_wrapper, max_length=max_length)
+        examples = TokenizedRecords(records, models.tokenizer_wrapper, max_length=max_length)
 
         def training(on_step: OnStep) -> tuple[History, bool]:
             return train(
