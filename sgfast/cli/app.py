@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
+from sgfast._version import __version__
 from sgfast.cli.bench_options import bench
-from sgfast.cli.option_checks import MOST, finite, text
+from sgfast.cli.option_checks import MOST, Device, choice, finite, text
 from sgfast.evaluation.settings import Precision
 from sgfast.utils.records import TextAs, TextUnit
 
@@ -20,9 +21,32 @@ app = typer.Typer(
 app.add_typer(bench)
 
 
+_TextUnit = Annotated[TextUnit, choice(TextUnit, help="Unit of a record in a text file.")]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sgfast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options() -> None:
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Train, measure and use Stained Glass Transforms."""
+
+
+@app.command()
+def env(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of lines.")] = False,
+) -> None:
+    """Print versions, devices and the implementation that runs, for a report of a fault."""
+    from sgfast.cli.env import run_env
+
+    run_env(as_json=as_json)
 
 
 @app.command()
@@ -43,6 +67,7 @@ def demo(
         float, typer.Option(callback=finite, help="0 keeps the model's behaviour; 1 hides the text.")
     ] = 0.5,
     prompt: Annotated[str | None, typer.Option(callback=text, help="Prompt to hide, to attack and to answer.")] = None,
+    device: Device = "auto",
 ) -> None:
     """Train a transform on a real language model, measure it, save it, and use it as a client would."""
     from sgfast.cli.demo import DEFAULT_PROMPT, run_demo
@@ -56,6 +81,7 @@ def demo(
         layer=layer,
         alpha=alpha,
         prompt=DEFAULT_PROMPT if prompt is None else prompt,
+        device=device,
     )
 
 
@@ -77,10 +103,18 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Learning rate of AdamW after the warm-up.")] = None,
     precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same numbers on one machine.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.", metavar="DEVICE")
+    ] = None,
     override: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting: --set loss.alpha=0.3")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Resume the run in --out, with its settings; give the seed again (no file has it)."
+        ),
+    ] = False,
 ) -> None:
     """Train a transform for any causal language model. Flags override the YAML file."""
     from sgfast.cli.train import run_train
@@ -97,16 +131,18 @@ def train(
         "learning_rate": learning_rate,
         "precision": precision,
         "seed": seed,
+        "device": device,
     }
     run_train(config, flags, override or [], resume)
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     transform: Annotated[
-        list[Path], typer.Option(help="Transform saved for clients. Several transforms are compared.")
-    ],
-    data: Annotated[Path, typer.Option(help="Text or JSONL file (keys text or messages).")],
+        list[Path] | None, typer.Option(help="Transform saved for clients. Several transforms are compared.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text or JSONL file (keys text or messages).")] = None,
     model: Annotated[
         str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
     ] = None,
@@ -135,47 +171,55 @@ def evaluate(
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same numbers on one machine.")
     ] = 0,
-    text_unit: Annotated[TextUnit, typer.Option(help="Unit of a record in a text file.")] = "line",
+    text_unit: _TextUnit = "line",
     text_as: Annotated[
-        TextAs, typer.Option(help="Take a text as a user's message, or plain, without a chat template.")
+        TextAs, choice(TextAs, help="Take a text as a user's message, or plain, without a chat template.")
     ] = "message",
     max_length: Annotated[
         int | None,
         typer.Option(min=1, max=MOST, help="Maximum number of tokens of a record; default: the model's positions."),
     ] = None,
-    precision: Annotated[Precision, typer.Option(help="Dtype of the model's weights.")] = "float32",
+    precision: Annotated[Precision, choice(Precision, help="Dtype of the model's weights.")] = "float32",
+    device: Device = "auto",
     parquet: Annotated[bool, typer.Option("--parquet", help="Also write sequences.parquet (needs pyarrow).")] = False,
     save_seconds: Annotated[
         float, typer.Option(min=0, callback=finite, help="Seconds between two saves of the state.")
     ] = 10.0,
-    resume: Annotated[bool, typer.Option("--resume", help="Resume the evaluation in --out, if there is one.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume the evaluation in --out with its options; give the seed again (no file has it).",
+        ),
+    ] = False,
 ) -> None:
     """Measure utility and privacy of transforms on a file of any size, within a memory budget."""
     from sgfast.cli.evaluate import run_evaluate
-    from sgfast.evaluation.settings import ATTACKS, Settings, parse_attacks, parse_bytes, result_folders
 
-    settings = [
-        Settings(
-            model=model,
-            transform=path,
-            data=data,
-            out=folder,
-            attacks=ATTACKS if attacks is None else parse_attacks(attacks),
-            num_logits=num_logits,
-            beta=beta,
-            attack_tokens=attack_tokens,
-            memory_budget=parse_bytes(memory_budget),
-            seed=seed,
-            text_unit=text_unit,
-            text_as=text_as,
-            max_length=max_length,
-            precision=precision,
-            parquet=parquet,
-            save_seconds=save_seconds,
-        )
-        for path, folder in zip(transform, result_folders(transform, out), strict=True)
-    ]
-    run_evaluate(settings, out=out, resume=resume, attacks_are_chosen=attacks is not None)
+    options = {
+        "transform": transform,
+        "data": data,
+        "model": model,
+        "out": out,
+        "num_logits": num_logits,
+        "memory_budget": memory_budget,
+        "attacks": attacks,
+        "beta": beta,
+        "attack_tokens": attack_tokens,
+        "seed": seed,
+        "text_unit": text_unit,
+        "text_as": text_as,
+        "max_length": max_length,
+        "precision": precision,
+        "device": device,
+        "parquet": parquet,
+        "save_seconds": save_seconds,
+        "resume": resume,
+    }
+    # The name of the source is the same in click and in the copy of click that newer versions of typer have.
+    sources = {name: context.get_parameter_source(name) for name in options}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    run_evaluate(options, given)
 
 
 @app.command()
@@ -187,7 +231,7 @@ def transform(
         Path | None,
         typer.Option(help="Text or JSONL file; gives tensors KEY.inputs_embeds and KEY.attention_mask."),
     ] = None,
-    text_unit: Annotated[TextUnit, typer.Option(help="Unit of a record in a text file.")] = "line",
+    text_unit: _TextUnit = "line",
     seed: Annotated[
         int | None,
         typer.Option(
@@ -195,11 +239,14 @@ def transform(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace --out if the file exists.")] = False,
+    device: Device = "auto",
 ) -> None:
     """Transform a prompt, or the texts and chats of a file, into embeddings that a client sends to a server."""
     from sgfast.cli.transform import run_transform
 
-    run_transform(file=file, prompt=prompt, data=data, out=out, seed=seed, text_unit=text_unit, force=force)
+    run_transform(
+        file=file, prompt=prompt, data=data, out=out, seed=seed, text_unit=text_unit, force=force, device=device
+    )
 
 
 @app.command()
@@ -215,8 +262,9 @@ def voronoi(
         typer.Option("--half/--full", help="Distance to the border of the Voronoi cell, or to the nearest embedding."),
     ] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print one line of JSON instead of a table.")] = False,
+    device: Device = "auto",
 ) -> None:
     """Measure the distances between a model's token embeddings, to choose a length for the catalyst loss."""
     from sgfast.cli.voronoi import run_voronoi
 
-    run_voronoi(model=model, percentile=percentile, half=half, as_json=as_json)
+    run_voronoi(model=model, percentile=percentile, half=half, as_json=as_json, device=device)

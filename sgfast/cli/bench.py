@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sgfast.benchmarking import families, sweeps, training_tasks
@@ -19,7 +18,10 @@ from sgfast.benchmarking.measuring import copy_gb_per_s
 from sgfast.benchmarking.plotting import plot_accuracy, plot_growth
 from sgfast.benchmarking.results import write_result
 from sgfast.cli.option_checks import MOST
+from sgfast.cli.progress import Follower
 from sgfast.ops.dispatch import IMPLEMENTATIONS
+from sgfast.ops.validation import did_you_mean
+from sgfast.utils.devices import find_device
 from sgfast.utils.files import check_output_file, check_output_folder
 
 Axes = Mapping[str, Sequence[int]]
@@ -63,14 +65,15 @@ def run_bench(
     axes: Mapping[str, str | None],
     dtype: str,
     impl: str,
-    device: str | None,
+    device: str,
     seconds: float,
     out: Path,
 ) -> None:
     """Measure, print a table, and write JSON and plots. Wrong input raises ValueError before any measurement."""
     device = checked_device(device)
     if dtype not in DTYPES:
-        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+        suggestion = did_you_mean(dtype, DTYPES)
+        raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {dtype!r}{suggestion}")
     impls = parse_impls(impl)
     sizes = {
         name: _DEFAULT_AXES[family][name] if text is None else parse_sizes(name, text) for name, text in axes.items()
@@ -91,25 +94,14 @@ def run_bench(
     console, progress_console = Console(), Console(stderr=True)
     progress_console.print(statement(described), highlight=False)
     settings = {"dtype": DTYPES[dtype], "device": device, "impls": impls}
-    columns = (
-        TextColumn(family),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}"),
-    )
-    with Progress(*columns, console=progress_console) as progress:
-        bar = progress.add_task("", total=len(planned) + 1)
-
-        def on_progress(done: int, doing: str) -> None:
-            progress.update(bar, completed=done, description=doing)
-
+    with Follower(progress_console) as follower:
+        follower.begin(family, len(planned) + 1, "sizes")
         copied = copy_gb_per_s(device)
-        records = list(sweeps.run(_TASKS[family], planned, budget=seconds, on_progress=on_progress, **settings))
+        records = list(sweeps.run(_TASKS[family], planned, budget=seconds, on_progress=follower.reach, **settings))
         if family == "divergences":
-            on_progress(len(planned), "accuracy")
+            follower.reach(len(planned), "accuracy")
             records += sweeps.run_accuracy(_TASKS[family], base["vocab"], **settings)
-        on_progress(len(planned) + 1, "")
+        follower.reach(len(planned) + 1)
     timed = [record for record in records if "milliseconds" in record]
     for task in dict.fromkeys(record["task"] for record in timed):
         console.print(costs_table(f"{family}: {task}", [record for record in timed if record["task"] == task]))
@@ -161,17 +153,19 @@ def parse_impls(text: str) -> list[str]:
     impls = list(dict.fromkeys(part.strip() for part in text.split(",")))
     for impl in impls:
         if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"--impl must be among {', '.join(IMPLEMENTATIONS)}, separated by commas; got {impl!r}")
+            raise ValueError(
+                f"--impl must be among {', '.join(IMPLEMENTATIONS)}, separated by commas; got {impl!r}"
+                f"{did_you_mean(impl, IMPLEMENTATIONS)}"
+            )
     return impls
 
 
-def checked_device(device: str | None) -> str:
-    """Check and return the device. None selects the GPU if there is one, else the CPU."""
-    if device not in (None, "cpu", "cuda"):
-        raise ValueError(f"--device must be cpu or cuda; got {device!r}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda: PyTorch finds no GPU here")
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+def checked_device(device: str) -> str:
+    """Check that benchmarks can run on a device, and return its name in PyTorch."""
+    found = find_device(device)
+    if found.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}: benchmarks measure the CPU and GPUs of CUDA alone")
+    return str(found)
 
 
 def costs_table(task: str, records: Sequence[dict[str, Any]]) -> Table:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from sgfast.cli.option_checks import finite
+from sgfast.cli.option_checks import Device, finite
 
 bench = typer.Typer(
     name="bench",
@@ -23,7 +23,6 @@ _Impl = Annotated[
         "compile also compiles PyTorch's formula."
     ),
 ]
-_Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if there is a GPU.")]
 _Seconds = Annotated[
     float,
     typer.Option(min=0, max=60, callback=finite, help="Seconds for each time, but at least three rounds."),
@@ -38,7 +37,7 @@ def bench_divergences(
     top_k: _Sizes = None,
     dtype: _Dtype = "float32",
     impl: _Impl = "auto",
-    device: _Device = None,
+    device: Device = "auto",
     seconds: _Seconds = 0.2,
     out: _Out = Path("bench-output"),
 ) -> None:
@@ -55,7 +54,7 @@ def bench_hidden(
     width: _Sizes = None,
     dtype: _Dtype = "float32",
     impl: _Impl = "auto",
-    device: _Device = None,
+    device: Device = "auto",
     seconds: _Seconds = 0.2,
     out: _Out = Path("bench-output"),
 ) -> None:
@@ -72,7 +71,7 @@ def bench_noise(
     width: _Sizes = None,
     dtype: _Dtype = "float32",
     impl: _Impl = "auto",
-    device: _Device = None,
+    device: Device = "auto",
     seconds: _Seconds = 0.2,
     out: _Out = Path("bench-output"),
 ) -> None:
@@ -89,7 +88,7 @@ def bench_train(
     vocab: _Sizes = None,
     dtype: _Dtype = "float32",
     impl: _Impl = "auto",
-    device: _Device = None,
+    device: Device = "auto",
     seconds: _Seconds = 0.2,
     out: _Out = Path("bench-output"),
 ) -> None:

@@ -15,12 +15,12 @@ from rich.table import Table
 from rich.text import Text
 
 from sgfast._version import __version__
-from sgfast.cli.training_progress import OnStep, show_training
+from sgfast.cli.progress import OnStep, show_training, working
 from sgfast.client.text_transform import StainedGlassTransformForText
 from sgfast.demo.held_out import TOP_K, measure, nearest_neighbor_reading
 from sgfast.demo.summary_plot import plot_summary
 from sgfast.demo.text import read_text, split_passages
-from sgfast.huggingface.assets import PACKAGED_MODEL, load_causal_lm
+from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists, load_causal_lm
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.loss.distillation import distillation_loss_factory
 from sgfast.loss.factory import LossFunctions
@@ -30,13 +30,14 @@ from sgfast.training.configuration import Configuration
 from sgfast.training.data import TokenizedRecords
 from sgfast.training.run_record import components_in
 from sgfast.training.trainer_run import History, train
+from sgfast.utils.devices import find_device
 from sgfast.utils.files import check_output_file, replacing
 from sgfast.utils.one_writer import one_writer
-from sgfast.utils.records import IndexedRecords
+from sgfast.utils.records import TextRecords
 
 DEFAULT_PROMPT = "I am Ada Lovelace. Explain in one sentence what a Python function is."
 WORDS_PER_PASSAGE, HELD_OUT, MAX_LENGTH, BATCH_SIZE = 60, 32, 128, 8
-LEARNING_RATE = 2e-3
+LEARNING_RATE = 1e-3  # from 2e-3 on, sigma outruns the distillation in the first 30 steps
 NOISE_LAYER = {"scale": (1e-3, 1.0), "rhos_init": -2.0}
 LOSS_WEIGHTS = {
     "std_log_ratio_loss_weight": 0.2,
@@ -71,16 +72,27 @@ def run_demo(
     layer: int,
     alpha: float,
     prompt: str,
+    device: str = "auto",
 ) -> None:
     """Run the demo. Wrong input raises ValueError before any file is written. Ctrl-C saves the transform so far."""
+    on = find_device(device)
+    check_model_exists(model)
     with one_writer(out):
         for name in _WRITTEN:
             check_output_file(out / name)
-        _run(steps, out, model, seed, data, layer, alpha, prompt)
+        _run(steps, out, model, seed, data, layer, alpha, prompt, on)
 
 
 def _run(
-    steps: int, out: Path, model: str | None, seed: int, data: Path | None, layer: int, alpha: float, prompt: str
+    steps: int,
+    out: Path,
+    model: str | None,
+    seed: int,
+    data: Path | None,
+    layer: int,
+    alpha: float,
+    prompt: str,
+    device: torch.device,
 ) -> None:
     console = Console()
     passages = split_passages(read_text(data), WORDS_PER_PASSAGE, HELD_OUT, seed)
@@ -90,17 +102,20 @@ def _run(
     name = model or PACKAGED_MODEL
     console.print(f"loading {name}")
     base_model, tokenizer = load_causal_lm(model)
+    base_model.to(device)
     torch.manual_seed(seed)
     models = models_over(base_model, TokenizerWrapper(tokenizer, type(base_model)), NOISE_LAYER)
+    models.noisy_model.to(device)
     noisy_model, tokenizer_wrapper, client = models.noisy_model, models.tokenizer_wrapper, models.client
     loss_functions = distillation_loss_factory(noisy_model, layer, alpha, **LOSS_WEIGHTS)
     positions = getattr(base_model.config, "max_position_embeddings", None) or MAX_LENGTH
     measuring = {"batch_size": BATCH_SIZE, "max_length": min(MAX_LENGTH, positions), "seed": seed}
-    with console.status("measuring the untrained transform on held-out text"):
+    with working(console, "measuring the untrained transform on held-out text"):
         before = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
     reading_before = _attacker_reads(client, prompt, client([{"role": "user", "content": prompt}], seed=seed))
 
-    history, finished = _train(console, models, loss_functions, passages.train, steps, measuring["max_length"], seed)
+    length = measuring["max_length"]
+    history, finished = _train(console, models, loss_functions, passages.train, steps, length, seed, device)
     noisy_model.eval()
     transform_path = out / TRANSFORM_FILE
     client.save_pretrained(transform_path)
@@ -108,7 +123,7 @@ def _run(
         console.print(f"interrupted after {len(history)} of {steps} steps; what was trained is in {transform_path}")
         raise SystemExit(130)
 
-    with console.status("measuring the trained transform on held-out text"):
+    with working(console, "measuring the trained transform on held-out text"):
         after = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
     hyperparameters = loss_functions[2]()
     run = {"model": name, "steps": steps, "sgfast": __version__, "torch": torch.__version__}
@@ -116,8 +131,9 @@ def _run(
     _write_json(out / METRICS_FILE, {"before": before, "after": after})
     plot_summary(out / PLOT_FILE, history, before, after)
     console.print(_table(before, after))
-    with console.status("using the saved transform in a new process"):
-        embeddings, attention_mask = _transform_elsewhere(transform_path, prompt, seed)
+    with working(console, "using the saved transform in a new process"):
+        sent = _transform_elsewhere(transform_path, prompt, seed)
+    embeddings, attention_mask = (tensor.to(device) for tensor in sent)
     conversation = _conversation(client, prompt, reading_before, embeddings, attention_mask, base_model)
     for label, text in conversation.items():
         console.print(f"[bold]{label}[/bold]")
@@ -133,21 +149,22 @@ def _train(
     steps: int,
     max_length: int,
     seed: int,
+    device: torch.device,
 ) -> tuple[History, bool]:
     """Train as ``sgfast train`` does, without checkpoints; return the history, and True if all steps were taken."""
     with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder) / "passages.txt"
-        data.write_text("\n".join(passages), encoding="utf-8")
+        records = TextRecords(passages, "the demo's passages")
         configuration = Configuration(
-            data=data,
+            data=records.path,
             out=Path(folder),
             steps=steps,
             batch_size=BATCH_SIZE,
             max_length=max_length,
             learning_rate=LEARNING_RATE,
             seed=seed % 2**32,  # the trainer takes no larger one
+            device=str(device),
         )
-        examples = TokenizedRecords(IndexedRecords(data), models.tokenizer_wrapper, max_length=max_length)
+        examples = TokenizedRecords(records, models.tokenizer_wrapper, max_length=max_length)
 
         def training(on_step: OnStep) -> tuple[History, bool]:
             return train(
@@ -155,7 +172,6 @@ def _train(
             )
 
         history, finished = show_training(console, steps, _progress_text, training, bar_width=10)
-    models.noisy_model.to("cpu")  # a trainer moves the model to a GPU; the demo measures on the CPU
     return history, finished
 
 
@@ -195,7 +211,7 @@ def _attacker_reads(client: StainedGlassTransformForText, prompt: str, embedding
         embeddings,
         client.embedding_table(),
         tokens["input_ids"],
-        tokens["noise_mask"],
+        tokens["noise_mask"].to(embeddings.device),
         client.tokenizer_wrapper.tokenizer,
     )
 
@@ -225,6 +241,7 @@ def _conversation(
 ) -> dict[str, str]:
     tokenizer = client.tokenizer_wrapper.tokenizer
     tokens = client.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    tokens = {name: tensor.to(embeddings.device) for name, tensor in tokens.items()}
     options = {
         "max_new_tokens": 48,
         "do_sample": False,

@@ -1,14 +1,16 @@
 """Command ``sgfast evaluate``: utility and privacy of transforms on a file of any size."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sgfast.cli.progress import Follower
+from sgfast.evaluation.options import OPTIONS_FILE, with_options_of, write_options
 from sgfast.evaluation.processes import Processes, joined
 from sgfast.evaluation.report import (
     PARQUET_FILE,
@@ -22,11 +24,20 @@ from sgfast.evaluation.report import (
 )
 from sgfast.evaluation.report_plots import COMPARISON_PLOT, plot_comparison
 from sgfast.evaluation.run import InterruptedEvaluationError, evaluate
-from sgfast.evaluation.settings import Settings
+from sgfast.evaluation.settings import (
+    ATTACKS,
+    EvaluationError,
+    Settings,
+    parse_attacks,
+    parse_bytes,
+    result_folders,
+)
 from sgfast.evaluation.subject import load_model, load_subject
-from sgfast.huggingface.assets import PACKAGED_MODEL
+from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists
+from sgfast.utils.devices import find_device
 from sgfast.utils.files import check_output_file
 from sgfast.utils.one_writer import one_writer
+from sgfast.utils.records import read_records
 
 _ROWS = {
     "same likeliest next token": ("utility", "next_token_agreement", "{:.1%}"),
@@ -50,26 +61,29 @@ _ROWS = {
 }
 
 
-def run_evaluate(settings: Sequence[Settings], *, out: Path, resume: bool, attacks_are_chosen: bool) -> None:
+def run_evaluate(options: Mapping[str, Any], given: set[str]) -> None:
     """Evaluate one transform or several. Wrong input raises ValueError before any file is written.
 
     Args:
-        settings: the settings of each transform. They differ only in ``transform`` and ``out``.
-        out: the folder of all results.
-        resume: continue an interrupted evaluation.
-        attacks_are_chosen: an attack that cannot run is an error. Otherwise, the attack is left out.
+        options: options of the command, by name.
+        given: names of the options that the user gave. To resume, the others come from the folder of the evaluation.
     """
+    out = options["out"]
+    if options["resume"]:
+        options = with_options_of(out, options, given)
+    settings = _settings(options)
     if settings[0].parquet:
         check_parquet()
+    find_device(options["device"])
     folders = dict.fromkeys([out, *(one.out for one in settings)])
     with joined() as processes, contextlib.ExitStack() as writers:
         for folder in folders:
             writers.enter_context(one_writer(folder))
-        for path in (folder / name for folder in folders for name in (*RESULT_FILES, COMPARISON_PLOT)):
+        for path in (folder / name for folder in folders for name in (*RESULT_FILES, COMPARISON_PLOT, OPTIONS_FILE)):
             check_output_file(path)
         console = Console(stderr=True, quiet=processes.rank > 0, markup=False)
         try:
-            _evaluate_all(settings, processes, console, resume, attacks_are_chosen)
+            _evaluate_all(settings, options, processes, console)
         except (InterruptedEvaluationError, KeyboardInterrupt):
             console.print(
                 f"interrupted; what was measured is in {out}, and --resume goes on from here",
@@ -81,20 +95,40 @@ def run_evaluate(settings: Sequence[Settings], *, out: Path, resume: bool, attac
             _show(settings, out)
 
 
+def _settings(options: Mapping[str, Any]) -> list[Settings]:
+    """Return the settings of each transform. They differ only in ``transform`` and ``out``."""
+    for name in ("transform", "data"):
+        if not options[name]:
+            nothing = f"; {options['out']} holds no evaluation to resume" if options["resume"] else ""
+            raise EvaluationError(f"give --{name}{nothing}")
+    attacks = options["attacks"]
+    shared = {
+        **{field.name: options[field.name] for field in dataclasses.fields(Settings) if field.name in options},
+        "attacks": ATTACKS if attacks is None else parse_attacks(attacks),
+        "memory_budget": parse_bytes(options["memory_budget"]),
+    }
+    folders = result_folders(options["transform"], options["out"])
+    pairs = zip(options["transform"], folders, strict=True)
+    return [Settings(**{**shared, "transform": transform, "out": folder}) for transform, folder in pairs]
+
+
 def _evaluate_all(
-    settings: Sequence[Settings], processes: Processes, console: Console, resume: bool, attacks_are_chosen: bool
+    settings: Sequence[Settings], options: Mapping[str, Any], processes: Processes, console: Console
 ) -> None:
     identities = [identity_of(one) for one in settings]
     begun = []
     for one, identity in zip(settings, identities, strict=True):
-        if not check_continues(one, identity, resume):
+        if not check_continues(one, identity, options["resume"]):
             begun.append((one, identity))
         elif one.parquet and processes.rank == 0:  # the finished evaluation may have run without --parquet
             write_parquet(one.out / PARQUET_FILE, one.out / SEQUENCES_FILE)
     if not begun:
         return
+    check_model_exists(options["model"])
+    for _ in read_records(settings[0].data, text_unit=settings[0].text_unit):
+        pass  # a faulty line is an error here, before the model is loaded
     console.print(f"loading {settings[0].model or PACKAGED_MODEL}", highlight=False)
-    model = load_model(settings[0], processes.device())
+    model = load_model(settings[0], find_device(options["device"]))
     if len(begun) > 1:
         # All transforms are loaded once first: a transform for another model must not fail after hours of work.
         for one, _ in begun:
@@ -103,44 +137,17 @@ def _evaluate_all(
         subject = load_subject(model, one)
         if len(settings) > 1:
             console.print(f"transform {one.transform}", highlight=False)
-        with _Bar(console) as bar:
-            evaluate(one, subject, identity, processes, bar, resume=resume, attacks_are_chosen=attacks_are_chosen)
-
-
-class _Bar:
-    """Progress bar for each stage, with its rate and the remaining time."""
-
-    def __init__(self, console: Console) -> None:
-        columns = (
-            TextColumn("{task.fields[stage]}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=console)
-        self._task: TaskID | None = None
-        self._unit = ""
-
-    def __enter__(self) -> "_Bar":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def begin(self, stage: str, total: int, unit: str) -> None:
-        if self._task is not None:
-            self._progress.stop_task(self._task)
-        self._unit = unit
-        self._task = self._progress.add_task("", total=total or None, stage=stage)
-
-    def advance(self, amount: int) -> None:
-        assert self._task is not None
-        self._progress.advance(self._task, amount)
-        task = next(task for task in self._progress.tasks if task.id == self._task)
-        of = f"/{task.total:.0f}" if task.total else ""
-        rate = f", {task.speed:.0f} a second" if task.speed and task.speed >= 1 else ""
-        self._progress.update(self._task, description=f"{task.completed:.0f}{of} {self._unit}{rate}")
+        with Follower(console) as follower:
+            evaluate(
+                one,
+                subject,
+                identity,
+                processes,
+                follower,
+                resume=options["resume"],
+                attacks_are_chosen=options["attacks"] is not None,
+                on_begin=lambda: write_options(options["out"], options),
+            )
 
 
 def _show(settings: Sequence[Settings], out: Path) -> None:

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 from rich.table import Table
 
-from sgfast.cli.training_progress import OnStep, show_training
-from sgfast.huggingface.assets import PACKAGED_MODEL
+from sgfast.cli.progress import OnStep, show_training
+from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists
 from sgfast.huggingface.trainer_checkpoint import Trained, save_adapters, trained_state
 from sgfast.loss.factory import LossFunctions
 from sgfast.training.building import Models, build_loss, build_models
@@ -24,8 +23,16 @@ from sgfast.training.configuration import (
 )
 from sgfast.training.data import TokenizedRecords, check_trainable
 from sgfast.training.history_plot import plot_history
-from sgfast.training.run_record import CHECKPOINTS, RECORD_FILE, check_continues, components_in, ends, write_record
-from sgfast.training.trainer_run import History, train
+from sgfast.training.run_record import (
+    CHECKPOINTS,
+    RECORD_FILE,
+    check_continues,
+    components_in,
+    ends,
+    with_settings_of_run,
+    write_record,
+)
+from sgfast.training.trainer_run import History, runs_on_cpu, train
 from sgfast.utils.files import check_output_file, check_output_folder
 from sgfast.utils.one_writer import one_writer
 from sgfast.utils.records import IndexedRecords, data_digest
@@ -38,8 +45,10 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
 
     With several processes (torchrun, accelerate launch), all train, and only the first one writes and reports.
     """
-    configuration = _configuration(config, flags, overrides)
-    processes = PartialState(cpu=not torch.accelerator.is_available())
+    configuration = _configuration(config, flags, overrides, resume)
+    on_cpu = runs_on_cpu(configuration)
+    check_model_exists(configuration.model)
+    processes = PartialState(cpu=on_cpu)
     with one_writer(configuration.out):
         for name in (TRANSFORM_FILE, RECORD_FILE, PLOT_FILE):
             check_output_file(configuration.out / name)
@@ -87,12 +96,12 @@ def _run(configuration: Configuration, processes: PartialState, resume: bool) ->
     result.print(f"in {configuration.out}: {', '.join(written)}", highlight=False)
 
 
-def _configuration(config: Path | None, flags: dict[str, Any], overrides: Sequence[str]) -> Configuration:
+def _configuration(config: Path | None, flags: dict[str, Any], overrides: Sequence[str], resume: bool) -> Configuration:
     given = [(name, value) for name, value in flags.items() if value is not None]
     settings = {} if config is None else read_yaml(config)
     try:
         settings = with_overrides(settings, [*given, *map(parse_override, overrides)])
-        return configuration_from(settings)
+        return configuration_from(with_settings_of_run(settings) if resume else settings)
     except ConfigurationError as error:
         if config is None:
             raise

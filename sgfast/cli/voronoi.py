@@ -3,25 +3,27 @@
 import json
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sgfast.huggingface.assets import PACKAGED_MODEL, load_causal_lm
+from sgfast.cli.progress import Follower
+from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists, load_causal_lm
 from sgfast.metrics.voronoi import percentile_of, voronoi_l2_distances
+from sgfast.utils.devices import find_device
 
 _CONTEXT = (0, 1, 5, 25, 50, 75, 95, 100)
 
 
-def run_voronoi(*, model: str | None, percentile: float, half: bool, as_json: bool) -> None:
+def run_voronoi(*, model: str | None, percentile: float, half: bool, as_json: bool, device: str = "auto") -> None:
     """Print a percentile of the distances, as a table with other percentiles or as JSON. Progress goes to stderr."""
     progress_console, name = Console(stderr=True), model or PACKAGED_MODEL
+    on = find_device(device)
+    check_model_exists(model)
     progress_console.print(f"loading {name}", highlight=False)
     weight = load_causal_lm(model)[0].get_input_embeddings().weight
-    columns = (TextColumn("nearest tokens"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=progress_console) as progress:
-        task = progress.add_task("", total=weight.shape[0])
+    with Follower(progress_console) as follower:
+        follower.begin("nearest tokens", weight.shape[0], "tokens")
         distances = voronoi_l2_distances(
-            weight, half, on_progress=lambda done, total: progress.update(task, completed=done, total=total)
+            weight.to(on), half, on_progress=lambda done, total: follower.reach(done, total=total)
         )
     value = percentile_of(distances, percentile)
     if as_json:

@@ -55,6 +55,7 @@ def measure(
         for start in range(0, len(passages), batch_size):
             chats = as_chats(passages[start : start + batch_size])
             inputs = tokenizer_wrapper(chats, truncation=True, max_length=max_length)
+            inputs = {name: tensor.to(table.device) for name, tensor in inputs.items()}
             output = noisy_model(**inputs)
             clean_logits, noisy_logits = output.base_model_output.clean_logits, output.base_model_output.noisy_logits
             attended = inputs["attention_mask"] != 0

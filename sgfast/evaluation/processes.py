@@ -28,13 +28,6 @@ class Processes:
         torch.distributed.all_gather_object(values, value)
         return values
 
-    def device(self) -> torch.device:
-        """Return the accelerator of this process, or the CPU."""
-        if not torch.cuda.is_available():
-            return torch.device("cpu")
-        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-
 
 @contextmanager
 def joined() -> Iterator[Processes]:

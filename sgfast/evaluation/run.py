@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from sgfast.evaluation.attacks import SampleAttacks
@@ -53,6 +54,7 @@ def evaluate(
     *,
     resume: bool,
     attacks_are_chosen: bool,
+    on_begin: Callable[[], None] = lambda: None,
 ) -> None:
     """Evaluate one transform and write the results, together with all processes.
 
@@ -66,6 +68,7 @@ def evaluate(
         resume: go on from the state in the folder, if there is one.
         attacks_are_chosen: True makes an attack that cannot be run an error. False leaves it out and records the
             reason.
+        on_begin: called by the first process when the data is checked, before any file is written.
 
     Raises:
         EvaluationError: the budget is too small, there is nothing to measure, an attack cannot be run, or earlier
@@ -80,6 +83,7 @@ def evaluate(
         run = {"identity": identity, "survey": found.to_json(), "attacks": {}, "device": subject.table.device.type}
         left_out = attacks_left_out(settings, subject, found, run, attacks_are_chosen)
         if processes.rank == 0:
+            on_begin()
             progress.begin(run | {"left_out": left_out})
         processes.gather(None)
     found = Survey.from_json(run["survey"])

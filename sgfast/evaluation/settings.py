@@ -7,6 +7,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Literal
 
+from sgfast.ops.validation import did_you_mean
 from sgfast.utils.records import TextAs, TextUnit
 
 # Rank attacks run on every transformed token. The other attacks run on a sample of the tokens, after the file.
@@ -97,7 +98,10 @@ def parse_attacks(text: str) -> tuple[str, ...]:
     if names in (["all"], ["none"]):
         return ATTACKS if names == ["all"] else ()
     if unknown := [name for name in names if name not in ATTACKS]:
-        raise EvaluationError(f"--attacks must be all, none, or of {', '.join(ATTACKS)}; got {unknown[0]!r}")
+        suggestion = did_you_mean(unknown[0], ("all", "none", *ATTACKS))
+        raise EvaluationError(
+            f"--attacks must be all, none, or of {', '.join(ATTACKS)}; got {unknown[0]!r}{suggestion}"
+        )
     return tuple(name for name in ATTACKS if name in names)
 
 

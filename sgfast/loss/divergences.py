@@ -3,8 +3,11 @@ r"""Divergences between the next-token distributions of two sets of logits, one 
 p = softmax(noisy_logits / temperature) is the distribution of the noisy model or student, and
 q = softmax(clean_logits / temperature) the distribution of the clean model or teacher. Every function returns one value
 in nats per position, differentiable with respect to both sides, in float32 (float64 for float64 logits) whatever the
-inputs' dtype or autocast says. Nothing per logit is kept for backward. `sgfast.ops.divergences` computes several kinds
-from one read of the logits. `sgfast.loss.DivergenceLoss` is a loss to train with.
+inputs' dtype or autocast says. Nothing per logit is kept for backward.
+
+Two names are alike. This module, `sgfast.loss.divergences`, has one function for each divergence. The function
+`sgfast.ops.divergences` (also ``sgfast.divergences``) computes several kinds from one read of the logits.
+`sgfast.loss.DivergenceLoss` is a loss to train with.
 
 All functions take the same arguments:
 
@@ -32,7 +35,9 @@ All functions take the same arguments:
 The functions raise the errors of `sgfast.ops.divergences`, and ValueError for ``support_mask`` together with ``top_k``.
 """
 
-from typing import Any
+import sys
+import types
+from typing import Any, NoReturn
 
 from torch import Tensor
 
@@ -225,3 +230,16 @@ def _divergence(
     if top_k is not None:
         raise ValueError(f"support_mask and top_k both choose the support: give one of them; got top_k={top_k}")
     return masked_divergence(noisy_logits, clean_logits, support_mask, kind, **options)
+
+
+class _CalledModule(types.ModuleType):
+    """Type of this module. A call of the module is answered with the name of the function."""
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(
+            "sgfast.loss.divergences is a module with one function for each divergence. To compute divergences by the "
+            "names of their kinds, call sgfast.ops.divergences (also sgfast.divergences)"
+        )
+
+
+sys.modules[__name__].__class__ = _CalledModule

@@ -156,11 +156,11 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
 
 def did_you_mean(value: object, allowed: Iterable[str]) -> str:
     """Return a sentence with the allowed names that are close to a wrong name, or an empty string."""
-    names = tuple(allowed)
     if not isinstance(value, str) or not value:
         return ""
-    close = difflib.get_close_matches(value.lower(), names, n=2) or [name for name in names if value.lower() in name]
-    return f". Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    names, asked = {name.lower(): name for name in allowed}, value.lower()
+    close = difflib.get_close_matches(asked, names, n=2) or [name for name in names if asked in name]
+    return f". Did you mean {' or '.join(repr(names[name]) for name in close)}?" if close else ""
 
 
 def check_number(name: str, value: float) -> None:

@@ -17,9 +17,11 @@ from typing import Any, Literal
 
 from sgfast.noise_layer.arguments import check_scale, check_value_range
 from sgfast.noise_layer.transformer_cloak import MOST_LAYERS, TransformerCloak
+from sgfast.ops.validation import did_you_mean
 from sgfast.training.objectives import DEFAULT_OPTIONS, FACTORIES, MODEL_ARGUMENTS
 from sgfast.training.yaml_settings import parse_yaml, read_yaml_file
 from sgfast.utils.bounded_pattern import check_pattern
+from sgfast.utils.devices import check_device_name
 from sgfast.utils.input_files import check_path
 from sgfast.utils.records import TextAs, TextUnit
 
@@ -73,13 +75,14 @@ class Configuration:
     batch_size: int = 8
     accumulation: int = 1
     max_length: int = 128
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     warmup_steps: int = 20
     weight_decay: float = 0.0
     max_gradient_norm: float = 1.0
     precision: Precision = "float32"
     save_steps: int = 100
     seed: int = 0
+    device: str = "auto"
 
     @property
     def loss_name(self) -> str:
@@ -198,13 +201,19 @@ def loss_hints(factory: Callable[..., Any]) -> dict[str, Any]:
     return {name: hints[name] for name in inspect.signature(factory).parameters if name not in MODEL_ARGUMENTS}
 
 
+def short_name(name: Any) -> Any:
+    """Return the short name of a loss that is given by the name of its factory, and any other value as it is."""
+    return next((short for short, factory in FACTORIES.items() if factory.__name__ == name), name)
+
+
 def _checked_loss(given: Mapping[str, Any]) -> dict[str, Any]:
     name = _DEFAULT_LOSS if given.get("name") is None else given["name"]
     if not isinstance(name, str):
         raise ConfigurationError(f"loss.name must be a string; got {_described(name)}")
-    name = {factory.__name__: short for short, factory in FACTORIES.items()}.get(name, name)
+    name = short_name(name)
     if name not in FACTORIES:
-        raise ConfigurationError(f"loss.name must be one of {', '.join(FACTORIES)}; got {_described(name)}")
+        suggestion = did_you_mean(name, FACTORIES)
+        raise ConfigurationError(f"loss.name must be one of {', '.join(FACTORIES)}; got {_described(name)}{suggestion}")
     factory = FACTORIES[name]
     options = {key: value for key, value in given.items() if key != "name"}
     checked = _checked_values(options, loss_hints(factory), "loss", f" of the loss {name}")
@@ -237,6 +246,10 @@ def _check_ranges(configuration: Configuration) -> None:
     for name in ("warmup_steps", "weight_decay"):
         if getattr(configuration, name) < 0:
             raise ConfigurationError(f"{name} must not be negative; got {getattr(configuration, name)}")
+    try:
+        check_device_name(configuration.device)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from error
     if not 0 <= configuration.seed < 2**32:  # the range of NumPy's generator
         raise ConfigurationError(f"seed must lie in [0, 2**32); got {_described(configuration.seed)}")
     if configuration.loss_name.startswith("mutual_information") and configuration.batch_size % 2:
@@ -268,15 +281,27 @@ def _checked_values(
     for key in given:
         if key not in hints:
             shown = key[:_LONGEST_SHOWN] if isinstance(key, str) else _described(key)
-            closest = difflib.get_close_matches(shown, hints, n=1, cutoff=0.0)[0]
-            raise ConfigurationError(
-                f"unknown key {prefix}{shown}{of_what}: the closest valid key is {prefix}{closest}"
-            )
+            closest = _closest_key(shown, where, hints)
+            raise ConfigurationError(f"unknown key {prefix}{shown}{of_what}: the closest valid key is {closest}")
     return {
         key: _brought_to(hints[key], value, prefix + key)
         for key, value in given.items()
         if value is not None or type(None) in typing.get_args(hints[key])
     }
+
+
+def _closest_key(key: str, where: str, hints: Mapping[str, Any]) -> str:
+    """Return the whole valid key closest to an unknown one: its name elsewhere, or else a similar name."""
+    inner = {"loss": set().union(*map(loss_hints, FACTORIES.values())), "noise_layer": set(noise_layer_hints())}
+    inner["lora"] = set(typing.get_type_hints(LoraOptions))
+    names = {name: name for name in typing.get_type_hints(Configuration)}
+    for outer in inner:
+        names = {name: f"{outer}.{name}" for name in sorted(inner[outer])} | names
+    if key in names and not names[key].startswith(f"{where}."):
+        return names[key]
+    if where:
+        names = {name: f"{where}.{name}" for name in hints}
+    return names[difflib.get_close_matches(key, names, n=1, cutoff=0.0)[0]]
 
 
 def _brought_to(hint: Any, value: Any, name: str) -> Any:
@@ -287,7 +312,8 @@ def _brought_to(hint: Any, value: Any, name: str) -> Any:
         if matched:
             return brought
     allowed = " or ".join(_allowed(choice) for choice in choices)
-    raise ConfigurationError(f"{name} must be {allowed}; got {_described(value)}")
+    names = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+    raise ConfigurationError(f"{name} must be {allowed}; got {_described(value)}{did_you_mean(value, names)}")
 
 
 def _match(hint: Any, value: Any, name: str) -> tuple[bool, Any]:

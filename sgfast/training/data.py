@@ -6,14 +6,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
-from sgfast.utils.records import IndexedRecords, Record, RecordError, TextAs
+from sgfast.utils.records import IndexedRecords, Record, RecordError, TextAs, TextRecords
 
 
 class TokenizedRecords(Dataset[dict[str, Tensor]]):
-    """The records of a file. A record is tokenized when it is read.
+    """The records of a file or of texts. A record is tokenized when it is read.
 
     Args:
-        records: the records of one file.
+        records: the records of one file, or of texts in memory.
         tokenizer_wrapper: says which tokens are transformed and which count in the loss.
         max_length: number of tokens kept of a record.
         text_as: how `encode_record` reads a text, ``"message"`` or ``"plain"``.
@@ -24,7 +24,7 @@ class TokenizedRecords(Dataset[dict[str, Tensor]]):
 
     def __init__(
         self,
-        records: IndexedRecords,
+        records: IndexedRecords | TextRecords,
         tokenizer_wrapper: TokenizerWrapper,
         *,
         max_length: int,

@@ -41,7 +41,10 @@ def draw_curve(
     """Draw one value of every step as a faint line, and its running mean as a strong one with the label."""
     steps, values = [step["step"] for step in history], [step[name] for step in history]
     axes.plot(steps, values, color=color, alpha=0.3, linewidth=0.8)
-    axes.plot(steps, smoothed(values), color=color, label=label)
+    axes.plot(steps, smoothed(values), color=color, label=label, marker="." if len(steps) == 1 else None)
+    axes.xaxis.get_major_locator().set_params(integer=True)  # there is no step 1.5
+    if len(steps) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
 
 
 def smoothed(values: Sequence[float]) -> list[float]:

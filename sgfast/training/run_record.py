@@ -6,16 +6,17 @@ The record holds no seed: with the seed of a run, anyone could draw again the no
 import json
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sgfast._version import __version__
 from sgfast.huggingface.trainer_checkpoint import checkpoints
-from sgfast.training.configuration import Configuration, ConfigurationError, settings_of
+from sgfast.training.configuration import Configuration, ConfigurationError, settings_of, short_name
 from sgfast.utils.files import replacing
 
 RECORD_FILE, CHECKPOINTS = "training.json", "checkpoints"
 # A run may be continued elsewhere and for longer. The same data may lie in another place: its digest is compared.
-_FREE_TO_CHANGE = ("out", "data", "steps", "save_steps")
+_FREE_TO_CHANGE = ("out", "data", "steps", "save_steps", "device")
 # Values that the trainer logs besides the loss and its components.
 _BOOKKEEPING = ("step", "epoch", "grad_norm", "learning_rate")
 
@@ -37,29 +38,74 @@ def check_continues(configuration: Configuration, digest: str, resume: bool) -> 
         ConfigurationError: the folder holds a run and ``resume`` is False, or the run had other settings or data.
     """
     path, saved = configuration.out / RECORD_FILE, checkpoints(configuration.out / CHECKPOINTS)
-    if not path.exists() and not saved:
-        return
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        before, digest_before = record["settings"], record["data"]["sha256"]
-        has_steps = bool(record["history"] or saved)
-        compared = [name for name in before if name not in _FREE_TO_CHANGE]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigurationError(f"{path} is not the record of a run: give another --out") from error
+    record = _read_record(path)
+    if record is None:
+        if not saved:
+            return
+        raise ConfigurationError(f"{path} is not the record of a run: give another --out")
+    has_steps = bool(record["history"] or saved)
     if not has_steps:
         return
     if not resume:
         raise ConfigurationError(f"{configuration.out} holds a run: continue it by --resume, or give another --out")
-    if digest != digest_before:
+    if digest != record["data"]["sha256"]:
         raise ConfigurationError(
             f"--resume: {configuration.data} is not the data that {configuration.out} was begun with"
         )
     now = json.loads(json.dumps(settings_of(configuration)))
-    for name in compared:
-        if now.get(name) != before[name]:
+    for name, before in record["settings"].items():
+        if name not in _FREE_TO_CHANGE and now.get(name) != before:
             raise ConfigurationError(
-                f"--resume: {configuration.out} was begun with {name} = {before[name]}; now it is {now.get(name)}"
+                f"--resume: {configuration.out} was begun with {_change(name, before, now.get(name))}"
             )
+
+
+def with_settings_of_run(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings in which those that are not given come from the run in the folder ``out``, if there is one.
+
+    Raises:
+        ConfigurationError: the folder's record is damaged, or the run had another loss.
+    """
+    out = given.get("out") or Configuration.out
+    record = _read_record(Path(out) / RECORD_FILE) if isinstance(out, str | Path) else None
+    if record is None:
+        return dict(given)
+    settings: dict[str, Any] = record["settings"] | {"out": out}
+    for name, value in given.items():
+        if name == "loss" and isinstance(value, str):
+            value = {"name": value}
+        if isinstance(value, Mapping) and isinstance(settings.get(name), Mapping):
+            value = settings[name] | dict(value)
+        if value is not None:
+            settings[name] = value
+    loss, loss_before = (short_name(one.get("name")) for one in (settings["loss"], record["settings"]["loss"]))
+    if loss != loss_before:  # the options of one loss are no options of the other
+        raise ConfigurationError(f"--resume: {out} was begun with {_change('loss.name', loss_before, loss)}")
+    return settings
+
+
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """Read the record of a run; None if there is no file."""
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} is not the record of a run: give another --out") from error
+    is_record = isinstance(record, dict) and all(isinstance(record.get(name), dict) for name in ("settings", "data"))
+    if not is_record or "history" not in record or "sha256" not in record["data"]:
+        raise ConfigurationError(f"{path} is not the record of a run: give another --out")
+    if not isinstance(record["settings"].get("loss"), dict):
+        raise ConfigurationError(f"{path} is not the record of a run: give another --out")
+    return record
+
+
+def _change(name: str, before: Any, now: Any) -> str:
+    """Describe the innermost setting that differs."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        inner = next(key for key in [*before, *now] if before.get(key) != now.get(key))
+        return _change(f"{name}.{inner}", before.get(inner), now.get(inner))
+    return f"{name} = {before}; now it is {now}"
 
 
 def write_record(

@@ -20,6 +20,7 @@ from sgfast.training.building import Models
 from sgfast.training.configuration import Configuration
 from sgfast.training.data import TokenizedRecords
 from sgfast.training.run_record import CHECKPOINTS
+from sgfast.utils.devices import find_device
 
 History = list[dict[str, float]]
 
@@ -78,8 +79,8 @@ def history_of(log: list[dict[str, Any]]) -> History:
 
 
 def _training_arguments(configuration: Configuration, keep_checkpoints: bool) -> transformers.TrainingArguments:
-    on_cpu = not torch.accelerator.is_available()
-    return transformers.TrainingArguments(
+    on_cpu = runs_on_cpu(configuration)
+    arguments = transformers.TrainingArguments(
         output_dir=str(configuration.out / CHECKPOINTS),
         max_steps=configuration.steps,
         per_device_train_batch_size=configuration.batch_size,
@@ -103,6 +104,28 @@ def _training_arguments(configuration: Configuration, keep_checkpoints: bool) ->
         disable_tqdm=True,
         report_to="none",
     )
+    if not on_cpu and arguments.device.type == "cuda" and PartialState().num_processes == 1:
+        _take_one_gpu(arguments, find_device(configuration.device, "device"))
+    return arguments
+
+
+def runs_on_cpu(configuration: Configuration) -> bool:
+    """Return whether a run's models compute on the CPU.
+
+    Raises:
+        ValueError: this machine does not have the device.
+    """
+    # Where the setting is auto, the trainer takes any accelerator, also one that is no GPU of CUDA.
+    if configuration.device == "auto":
+        return not torch.accelerator.is_available()
+    return find_device(configuration.device, "device").type == "cpu"
+
+
+def _take_one_gpu(arguments: transformers.TrainingArguments, device: torch.device) -> None:
+    """Let one process use one GPU. The trainer would spread each batch over all GPUs, and it takes no number."""
+    torch.cuda.set_device(device)
+    arguments._n_gpu = 1
+    arguments.__dict__["_setup_devices"] = device  # the value that the cached property of this name has computed
 
 
 class _Trainer(SgtTrainer):

@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
+from sgfast.ops.validation import check_choice
 from sgfast.utils import strict_json
 from sgfast.utils.input_files import open_regular
 
@@ -124,6 +125,26 @@ class IndexedRecords(Sequence[Record]):
         return _parse(self.path, _Lines(self._lines[index], self._starts[index], content))
 
 
+class TextRecords(Sequence[Record]):
+    """Sequence of the records of texts in memory, for training in any order. Messages name them by ``path``."""
+
+    def __init__(self, texts: Sequence[str], path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._texts = texts
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[one] for one in range(*index.indices(len(self)))]
+        return Record(str(index), index + 1, self._texts[index], None)
+
+
 def data_digest(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's bytes in hexadecimal. A resumed run uses the digest to recognize its data.
 
@@ -135,8 +156,7 @@ def data_digest(path: str | os.PathLike[str]) -> str:
 
 
 def _checked_unit(text_unit: TextUnit) -> TextUnit:
-    if text_unit not in TEXT_UNITS:
-        raise ValueError(f"text_unit must be one of {', '.join(TEXT_UNITS)}; got {text_unit!r}")
+    check_choice("text_unit", text_unit, TEXT_UNITS)
     return text_unit
 
 

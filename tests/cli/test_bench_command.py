@@ -84,8 +84,10 @@ def test_other_families(family, sizes, tasks, tmp_path):
         (["divergences", "--tokens", "0"], "--tokens must be whole numbers"),
         (["divergences", "--vocab", "50", "--top-k", "51"], "--top-k must be at most the vocabulary, 50; got 51"),
         (["hidden", "--dtype", "int8"], "--dtype must be one of float32"),
+        (["hidden", "--dtype", "flaot32"], "got 'flaot32'. Did you mean 'float32'?"),
         (["noise", "--impl", "fast"], "--impl must be among auto"),
-        (["train", "--device", "tpu"], "--device must be cpu or cuda"),
+        (["noise", "--impl", "tritn"], "got 'tritn'. Did you mean 'triton'?"),
+        (["train", "--device", "tpu"], "--device must be auto, cpu, cuda, cuda:N or mps"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, tmp_path, capsys):

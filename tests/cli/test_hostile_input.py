@@ -119,6 +119,78 @@ def test_records(refused, client, tmp_path, line, fault):
         refused(readers(client, path)[command], f"{path}, {fault}")
 
 
+def test_a_faulty_line_deep_in_the_file(refused, client, tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "a"}\n' * 500 + '{"txt": "a"}\n')
+    for command in ("train", "evaluate", "transform"):
+        refused(readers(client, path)[command], f"{path}, line 501: must have one of the keys")
+
+
+class TestDevices:
+    @pytest.mark.parametrize("command", ["train", "evaluate", "transform", "demo", "voronoi", "bench"])
+    def test_of_no_machine(self, refused, client, tmp_path, command):
+        data = tmp_path / "data.txt"
+        data.write_text("the keyword\n" * 16)
+        arguments = readers(client, data) | {"voronoi": ["voronoi"], "bench": ["bench", "noise"]}
+        for name, fault in (
+            ("cuda:99", "device cuda:99: PyTorch finds "),
+            ("tpu", "device must be auto, cpu, cuda, cuda:N or mps; got 'tpu'"),
+            ("cuda:" + "9" * 400, "device must be auto, cpu, cuda, cuda:N or mps"),
+        ):
+            refused([*arguments[command], "--device", name], fault)
+
+
+class TestModels:
+    """A model that is not there is no missing network, and shows before anything is loaded or asked for."""
+
+    @pytest.mark.parametrize("command", ["train", "evaluate", "demo", "voronoi"])
+    def test_paths_of_none(self, refused, client, tmp_path, command):
+        data = tmp_path / "data.txt"
+        data.write_text("the keyword\n" * 16)
+        (tmp_path / "empty").mkdir()
+        arguments = (readers(client, data) | {"voronoi": ["voronoi"]})[command]
+        for model, fault in (
+            (tmp_path / "absent", "there is no such folder"),
+            ("./absent", "there is no such folder"),
+            ("~/absent", "there is no such folder"),
+            ("models/of/mine", "there is no such folder"),
+            (tmp_path / "empty", "the folder has no config.json"),
+            (data, "it is a file; give the folder of a model, or a hub id"),
+        ):
+            refused([*arguments, "--model", model], f"the model '{model}' cannot be loaded: {fault}"[:80])
+
+    def test_a_hub_that_is_not_reached(self, monkeypatch):
+        import huggingface_hub
+
+        from sgfast.huggingface.assets import load_causal_lm
+
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        with pytest.raises(
+            ValueError, match=r"'nobody/nothing' cannot be loaded: there is no folder .* the hub cannot"
+        ):
+            load_causal_lm("nobody/nothing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fault"),
+    [
+        (["evaluate", "--text-as", "mesage"], "Did you mean 'message'?"),
+        (["evaluate", "--text-unit", "lines"], "Did you mean 'line'?"),
+        (["evaluate", "--precision", "bf16"], "it must be one of float32, bfloat16; got 'bf16'"),
+        (["train", "--data", "x", "--precision", "bfloat"], "got 'bfloat'. Did you mean 'bfloat16'"),
+        (["train", "--data", "x", "--set", "alpha=.3"], "unknown key alpha: the closest valid key is loss.alpha"),
+        (["train", "--data", "x", "--loss", "jigsa"], "Did you mean 'jigsaw'?"),
+        (["evaluate", "--transform", "x", "--data", "x", "--attacks", "learnd"], "Did you mean 'learned'?"),
+        (["evaluate", "--data", "x"], "give --transform"),
+        (["evaluate", "--transform", "x"], "give --data"),
+        (["train", "--resume"], "give data"),
+    ],
+)  # fmt: skip
+def test_suggestions(refused, tmp_path, monkeypatch, arguments, fault):
+    monkeypatch.chdir(tmp_path)
+    refused(arguments, fault)
+
+
 def test_json_that_python_writes_is_still_read(tmp_path):
     from sgfast.utils.records import read_records
 

@@ -23,7 +23,7 @@ FOLDERS = ("train", "evaluate", "demo", "bench divergences")
 FILES = ("transform prompt", "transform data")
 WRITTEN = {
     "train": ("training.json", "training.png", "transform.safetensors"),
-    "evaluate": ("metrics.json", "sequences.jsonl", "divergences.png", "ranks.png"),
+    "evaluate": ("metrics.json", "options.json", "sequences.jsonl", "divergences.png", "ranks.png"),
     "demo": ("metrics.json", "training.json", "training.png", "transform.safetensors"),
     "bench divergences": ("divergences.json", "divergences-growth.png"),
 }

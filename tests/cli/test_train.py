@@ -231,7 +231,10 @@ def test_resume_needs_the_run_that_was_begun(train, tmp_path, text_file, capsys)
     for options, message in (
         ({"data": other}, f"{other} is not the data that {tmp_path / 'out'} was begun with"),
         ({"learning-rate": 3}, "was begun with learning_rate = 0.01; now it is 3.0"),
-        ({"loss": "cross_entropy_distillation"}, "was begun with loss = {'name': 'distillation', "),
+        ({"loss": "cross_entropy_distillation"}, "was begun with loss.name = distillation; now it is cross_entropy_d"),
+        ({"set": "loss.alpha=0.3"}, "was begun with loss.alpha = 0.5; now it is 0.3"),
+        ({"set": "noise_layer.rhos_init=-1"}, "was begun with noise_layer.rhos_init = None; now it is -1"),
+        ({"set": "lora.r=4"}, "lora is for the jigsaw loss"),
     ):
         capsys.readouterr()
         assert train("out", "--resume", **options) == 2
@@ -246,6 +249,58 @@ def test_resume_needs_the_run_that_was_begun(train, tmp_path, text_file, capsys)
     (tmp_path / "out" / "training.json").unlink()
     assert train("out") == 2  # the checkpoints of a run that nothing is known of
     assert "is not the record of a run" in capsys.readouterr().err
+
+
+def test_resume_reads_the_settings_of_the_folder(train, tmp_path, monkeypatch, capsys):
+    """A run whose settings differ from every default goes on from its folder alone, in another working folder."""
+    settings = ("--set", "loss.alpha=0.3", "--set", "noise_layer.scale=[1e-3, 0.5]", "--set", "save_steps=1")
+    assert train("straight", *settings, steps=3, accumulation=2) == 0
+    assert train("out", *settings, steps=2, accumulation=2) == 0
+    before = record_of(tmp_path / "out")["settings"]
+
+    def resume(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sgfast", "train", "--out", str(tmp_path / "out"), "--resume", *arguments])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code
+
+    monkeypatch.chdir(tmp_path)
+    assert resume("--steps", "3") == 0
+    after = record_of(tmp_path / "out")
+    assert after["settings"] == before | {"steps": 3}
+    assert before["accumulation"] == 2
+    assert before["loss"]["alpha"] == 0.3
+    assert [step["step"] for step in after["history"]] == [1, 2, 3]
+    # Another number of steps changes the learning rate of the steps before it; nothing else differs.
+    assert after["history"][0]["loss"] == pytest.approx(
+        record_of(tmp_path / "straight")["history"][0]["loss"], rel=1e-6
+    )
+    # What is given again must agree.
+    assert resume("--accumulation", "2", "--loss", "distillation_loss_factory", "--set", "loss.alpha=3e-1") == 0
+    capsys.readouterr()
+    for arguments, message in (
+        (["--batch-size", "3"], "was begun with batch_size = 2; now it is 3"),
+        (["--model", "other/model"], "; now it is other/model"),
+        (["--loss", "jigsaw"], "was begun with loss.name = distillation; now it is jigsaw"),
+    ):
+        assert resume(*arguments) == 2
+        assert message in capsys.readouterr().err
+    for damaged in (
+        "[]",
+        '{"settings": {}, "data": {"sha256": ""}, "history": []}',
+        '{"settings": {"loss": [1]}}',
+        "{",
+    ):
+        (tmp_path / "out" / "training.json").write_text(damaged)
+        assert resume() == 2
+        assert "is not the record of a run" in capsys.readouterr().err
+
+
+def test_the_device_is_no_setting_that_a_run_depends_on(train, tmp_path, capsys):
+    assert train("out", "--device", "cpu", steps=1) == 0
+    assert record_of(tmp_path / "out")["settings"]["device"] == "cpu"
+    assert train("out", "--resume", "--device", "auto", steps=2) == 0
+    assert record_of(tmp_path / "out")["settings"]["device"] == "auto"
 
 
 def test_wrong_input_is_one_line_and_writes_nothing(train, tmp_path, capsys):

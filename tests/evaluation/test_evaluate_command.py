@@ -15,7 +15,7 @@ from sgfast.evaluation.progress import Part
 from tests.tiny_evaluation import records, save_transform
 from tests.tiny_models import tiny_causal_lm
 
-WRITTEN = ["divergences.png", "metrics.json", "ranks.png", "sequences.jsonl"]
+WRITTEN = ["divergences.png", "metrics.json", "options.json", "ranks.png", "sequences.jsonl"]
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_another_seed_is_another_draw(evaluate, tmp_path):
 def test_several_transforms_are_compared(evaluate, base_model, tmp_path, capsys):
     weak = save_transform(base_model, tmp_path / "weak.safetensors", rhos_init=-4.0)
     assert evaluate("--transform", weak) == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["transform", "utility_privacy.png", "weak"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["options.json", "transform", "utility_privacy.png", "weak"]
     strong, faint = (metrics_of(tmp_path / "out" / name) for name in ("transform", "weak"))
     name = "next_token_utility/jefferys"
     assert faint["utility"][name] < strong["utility"][name]
@@ -105,6 +105,50 @@ def test_resume_of_nothing_of_a_finished_one_and_of_another(evaluate, base_model
     assert (tmp_path / "out" / "metrics.json").read_bytes() == before
 
 
+def test_resume_reads_the_options_of_the_folder(evaluate, base_model, tmp_path, monkeypatch, capsys):
+    weak = save_transform(base_model, tmp_path / "weak.safetensors", rhos_init=-4.0)
+    options = {"beta": 2, "num-logits": 7, "memory-budget": "64MiB", "text-as": "plain", "attacks": "nearest,farthest"}
+    assert evaluate("--transform", weak, **options) == 0
+    out = tmp_path / "out"
+    before = {name: (out / name / "metrics.json").read_bytes() for name in ("transform", "weak")}
+    assert b"271828" not in (out / "options.json").read_bytes()
+    assert "seed" not in (out / "options.json").read_text()
+
+    def resume(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sgfast", "evaluate", "--out", str(out), "--resume", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code
+
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert resume() == 0
+    printed = capsys.readouterr()
+    assert "loading" not in printed.err
+    assert any("transform" in line and "weak" in line for line in printed.out.splitlines())
+    for path in (out / "weak").iterdir():  # as if it had been killed between the two
+        path.unlink()
+    assert resume() == 0
+    assert {name: (out / name / "metrics.json").read_bytes() for name in before} == before
+    capsys.readouterr()
+    for arguments, message in (
+        (["--beta", 3], "was begun with --beta 2; now it is 3"),
+        (["--num-logits", 8], "was begun with --num-logits 7; now it is 8"),
+        (["--attacks", "nearest"], "was begun with --attacks nearest,farthest; now it is nearest"),
+    ):
+        assert resume(*arguments) == 2
+        assert message in capsys.readouterr().err
+    assert resume("--beta", 2, "--attacks", "farthest,nearest") == 0
+    for damaged in ("[]", "{", '{"beta": "2"}', '{"transform": [3]}', '{"seed": 1}'):
+        (out / "options.json").write_text(damaged)
+        capsys.readouterr()
+        assert resume() == 2
+        assert "options.json is damaged" in capsys.readouterr().err
+    (out / "options.json").unlink()
+    assert resume() == 2
+    assert "give --transform; " in capsys.readouterr().err
+
+
 def test_wrong_input_is_one_line_and_writes_nothing(evaluate, tmp_path, model_folder, capsys):
     files = {}
     for name, content in {
@@ -133,6 +177,8 @@ def test_wrong_input_is_one_line_and_writes_nothing(evaluate, tmp_path, model_fo
         ({"memory-budget": "5KiB"}, "--memory-budget 5 KiB is too small"),
         ({"memory-budget": "lots"}, "--memory-budget must be a size"),
         ({"attacks": "nearest,guess"}, "--attacks must be"),
+        ({"attacks": "nearst"}, "got 'nearst'. Did you mean 'nearest'?"),
+        ({"device": "cuda:7"}, "--device cuda:7: PyTorch finds "),
         ({"num-logits": 10**6}, "--num-logits"),
         ({"beta": 10**6}, "--beta"),
         ({"max-length": 10**6}, "--max-length"),

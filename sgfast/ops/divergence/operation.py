@@ -52,6 +52,8 @@ def divergences(
 ) -> dict[str, Tensor]:
     r"""Divergences between the distributions of two sets of logits, per position, in nats.
 
+    This function is also ``sgfast.divergences``. The module `sgfast.loss.divergences` has one function for each kind.
+
     For logits x (noisy, student) and y (clean, teacher) of shape (..., V) and temperature T, with p = softmax(x/T) and
     q = softmax(y/T):
 
