@@ -8,6 +8,7 @@ autograd belong to the caller.
 from ._rows import row_layout
 from .divergence.backward import divergence_backward
 from .divergence.forward import divergence_forward
+from .divergence.kinds import NAMES as KIND_NAMES
 from .divergence.lse import lse_pair
 from .divergence.topk_backward import divergence_topk_backward
 from .divergence.topk_forward import divergence_topk_forward
@@ -19,6 +20,7 @@ from .noise.forward import noise_forward, standard_normal
 from .noise.layout import noise_walk
 
 __all__ = [
+    "KIND_NAMES",
     "MAX_CANDIDATES",
     "MAX_TOP_K",
     "MAX_TOP_K_WIDTH",

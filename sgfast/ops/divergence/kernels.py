@@ -4,6 +4,7 @@ The cross-entropy of hard labels comes from the kernels over the whole vocabular
 run for the labels alone.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ def _without_labels(problem: Problem) -> Problem:
 def refusal(
     noisy_logits: Tensor,
     clean_logits: Tensor,
-    kinds: object = None,
+    kinds: str | Sequence[str] = (),
     *,
     top_k: int | None = None,
     mask: Tensor | None = None,
@@ -43,7 +44,17 @@ def refusal(
         reason = f"label_smoothing={label_smoothing} (the kernels have hard labels only)"
     if reason is None and top_k:
         reason = triton_size_refusal(top_k, noisy_logits.shape[-1])
+    if reason is None:
+        reason = _kinds_refusal((kinds,) if isinstance(kinds, str) else kinds)
     return reason or dispatch.triton_rows_refusal(noisy_logits=noisy_logits, clean_logits=clean_logits)
+
+
+def _kinds_refusal(kinds: Sequence[str]) -> str | None:
+    """Say which kinds have no kernels, or return None. The caller has checked the devices before."""
+    import sgfast_kernels
+
+    missing = [kind for kind in kinds if kind not in sgfast_kernels.KIND_NAMES]
+    return f"no kernels for {', '.join(missing)}" if missing else None
 
 
 def refusal_of(problem: Problem) -> str | None:
@@ -55,6 +66,7 @@ def refusal_of(problem: Problem) -> str | None:
     return refusal(
         problem.noisy,
         problem.clean,
+        problem.kind_names,
         top_k=problem.top_k,
         mask=problem.mask,
         label_smoothing=problem.label_smoothing,

@@ -23,6 +23,19 @@ def test_what_the_kernels_refuse():
         assert sgfast.explain(divergences, *sides, "jeffreys", **options).implementation == "torch"
 
 
+@pytest.mark.triton
+@pytest.mark.skipif(not RUNS_TRITON, reason="needs kernels")
+def test_a_kind_without_kernels_runs_in_pytorch(monkeypatch):
+    import sgfast_kernels
+
+    noisy, clean = pair(2, 5)
+    monkeypatch.setattr(sgfast_kernels, "KIND_NAMES", tuple(set(sgfast_kernels.KIND_NAMES) - {"jeffreys"}))
+    with pytest.raises(RuntimeError, match="impl='triton' cannot run: no kernels for jeffreys"):
+        divergences(noisy, clean, ["forward_kl", "jeffreys"], impl="triton")
+    assert "no kernels for jeffreys" in sgfast.explain(divergences, noisy, clean, "jeffreys").reason
+    assert divergences(noisy, clean, "forward_kl", impl="triton")["forward_kl"].min() > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
