@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sgfast.metrics.exact_sum import WIDTH, carried, exact_sums, quotient
+from sgfast.metrics.per_sequence import ATTENDED_MEANS, PREDICTED_MEANS, sequence_utility
 from sgfast.metrics.privacy import check_rank, token_ranks
-from sgfast.metrics.utility import ATTENDED_MEANS, PREDICTED_MEANS, sequence_utility
 from sgfast.ops import validation
 from sgfast.ops.nearest.operation import METRICS, Metric
 
@@ -129,7 +129,7 @@ class UtilityMetrics(_Accumulator):
             input_ids: (..., T), the tokens, for perplexities; None for none.
 
         Returns:
-            The values of each sequence, as ``sgfast.metrics.utility.sequence_utility`` returns them.
+            The values of each sequence, as ``sgfast.metrics.per_sequence.sequence_utility`` returns them.
 
         Raises:
             TypeError, ValueError: see ``sequence_utility``.

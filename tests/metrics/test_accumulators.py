@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgfast.metrics import PrivacyMetrics, UtilityMetrics
-from sgfast.metrics.utility import sequence_utility
+from sgfast.metrics.per_sequence import sequence_utility
 from tests.processes import in_processes
 
 V, D = 23, 6
