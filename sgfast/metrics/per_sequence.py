@@ -10,7 +10,8 @@ Sums are exact (`sgfast.metrics.exact_sum`): batches, order, padding and splits 
 D_bt.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from torch import Tensor
 from sgfast.metrics.exact_sum import exact_sums, to_float64
 from sgfast.ops import rows, validation
 from sgfast.ops.divergence import divergences
+from sgfast.ops.divergence.problem import SUPPORTS, Support, check_kinds
+from sgfast.ops.validation import check_count
 
 # Key in the result → kind of `sgfast.ops.divergences`. "jefferys" is the documented spelling.
 UTILITY_DIVERGENCES = {
@@ -26,8 +29,7 @@ UTILITY_DIVERGENCES = {
     "next_token_utility/total_variation": "total_variation",
     "next_token_utility/squared_hellinger_distance": "squared_hellinger",
 }
-# Means over a sequence's attended tokens.
-ATTENDED_MEANS = (*UTILITY_DIVERGENCES, "next_token_agreement")
+AGREEMENT = "next_token_agreement"
 # Means over a sequence's tokens whose next one is attended too.
 PREDICTED_MEANS = ("clean_cross_entropy", "noisy_cross_entropy")
 
@@ -37,6 +39,39 @@ _HIDDEN_CHUNK_BYTES = 256 * 2**20
 _COPIES_OF_LOGITS = 2
 
 
+class Comparison(NamedTuple):
+    """The divergences that are asked for: kinds by key, and their terms."""
+
+    kinds: Mapping[str, str]
+    top_k: int | None
+    support: Support
+    shared_vocab: int | None
+
+
+def check_comparison(
+    kinds: str | Sequence[str] | None, top_k: int | None, support: Support, shared_vocab: int | None
+) -> Comparison:
+    """Check the options of a comparison, and give each kind its key.
+
+    Raises:
+        TypeError: ``top_k`` or ``shared_vocab`` is no int.
+        ValueError: an unknown kind or support, no kind, or a number below 1.
+    """
+    validation.check_choice("support", support, SUPPORTS)
+    for name, count in (("top_k", top_k), ("shared_vocab", shared_vocab)):
+        if count is not None:
+            check_count(name, count)
+    if kinds is None:
+        return Comparison(UTILITY_DIVERGENCES, top_k, support, shared_vocab)
+    names = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    check_kinds("kinds", names)
+    if not names:
+        raise ValueError("kinds must name at least one kind, or be None for the kinds of UTILITY_DIVERGENCES")
+    documented = {kind: key for key, kind in UTILITY_DIVERGENCES.items()}
+    keys = {documented.get(kind, f"next_token_utility/{kind}"): kind for kind in names}
+    return Comparison(keys, top_k, support, shared_vocab)
+
+
 @torch.no_grad()
 def sequence_utility(
     noisy_logits: Tensor,
@@ -44,27 +79,37 @@ def sequence_utility(
     attention_mask: Tensor,
     *,
     input_ids: Tensor | None = None,
+    kinds: str | Sequence[str] | None = None,
     top_k: int | None = None,
+    support: Support = "truncate",
+    shared_vocab: int | None = None,
     max_chunk_bytes: int | None = None,
 ) -> dict[str, Tensor]:
     """Measure the divergences between each sequence's noisy and clean next-token distributions.
 
-    Values near 0 show that the model's predictions survive on this text. They say nothing about privacy. The text is
-    only a sample of other texts.
+    Noisy and clean logits may belong to one model with and without a transform, or to a student and its teacher. Values
+    near 0 show that the model's predictions survive on this text. They say nothing about privacy. The text is only a
+    sample of other texts.
 
     Args:
         noisy_logits: (..., T, V), float32, bfloat16, float16 or float64.
-        clean_logits: of the same shape.
+        clean_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ).
         attention_mask: (..., T), 1 = real token. Other positions are not read.
         input_ids: (..., T) integers, the tokens. They add the cross-entropies to the result.
-        top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
+        kinds: one or more of the kinds of `sgfast.ops.divergences`; None for the four of `UTILITY_DIVERGENCES`.
+        top_k: restrict each divergence to the union S of both sides' top-k; None for all.
+        support: meaning of the restriction, see `sgfast.ops.divergences`. The default ``truncate`` takes the terms in
+            S: the KL and skew kinds may be negative then, and ``tail`` keeps them true divergences.
+        shared_vocab: n: compare the first n columns only, when the two sides pad one vocabulary differently. Attended
+            tokens must be below n.
         max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
 
     Returns:
         Values of shape (...) by name, on the logits' device. Means over a sequence's tokens, in float64:
 
-        * the keys of `UTILITY_DIVERGENCES`, in nats, and ``next_token_agreement``, the fraction of tokens for which
-          both sides have the same likeliest next token (ties: the lower index); NaN if no token is attended;
+        * each divergence in nats, under the keys of `UTILITY_DIVERGENCES`, and under ``next_token_utility/{kind}`` for
+          other kinds; ``next_token_agreement``, the fraction of tokens for which both sides have the same likeliest
+          next token (ties: the lower index); NaN if no token is attended;
         * with ``input_ids``, ``clean_cross_entropy`` and ``noisy_cross_entropy``, −log p(next token) in nats over the
           tokens whose next token is attended too; NaN if there are none. The perplexity is exp of this value.
 
@@ -72,17 +117,20 @@ def sequence_utility(
 
     Raises:
         TypeError: an argument's type.
-        ValueError: shapes or devices do not fit, ``top_k`` out of range; on a CPU also a token ≥ V.
+        ValueError: shapes or devices do not fit, an unknown name, a number out of range; on a CPU also a token ≥ V.
 
     Example:
         >>> import torch
-        >>> from sgfast.metrics.per_sequence import sequence_utility
+        >>> from sgfast.metrics import sequence_utility
         >>> noisy, clean = torch.tensor([[[0.0, 0.0], [9.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [9.0, 0.0]]])
         >>> sequence_utility(noisy, clean, torch.tensor([[1, 1]]))["next_token_agreement"]
         tensor([0.5000], dtype=torch.float64)
     """
-    attended, labels = _check_sequences("noisy_logits", noisy_logits, clean_logits, attention_mask, input_ids)
-    per_token = _token_utility(noisy_logits, clean_logits, attended, labels, top_k, max_chunk_bytes)
+    asked = check_comparison(kinds, top_k, support, shared_vocab)
+    _check_leading("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    noisy_logits, clean_logits = _shared_columns(noisy_logits, clean_logits, shared_vocab)
+    attended, labels = _check_tokens("noisy_logits", noisy_logits, attention_mask, input_ids)
+    per_token = _token_utility(noisy_logits, clean_logits, attended, labels, asked, max_chunk_bytes)
     return _per_sequence(per_token, attended, labels)
 
 
@@ -93,20 +141,28 @@ def sequence_utility_from_hidden(
     head: Callable[[Tensor], Tensor],
     attention_mask: Tensor,
     *,
+    clean_head: Callable[[Tensor], Tensor] | None = None,
     input_ids: Tensor | None = None,
+    kinds: str | Sequence[str] | None = None,
     top_k: int | None = None,
+    support: Support = "truncate",
+    shared_vocab: int | None = None,
     max_chunk_bytes: int | None = None,
 ) -> dict[str, Tensor]:
     """Measure the values of ``sequence_utility`` from final hidden states. The logits never exist as a whole.
 
     Args:
         noisy_hidden: (..., T, D), the input of the model's head (after the final norm).
-        clean_hidden: of the same shape.
-        head: function from (n, D) hidden states to (n, V) logits: `sgfast.metrics.head.language_model_head(model)`, or
-            any function of rows.
+        clean_hidden: of the same shape (with ``clean_head`` the last dimension and the dtype may differ).
+        head: function from (n, D) hidden states to (n, V) logits: `sgfast.metrics.language_model_head(model)`, or any
+            function of rows.
         attention_mask: (..., T), 1 = real token.
+        clean_head: the head of the clean side, if the clean side is another model; None: ``head``.
         input_ids: see ``sequence_utility``.
+        kinds: see ``sequence_utility``.
         top_k: see ``sequence_utility``.
+        support: see ``sequence_utility``.
+        shared_vocab: see ``sequence_utility``.
         max_chunk_bytes: bound on all temporaries with the logits; default 256 MiB. At least one token's logits and
             their temporaries exist at once, about 128 bytes per vocabulary entry. Larger chunks make the products with
             the head's weight faster.
@@ -116,32 +172,41 @@ def sequence_utility_from_hidden(
 
     Raises:
         TypeError: an argument's type.
-        ValueError: shapes or devices do not fit, ``top_k`` out of range; on a CPU also a token ≥ V.
+        ValueError: shapes or devices do not fit, an unknown name, a number out of range; on a CPU also a token ≥ V.
 
     Example:
         >>> import torch
-        >>> from sgfast.metrics.per_sequence import sequence_utility_from_hidden
+        >>> from sgfast.metrics import sequence_utility_from_hidden
         >>> head = torch.nn.Linear(2, 3, bias=False).requires_grad_(False)
         >>> hidden = torch.ones(1, 4, 2)
         >>> sequence_utility_from_hidden(hidden, hidden, head, torch.ones(1, 4))["next_token_utility/jefferys"]
         tensor([0.], dtype=torch.float64)
     """
-    attended, labels = _check_sequences("noisy_hidden", noisy_hidden, clean_hidden, attention_mask, input_ids)
+    asked = check_comparison(kinds, top_k, support, shared_vocab)
+    if clean_head is None:
+        validation.check_pair("noisy_hidden", noisy_hidden, "clean_hidden", clean_hidden)
+    _check_leading("noisy_hidden", noisy_hidden, "clean_hidden", clean_hidden)
+    attended, labels = _check_tokens("noisy_hidden", noisy_hidden, attention_mask, input_ids)
+
+    def both_logits(noisy: Tensor, clean: Tensor) -> tuple[Tensor, Tensor]:
+        if clean_head is not None:
+            return head(noisy), clean_head(clean)
+        noisy_logits, clean_logits = head(torch.cat([noisy, clean])).chunk(2)  # one product is faster than two
+        return noisy_logits, clean_logits
+
     max_bytes = _HIDDEN_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
     # A third each for the logits, for the divergences, and for matrix products and the allocator.
     third = max(1, max_bytes // 3)
-    probe = head(noisy_hidden.new_zeros((1, noisy_hidden.shape[-1])))
-    row_bytes = 2 * _COPIES_OF_LOGITS * probe.numel() * probe.element_size()
+    probes = both_logits(*(hidden.new_zeros((1, hidden.shape[-1])) for hidden in (noisy_hidden, clean_hidden)))
+    row_bytes = _COPIES_OF_LOGITS * sum(probe.numel() * probe.element_size() for probe in probes)
     per_token: dict[str, Tensor] = {}
     for chunk in rows.row_chunks(attended.shape, attended, row_bytes, third):
-        hidden = torch.cat([rows.read_rows(noisy_hidden, chunk), rows.read_rows(clean_hidden, chunk)])
-        noisy_logits, clean_logits = head(hidden).chunk(2)
+        logits = both_logits(rows.read_rows(noisy_hidden, chunk), rows.read_rows(clean_hidden, chunk))
         found = _token_utility(
-            noisy_logits,
-            clean_logits,
+            *_shared_columns(*logits, shared_vocab),
             attended.reshape(-1)[chunk],
             None if labels is None else labels.reshape(-1)[chunk],
-            top_k,
+            asked,
             third,
         )
         for name, values in found.items():
@@ -149,18 +214,49 @@ def sequence_utility_from_hidden(
                 per_token[name] = values.new_zeros(attended.numel())
             per_token[name][chunk] = values
     if not per_token:  # no token is attended
-        per_token = _token_utility(probe[:0], probe[:0], attended.new_empty(0), _no_labels(labels), top_k, None)
+        nothing = _shared_columns(probes[0][:0], probes[1][:0], shared_vocab)
+        per_token = _token_utility(*nothing, attended.new_empty(0), _no_labels(labels), asked, None)
         per_token = {name: values.new_zeros(attended.numel()) for name, values in per_token.items()}
     return _per_sequence({name: values.view(attended.shape) for name, values in per_token.items()}, attended, labels)
 
 
-def _check_sequences(
-    name: str, noisy: Tensor, clean: Tensor, attention_mask: Tensor, input_ids: Tensor | None
+def _check_leading(noisy_name: str, noisy: Tensor, clean_name: str, clean: Tensor) -> None:
+    """Check two floating tensors (..., T, width) on one device, equal up to the width."""
+    validation.check_floating(noisy_name, noisy)
+    validation.check_floating(clean_name, clean, noisy)
+    for name, tensor in ((noisy_name, noisy), (clean_name, clean)):
+        if tensor.dim() < 2:
+            letter = "V" if "logits" in name else "D"
+            raise ValueError(f"{name} must have shape (..., T, {letter}); got {tuple(tensor.shape)}")
+    if noisy.shape[:-1] != clean.shape[:-1]:
+        raise ValueError(
+            f"{noisy_name} and {clean_name} must have one shape; got {tuple(noisy.shape)} and {tuple(clean.shape)}"
+        )
+    validation.check_device(clean_name, clean, noisy_name, noisy)
+
+
+def _shared_columns(noisy: Tensor, clean: Tensor, shared_vocab: int | None) -> tuple[Tensor, Tensor]:
+    """Return the columns of both sides' logits that are compared."""
+    if shared_vocab is not None:
+        for name, logits in (("noisy_logits", noisy), ("clean_logits", clean)):
+            if logits.shape[-1] < shared_vocab:
+                raise ValueError(
+                    f"{name} needs shared_vocab={shared_vocab} columns at least; got shape {tuple(logits.shape)}"
+                )
+        noisy, clean = noisy[..., :shared_vocab], clean[..., :shared_vocab]
+    elif noisy.shape[-1] != clean.shape[-1]:
+        raise ValueError(
+            f"noisy_logits and clean_logits have {noisy.shape[-1]} and {clean.shape[-1]} columns; shared_vocab=n "
+            "compares the first n"
+        )
+    validation.check_pair("noisy_logits", noisy, "clean_logits", clean)
+    return noisy, clean
+
+
+def _check_tokens(
+    name: str, noisy: Tensor, attention_mask: Tensor, input_ids: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """Return the mask of attended tokens and, for each token, the next token (`_IGNORED` if it is not attended)."""
-    validation.check_pair(name, noisy, name.replace("noisy", "clean"), clean)
-    if noisy.dim() < 2:
-        raise ValueError(f"{name} must have shape (..., T, {name[6].upper()}); got {tuple(noisy.shape)}")
     if attention_mask is None:
         raise TypeError("attention_mask must be a torch.Tensor; got None")
     attended = validation.row_mask(attention_mask, "attention_mask", name, noisy)
@@ -190,23 +286,22 @@ def _token_utility(
     clean_logits: Tensor,
     attended: Tensor,
     labels: Tensor | None,
-    top_k: int | None,
+    asked: Comparison,
     max_chunk_bytes: int | None,
 ) -> dict[str, Tensor]:
     """Compute divergences, agreement and cross-entropies per token. Tokens that are not attended have any value."""
-    kinds = tuple(UTILITY_DIVERGENCES.values())
     values = divergences(
         noisy_logits,
         clean_logits,
-        kinds,
-        top_k=top_k,
-        support="truncate",
+        tuple(asked.kinds.values()),
+        top_k=asked.top_k,
+        support=asked.support,
         mask=attended,
         labels=labels,
         max_chunk_bytes=max_chunk_bytes,
     )
-    per_token = {key: values[kind] for key, kind in UTILITY_DIVERGENCES.items()}
-    per_token["next_token_agreement"] = (noisy_logits.argmax(-1) == clean_logits.argmax(-1)).to(torch.float32)
+    per_token = {key: values[kind] for key, kind in asked.kinds.items()}
+    per_token[AGREEMENT] = (noisy_logits.argmax(-1) == clean_logits.argmax(-1)).to(torch.float32)
     if labels is not None:
         clean = divergences(
             clean_logits, clean_logits, (), mask=attended, labels=labels, max_chunk_bytes=max_chunk_bytes
@@ -230,5 +325,9 @@ def _per_sequence(per_token: dict[str, Tensor], attended: Tensor, labels: Tensor
 
 
 def sequence_means(values: Tensor, selected: Tensor) -> Tensor:
-    """Average non-negative values over the selected tokens of each sequence, in float64; NaN without any."""
-    return to_float64(exact_sums(torch.where(selected, values, 0))) / selected.sum(-1)
+    """Average values over the selected tokens of each sequence, in float64; NaN without any."""
+    # Truncated KL terms may be negative. The sums of both signs keep their digits apart.
+    signs = torch.stack([values, -values]).clamp(min=0)
+    positive, negative = to_float64(exact_sums(torch.where(selected, signs, 0)))
+    means: Tensor = (positive - negative) / selected.sum(-1)
+    return means
