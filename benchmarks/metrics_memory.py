@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from sgfast.metrics import get_utility_metrics_factory
-from sgfast.metrics.utility import sequence_utility_from_hidden
+from sgfast.metrics.per_sequence import sequence_utility_from_hidden
 from sgfast.model.capture import Capture, Consumer, Outputs
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 

@@ -10,7 +10,8 @@ from sgfast import metrics
 from sgfast.loss import presets
 from sgfast.loss.presets.logits import pair_heads
 from sgfast.metrics import privacy
-from sgfast.metrics.utility import mean_over_sequences, sequence_utility
+from sgfast.metrics.per_sequence import sequence_utility
+from sgfast.metrics.utility import mean_over_sequences
 from sgfast.model.inputs import prepare_inputs
 from sgfast.model.noise_loss import negative_log_mean
 from sgfast.noise_layer import CloakNoiseLayer

@@ -24,7 +24,7 @@ from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists, load_c
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.loss.distillation import distillation_loss_factory
 from sgfast.loss.factory import LossFunctions
-from sgfast.metrics.utility import UTILITY_DIVERGENCES
+from sgfast.metrics.per_sequence import UTILITY_DIVERGENCES
 from sgfast.training.building import Models, models_over
 from sgfast.training.configuration import Configuration
 from sgfast.training.data import TokenizedRecords

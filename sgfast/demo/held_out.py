@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
+from sgfast.metrics.per_sequence import UTILITY_DIVERGENCES
 from sgfast.metrics.privacy import nearest_neighbor_failure_rate
 from sgfast.metrics.reconstruction import percentage_changed_ids
-from sgfast.metrics.utility import UTILITY_DIVERGENCES, mean_over_sequences, token_divergences
+from sgfast.metrics.utility import mean_over_sequences, token_divergences
 from sgfast.model.decoder import embedding_table_of
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.ops.nearest import nearest_embeddings

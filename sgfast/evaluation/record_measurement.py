@@ -13,8 +13,8 @@ from sgfast.evaluation.settings import RANK_ATTACKS, Settings
 from sgfast.evaluation.subject import Subject, record_noise_seed
 from sgfast.evaluation.survey import Example
 from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
+from sgfast.metrics.per_sequence import sequence_utility_from_hidden
 from sgfast.metrics.privacy import token_ranks
-from sgfast.metrics.utility import sequence_utility_from_hidden
 
 # The rates that follow from ranks, by the attack that they belong to.
 _RATES = {

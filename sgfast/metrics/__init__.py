@@ -2,6 +2,7 @@
 
 from sgfast.metrics import privacy
 from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
+from sgfast.metrics.head import language_model_head
 from sgfast.metrics.information import (
     InformationBounds,
     fano_error_bound,
@@ -10,6 +11,7 @@ from sgfast.metrics.information import (
 )
 from sgfast.metrics.inversion import LearnedInversionAttack
 from sgfast.metrics.noise_metrics import get_noise_metrics_factory
+from sgfast.metrics.per_sequence import sequence_utility, sequence_utility_from_hidden
 from sgfast.metrics.privacy import (
     max_rank_failure_rate,
     mean_reconstruction_rank,
@@ -32,6 +34,7 @@ __all__ = [
     "get_top_k_support_mask",
     "get_utility_metrics_factory",
     "information_bounds",
+    "language_model_head",
     "max_rank_failure_rate",
     "mean_reconstruction_rank",
     "nearest_neighbor_failure_rate",
@@ -39,5 +42,7 @@ __all__ = [
     "percentage_changed_ids",
     "privacy",
     "repeated_query_attack",
+    "sequence_utility",
+    "sequence_utility_from_hidden",
     "token_transformation_rate",
 ]

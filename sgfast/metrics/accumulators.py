@@ -5,33 +5,45 @@ Addition of integers has no order, so a result is the same to the last bit howev
 processes and merged accumulators. The result is rounded once, in ``compute``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sgfast.metrics.exact_sum import WIDTH, carried, exact_sums, quotient
+from sgfast.metrics.per_sequence import (
+    AGREEMENT,
+    PREDICTED_MEANS,
+    check_comparison,
+    sequence_utility,
+    sequence_utility_from_hidden,
+)
 from sgfast.metrics.privacy import check_rank, token_ranks
-from sgfast.metrics.utility import ATTENDED_MEANS, PREDICTED_MEANS, sequence_utility
 from sgfast.ops import validation
+from sgfast.ops.divergence.problem import Support
 from sgfast.ops.nearest.operation import METRICS, Metric
 
 _TRANSFORMATION_RANKS = (10, 100, 1000)
 
 
-class _Accumulator:
-    """Integers that updates add to, and the options that two accumulators must share to be added."""
+class Accumulator:
+    """Integers that updates add to, and the options that two accumulators must share to be added.
+
+    Attributes:
+        counts: the state, int64. An update replaces the tensor and never writes to it.
+        options: plain numbers and strings.
+    """
 
     def __init__(self, counts: Tensor, options: dict[str, Any]) -> None:
-        self._counts = counts
-        self._options = options
+        self.counts = counts
+        self.options = options
 
     def reset(self) -> None:
         """Forget all updates."""
-        self._counts = torch.zeros_like(self._counts)
+        self.counts = torch.zeros_like(self.counts)
 
-    def merge(self, other: "_Accumulator") -> None:
+    def merge(self, other: "Accumulator") -> None:
         """Add the updates of another accumulator of the same options, in place.
 
         Raises:
@@ -40,12 +52,12 @@ class _Accumulator:
         """
         if type(other) is not type(self):
             raise TypeError(f"other must be a {type(self).__name__}; got {type(other).__name__}")
-        self._check_options("other", other._options)
-        self._add(other._counts.to(self._counts.device))
+        self._check_options("other", other.options)
+        self._add(other.counts.to(self.counts.device))
 
     def state_dict(self) -> dict[str, Any]:
         """Return a copy of the state: ``counts``, an int64 tensor, and ``options``, plain numbers and strings."""
-        return {"counts": self._counts.clone(), "options": dict(self._options)}
+        return {"counts": self.counts.clone(), "options": dict(self.options)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Replace this accumulator's counts by the counts of a ``state_dict``.
@@ -58,44 +70,51 @@ class _Accumulator:
         self._check_options("state_dict", state_dict["options"])
         counts = state_dict["counts"]
         validation.check_tensors(counts=counts)
-        if not isinstance(counts, Tensor) or counts.shape != self._counts.shape or counts.dtype != torch.int64:
-            raise ValueError(f"state_dict's counts must be an int64 tensor of shape {tuple(self._counts.shape)}")
-        self._counts = counts.to(self._counts.device, copy=True)
+        if not isinstance(counts, Tensor) or counts.shape != self.counts.shape or counts.dtype != torch.int64:
+            raise ValueError(f"state_dict's counts must be an int64 tensor of shape {tuple(self.counts.shape)}")
+        self.counts = counts.to(self.counts.device, copy=True)
 
     def _check_options(self, name: str, options: dict[str, Any]) -> None:
-        if options != self._options:
-            raise ValueError(f"{name} must have been made with the options {self._options}; it has {options}")
+        if options != self.options:
+            raise ValueError(f"{name} must have been made with the options {self.options}; it has {options}")
 
     def _add(self, counts: Tensor) -> None:
         # An update decides the device.
-        self._counts = self._counts.to(counts.device) + counts
+        self.counts = self.counts.to(counts.device) + counts
 
     def _total(self, all_processes: bool) -> Tensor:
         """Return the counts of this process, or of all processes."""
         distributed = torch.distributed
         if not (all_processes and distributed.is_available() and distributed.is_initialized()):
-            return self._counts
+            return self.counts
         # A process without updates does not know the device of the others' counts. The backend knows it.
         device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else "cpu"
-        total = self._counts.to(device, copy=True)
+        total = self.counts.to(device, copy=True)
         distributed.all_reduce(total)
         return total
 
 
-class UtilityMetrics(_Accumulator):
+class UtilityMetrics(Accumulator):
     """Next-token utility over a stream of sequences.
 
     Every row of an update is a whole sequence. The result is the correctly rounded mean of per-sequence values,
     whatever the batches, order, padding, processes and merges are. The per-sequence values change only if a token's
     float32 divergence changes because it is computed in another chunk.
 
+    Noisy and clean sides may belong to one model with and without a transform, or to a student and its teacher.
+
     Args:
-        top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
-        max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
+        top_k: restrict each divergence to the union of both sides' top-k; None for all.
+        kinds: one or more of the kinds of `sgfast.ops.divergences`; None for the four documented ones, the keys of
+            `sgfast.metrics.per_sequence.UTILITY_DIVERGENCES`.
+        support: meaning of the restriction, see `sgfast.metrics.sequence_utility`.
+        shared_vocab: n: compare the first n columns only, when the two sides pad one vocabulary differently.
+        max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``; for hidden states
+            see ``sequence_utility_from_hidden``.
 
     Raises:
         TypeError: an option is not an int.
-        ValueError: an option below 1.
+        ValueError: an option below 1, an unknown kind or support, or no kind.
 
     Example:
         >>> import torch
@@ -108,14 +127,30 @@ class UtilityMetrics(_Accumulator):
         0.15
     """
 
-    def __init__(self, top_k: int | None = None, *, max_chunk_bytes: int | None = None) -> None:
-        if top_k is not None:
-            check_rank("top_k", top_k, None)
-        self._max_chunk_bytes = validation.chunk_bytes(max_chunk_bytes)
-        self._top_k = top_k
+    def __init__(
+        self,
+        top_k: int | None = None,
+        *,
+        kinds: str | Sequence[str] | None = None,
+        support: Support = "truncate",
+        shared_vocab: int | None = None,
+        max_chunk_bytes: int | None = None,
+    ) -> None:
+        asked = check_comparison(kinds, top_k, support, shared_vocab)
+        validation.chunk_bytes(max_chunk_bytes)
+        self._max_chunk_bytes = max_chunk_bytes
+        self._asked: dict[str, Any] = {"kinds": kinds, "top_k": top_k, "support": support, "shared_vocab": shared_vocab}
+        self._attended_means = (*asked.kinds, AGREEMENT)
+        options: dict[str, Any] = {"top_k": top_k}
+        # An option at its default has no entry: states that were saved before the option existed can be loaded.
+        for name, value, default in (("support", support, "truncate"), ("shared_vocab", shared_vocab, None)):
+            if value != default:
+                options[name] = value
+        if kinds is not None:
+            options["kinds"] = ",".join(asked.kinds.values())
         # A sum for each mean, then the numbers of sequences, tokens and predicted tokens.
-        means = len(ATTENDED_MEANS) + len(PREDICTED_MEANS)
-        super().__init__(torch.zeros(means * WIDTH + 3, dtype=torch.int64), {"top_k": top_k})
+        means = len(self._attended_means) + len(PREDICTED_MEANS)
+        super().__init__(torch.zeros(means * WIDTH + 3, dtype=torch.int64), options)
 
     def update(
         self, noisy_logits: Tensor, clean_logits: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None
@@ -124,12 +159,12 @@ class UtilityMetrics(_Accumulator):
 
         Args:
             noisy_logits: (..., T, V).
-            clean_logits: of the same shape.
+            clean_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ).
             attention_mask: (..., T), 1 = real token.
             input_ids: (..., T), the tokens, for perplexities; None for none.
 
         Returns:
-            The values of each sequence, as ``sgfast.metrics.utility.sequence_utility`` returns them.
+            The values of each sequence, as ``sgfast.metrics.sequence_utility`` returns them.
 
         Raises:
             TypeError, ValueError: see ``sequence_utility``.
@@ -139,18 +174,74 @@ class UtilityMetrics(_Accumulator):
             clean_logits,
             attention_mask,
             input_ids=input_ids,
-            top_k=self._top_k,
             max_chunk_bytes=self._max_chunk_bytes,
+            **self._asked,
+        )
+        self.add(per_sequence)
+        return per_sequence
+
+    def update_from_hidden(
+        self,
+        noisy_hidden: Tensor,
+        clean_hidden: Tensor,
+        head: Callable[[Tensor], Tensor],
+        attention_mask: Tensor,
+        input_ids: Tensor | None = None,
+        *,
+        clean_head: Callable[[Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """Add a batch of sequences by final hidden states. The logits never exist as a whole.
+
+        Args:
+            noisy_hidden: (..., T, D), the input of the noisy side's head (after the final norm).
+            clean_hidden: of the same shape (with ``clean_head`` the last dimension and the dtype may differ).
+            head: function from (n, D) hidden states to (n, V) logits, `sgfast.metrics.language_model_head(model)`.
+            attention_mask: (..., T), 1 = real token.
+            input_ids: (..., T), the tokens, for perplexities; None for none.
+            clean_head: the head of the clean side, if the clean side is another model; None: ``head``.
+
+        Returns:
+            The values of each sequence, as ``sgfast.metrics.sequence_utility`` returns them.
+
+        Raises:
+            TypeError, ValueError: see ``sequence_utility_from_hidden``.
+
+        Example:
+            >>> import torch
+            >>> from sgfast.metrics import UtilityMetrics
+            >>> student, teacher = torch.nn.Linear(2, 6), torch.nn.Linear(4, 5)  # heads, padded differently
+            >>> metrics = UtilityMetrics(kinds="forward_kl", shared_vocab=5)
+            >>> hidden, teacher_hidden, mask = torch.ones(1, 3, 2), torch.ones(1, 3, 4), torch.ones(1, 3)
+            >>> _ = metrics.update_from_hidden(hidden, teacher_hidden, student, mask, clean_head=teacher)
+            >>> metrics.compute()["attended_tokens"]
+            3
+        """
+        per_sequence = sequence_utility_from_hidden(
+            noisy_hidden,
+            clean_hidden,
+            head,
+            attention_mask,
+            clean_head=clean_head,
+            input_ids=input_ids,
+            max_chunk_bytes=self._max_chunk_bytes,
+            **self._asked,
         )
         self.add(per_sequence)
         return per_sequence
 
     def add(self, per_sequence: dict[str, Tensor]) -> None:
-        """Add sequences by the values that ``sequence_utility`` or ``sequence_utility_from_hidden`` returned."""
+        """Add sequences by the values that ``sequence_utility`` or ``sequence_utility_from_hidden`` returned.
+
+        Raises:
+            ValueError: a kind of this accumulator has no value.
+        """
         validation.check_tensors(**per_sequence)
+        missing = [name for name in self._attended_means if name not in per_sequence]
+        if missing:
+            raise ValueError(f"per_sequence needs the values {', '.join(missing)}; got {', '.join(per_sequence)}")
         attended, predicted = (per_sequence[name].flatten() for name in ("attended_tokens", "predicted_tokens"))
-        nothing = torch.zeros_like(per_sequence[ATTENDED_MEANS[0]]).flatten()
-        columns = [torch.where(attended > 0, per_sequence[name].flatten(), 0) for name in ATTENDED_MEANS]
+        nothing = torch.zeros_like(per_sequence[AGREEMENT]).flatten()
+        columns = [torch.where(attended > 0, per_sequence[name].flatten(), 0) for name in self._attended_means]
         for name in PREDICTED_MEANS:  # a mean over all tokens, as perplexity is defined
             values = per_sequence[name].flatten() if name in per_sequence else nothing
             columns.append(torch.where(predicted > 0, values * predicted, 0))
@@ -159,7 +250,7 @@ class UtilityMetrics(_Accumulator):
 
     def _add(self, counts: Tensor) -> None:
         super()._add(counts)
-        self._counts[:-3] = carried(self._counts[:-3].view(-1, WIDTH)).flatten()
+        self.counts[:-3] = carried(self.counts[:-3].view(-1, WIDTH)).flatten()
 
     def compute(self, *, all_processes: bool = True) -> dict[str, float]:
         """Return the metrics of all updates, with one transfer from the device.
@@ -169,23 +260,23 @@ class UtilityMetrics(_Accumulator):
                 this then, also a process without updates. False takes this process's updates alone.
 
         Returns:
-            Means over sequences with an attended token: the keys of `UTILITY_DIVERGENCES` and
+            Means over sequences with an attended token: the divergences and
             ``next_token_agreement``. Over all tokens whose next token is attended, exp of the mean cross-entropy:
             ``clean_perplexity`` and ``noisy_perplexity``. A mean over nothing is NaN. Counts:
             ``sequences``, ``attended_tokens``, ``predicted_tokens``.
         """
         total = self._total(all_processes).tolist()
         sequences, attended, predicted = total[-3:]
-        names = (*ATTENDED_MEANS, *PREDICTED_MEANS)
+        names = (*self._attended_means, *PREDICTED_MEANS)
         sums = {name: total[i * WIDTH : (i + 1) * WIDTH] for i, name in enumerate(names)}
-        result = {name: quotient(sums[name], sequences) for name in ATTENDED_MEANS}
+        result = {name: quotient(sums[name], sequences) for name in self._attended_means}
         for side in ("clean", "noisy"):
             mean = torch.tensor(quotient(sums[f"{side}_cross_entropy"], predicted), dtype=torch.float64)
             result[f"{side}_perplexity"] = mean.exp().item()
         return result | {"sequences": sequences, "attended_tokens": attended, "predicted_tokens": predicted}
 
 
-class PrivacyMetrics(_Accumulator):
+class PrivacyMetrics(Accumulator):
     """Failure rates and ranks of a nearest-neighbour attack over a stream of transformed tokens.
 
     The state is the number of tokens of each rank, V integers, from which all rates follow exactly. The functions of
@@ -230,7 +321,7 @@ class PrivacyMetrics(_Accumulator):
             check_rank(name, rank, size)
         if max_chunk_bytes is not None:
             validation.chunk_bytes(max_chunk_bytes)
-        self._table, self._metric, self._max_chunk_bytes = table.detach(), metric, max_chunk_bytes
+        self.table, self._metric, self._max_chunk_bytes = table.detach(), metric, max_chunk_bytes
         self._beta, self._r, self._k = beta, r, ranks
         options = {"table_size": size, "metric": metric}
         super().__init__(torch.zeros(size, dtype=torch.int64, device=table.device), options)
@@ -252,7 +343,7 @@ class PrivacyMetrics(_Accumulator):
         """
         ranks = token_ranks(
             transformed,
-            self._table,
+            self.table,
             input_ids,
             noise_mask,
             metric=self._metric,
@@ -266,7 +357,7 @@ class PrivacyMetrics(_Accumulator):
         validation.check_tensor("ranks", ranks)
         ranks = ranks.flatten()
         # A rank of −1 is no index. Rank 0 with a weight of 0 replaces it.
-        counts = torch.zeros_like(self._counts, device=ranks.device)
+        counts = torch.zeros_like(self.counts, device=ranks.device)
         self._add(counts.scatter_add_(0, ranks.clamp(min=0), (ranks >= 0).to(torch.int64)))
 
     def per_sequence(self, ranks: Tensor) -> dict[str, Tensor]:
@@ -285,7 +376,7 @@ class PrivacyMetrics(_Accumulator):
 
     def _values_by_rank(self, device: torch.device) -> dict[str, Tensor]:
         """Return the contribution of a token of each rank to each mean, (V,) int64."""
-        size = self._counts.shape[0]
+        size = self.counts.shape[0]
         rank = torch.arange(size, device=device)
         values = {
             "nearest_neighbor_failure_rate": rank >= self._beta,

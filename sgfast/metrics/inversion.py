@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sgfast.metrics.utility import check_token_ids
+from sgfast.metrics.per_sequence import check_token_ids
 from sgfast.ops import validation
 from sgfast.ops.nearest import nearest_embeddings
 from sgfast.ops.precision import full_precision_products

@@ -19,7 +19,7 @@ from sgfast.metrics.information import (
     pac_privacy_success_bound,
 )
 from sgfast.metrics.inversion import InversionResult, LearnedInversionAttack
-from sgfast.metrics.utility import check_token_ids
+from sgfast.metrics.per_sequence import check_token_ids
 from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 from sgfast.ops import dispatch, rows, validation
 from sgfast.ops.nearest import embedding_ranks

@@ -1,13 +1,6 @@
-"""Utility of a transform: the similarity of the model's noisy and clean next-token distributions.
+"""Utility of a transform: the similarity of a noisy model's noisy and clean next-token distributions.
 
-Every token has the four divergences of `UTILITY_DIVERGENCES` between its noisy and its clean next-token distribution,
-in nats, and 1 or 0 for agreement on the likeliest token. A sequence's value is the mean over its attended tokens. The
-metric is the mean over the sequences with an attended token:
-
-    D_b = Σ_t a_bt D_bt / Σ_t a_bt,   metric = mean of D_b over the b with Σ_t a_bt > 0
-
-Sums are exact (`sgfast.metrics.exact_sum`): batches, order, padding and splits change only the last float32 digits of
-D_bt.
+`sgfast.metrics.per_sequence` defines the metric and computes the values of each sequence from any two sets of logits.
 """
 
 from collections.abc import Callable
@@ -16,30 +9,14 @@ import torch
 from torch import Tensor
 
 from sgfast.metrics.exact_sum import exact_sums, to_float64
+from sgfast.metrics.per_sequence import UTILITY_DIVERGENCES, sequence_means
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
-from sgfast.ops import rows, validation
+from sgfast.ops import validation
 from sgfast.ops.divergence import divergences
 from sgfast.ops.topk import top_k_support
 from sgfast.ops.topk.selection import check_k
 from sgfast.ops.validation import check_count
 from sgfast.utils.torch import split_2d
-
-# Key in the result → kind of `sgfast.ops.divergences`. "jefferys" is the documented spelling.
-UTILITY_DIVERGENCES = {
-    "next_token_utility/jefferys": "jeffreys",
-    "next_token_utility/jensen_shannon": "jensen_shannon",
-    "next_token_utility/total_variation": "total_variation",
-    "next_token_utility/squared_hellinger_distance": "squared_hellinger",
-}
-# Means over a sequence's attended tokens.
-ATTENDED_MEANS = (*UTILITY_DIVERGENCES, "next_token_agreement")
-# Means over a sequence's tokens whose next one is attended too.
-PREDICTED_MEANS = ("clean_cross_entropy", "noisy_cross_entropy")
-
-_IGNORED = -100
-_HIDDEN_CHUNK_BYTES = 256 * 2**20
-# Logits, and what a head that scales or caps them makes of them.
-_COPIES_OF_LOGITS = 2
 
 
 def get_top_k_support_mask(noisy_logits: Tensor, clean_logits: Tensor, num_logits: int) -> Tensor:
@@ -150,204 +127,7 @@ def mean_over_sequences(values: Tensor, attention_mask: Tensor) -> Tensor:
     """Average over the attended tokens of each sequence, then over the sequences with one; NaN without any."""
     validation.check_tensors(values=values, attention_mask=attention_mask)
     attended = validation.as_bool("attention_mask", attention_mask)
-    means = _sequence_means(values, attended)
+    means = sequence_means(values, attended)
     any_attended = attended.any(-1)
     total = to_float64(exact_sums(torch.where(any_attended, means, 0).flatten()))
     return (total / any_attended.sum()).to(values.dtype)
-
-
-def _sequence_means(values: Tensor, selected: Tensor) -> Tensor:
-    """Average non-negative values over the selected tokens of each sequence, in float64; NaN without any."""
-    return to_float64(exact_sums(torch.where(selected, values, 0))) / selected.sum(-1)
-
-
-@torch.no_grad()
-def sequence_utility(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
-    attention_mask: Tensor,
-    *,
-    input_ids: Tensor | None = None,
-    top_k: int | None = None,
-    max_chunk_bytes: int | None = None,
-) -> dict[str, Tensor]:
-    """Measure the divergences between each sequence's noisy and clean next-token distributions.
-
-    Values near 0 show that the model's predictions survive on this text. They say nothing about privacy. The text is
-    only a sample of other texts.
-
-    Args:
-        noisy_logits: (..., T, V), float32, bfloat16, float16 or float64.
-        clean_logits: of the same shape.
-        attention_mask: (..., T), 1 = real token. Other positions are not read.
-        input_ids: (..., T) integers, the tokens. They add the cross-entropies to the result.
-        top_k: restrict each divergence to the terms in the union of both sides' top-k; None for all.
-        max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
-
-    Returns:
-        Values of shape (...) by name, on the logits' device. Means over a sequence's tokens, in float64:
-
-        * the keys of `UTILITY_DIVERGENCES`, in nats, and ``next_token_agreement``, the fraction of tokens for which
-          both sides have the same likeliest next token (ties: the lower index); NaN if no token is attended;
-        * with ``input_ids``, ``clean_cross_entropy`` and ``noisy_cross_entropy``, −log p(next token) in nats over the
-          tokens whose next token is attended too; NaN if there are none. The perplexity is exp of this value.
-
-        The numbers of tokens in these means, in int64: ``attended_tokens`` and ``predicted_tokens``.
-
-    Raises:
-        TypeError: an argument's type.
-        ValueError: shapes or devices do not fit, ``top_k`` out of range; on a CPU also a token ≥ V.
-
-    Example:
-        >>> import torch
-        >>> from sgfast.metrics.utility import sequence_utility
-        >>> noisy, clean = torch.tensor([[[0.0, 0.0], [9.0, 0.0]]]), torch.tensor([[[0.0, 1.0], [9.0, 0.0]]])
-        >>> sequence_utility(noisy, clean, torch.tensor([[1, 1]]))["next_token_agreement"]
-        tensor([0.5000], dtype=torch.float64)
-    """
-    attended, labels = _check_sequences("noisy_logits", noisy_logits, clean_logits, attention_mask, input_ids)
-    per_token = _token_utility(noisy_logits, clean_logits, attended, labels, top_k, max_chunk_bytes)
-    return _per_sequence(per_token, attended, labels)
-
-
-@torch.no_grad()
-def sequence_utility_from_hidden(
-    noisy_hidden: Tensor,
-    clean_hidden: Tensor,
-    head: Callable[[Tensor], Tensor],
-    attention_mask: Tensor,
-    *,
-    input_ids: Tensor | None = None,
-    top_k: int | None = None,
-    max_chunk_bytes: int | None = None,
-) -> dict[str, Tensor]:
-    """Measure the values of ``sequence_utility`` from final hidden states. The logits never exist as a whole.
-
-    Args:
-        noisy_hidden: (..., T, D), the input of the model's head (after the final norm).
-        clean_hidden: of the same shape.
-        head: function from (n, D) hidden states to (n, V) logits: `sgfast.metrics.head.language_model_head(model)`, or
-            any function of rows.
-        attention_mask: (..., T), 1 = real token.
-        input_ids: see ``sequence_utility``.
-        top_k: see ``sequence_utility``.
-        max_chunk_bytes: bound on all temporaries with the logits; default 256 MiB. At least one token's logits and
-            their temporaries exist at once, about 128 bytes per vocabulary entry. Larger chunks make the products with
-            the head's weight faster.
-
-    Returns:
-        See ``sequence_utility``.
-
-    Raises:
-        TypeError: an argument's type.
-        ValueError: shapes or devices do not fit, ``top_k`` out of range; on a CPU also a token ≥ V.
-
-    Example:
-        >>> import torch
-        >>> from sgfast.metrics.utility import sequence_utility_from_hidden
-        >>> head = torch.nn.Linear(2, 3, bias=False).requires_grad_(False)
-        >>> hidden = torch.ones(1, 4, 2)
-        >>> sequence_utility_from_hidden(hidden, hidden, head, torch.ones(1, 4))["next_token_utility/jefferys"]
-        tensor([0.], dtype=torch.float64)
-    """
-    attended, labels = _check_sequences("noisy_hidden", noisy_hidden, clean_hidden, attention_mask, input_ids)
-    max_bytes = _HIDDEN_CHUNK_BYTES if max_chunk_bytes is None else validation.chunk_bytes(max_chunk_bytes)
-    # A third each for the logits, for the divergences, and for matrix products and the allocator.
-    third = max(1, max_bytes // 3)
-    probe = head(noisy_hidden.new_zeros((1, noisy_hidden.shape[-1])))
-    row_bytes = 2 * _COPIES_OF_LOGITS * probe.numel() * probe.element_size()
-    per_token: dict[str, Tensor] = {}
-    for chunk in rows.row_chunks(attended.shape, attended, row_bytes, third):
-        hidden = torch.cat([rows.read_rows(noisy_hidden, chunk), rows.read_rows(clean_hidden, chunk)])
-        noisy_logits, clean_logits = head(hidden).chunk(2)
-        found = _token_utility(
-            noisy_logits,
-            clean_logits,
-            attended.reshape(-1)[chunk],
-            None if labels is None else labels.reshape(-1)[chunk],
-            top_k,
-            third,
-        )
-        for name, values in found.items():
-            if name not in per_token:
-                per_token[name] = values.new_zeros(attended.numel())
-            per_token[name][chunk] = values
-    if not per_token:  # no token is attended
-        per_token = _token_utility(probe[:0], probe[:0], attended.new_empty(0), _no_labels(labels), top_k, None)
-        per_token = {name: values.new_zeros(attended.numel()) for name, values in per_token.items()}
-    return _per_sequence({name: values.view(attended.shape) for name, values in per_token.items()}, attended, labels)
-
-
-def _check_sequences(
-    name: str, noisy: Tensor, clean: Tensor, attention_mask: Tensor, input_ids: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """Return the mask of attended tokens and, for each token, the next token (`_IGNORED` if it is not attended)."""
-    validation.check_pair(name, noisy, name.replace("noisy", "clean"), clean)
-    if noisy.dim() < 2:
-        raise ValueError(f"{name} must have shape (..., T, {name[6].upper()}); got {tuple(noisy.shape)}")
-    if attention_mask is None:
-        raise TypeError("attention_mask must be a torch.Tensor; got None")
-    attended = validation.row_mask(attention_mask, "attention_mask", name, noisy)
-    assert attended is not None
-    if input_ids is None:
-        return attended, None
-    check_token_ids(input_ids, attended.shape)
-    validation.check_device("input_ids", input_ids, name, noisy)
-    labels = torch.full(input_ids.shape, _IGNORED, dtype=torch.int64, device=input_ids.device)
-    labels[..., :-1] = torch.where(attended[..., :-1] & attended[..., 1:], input_ids[..., 1:], _IGNORED)
-    return attended, labels
-
-
-def check_token_ids(input_ids: Tensor, shape: torch.Size) -> None:
-    """Check for a tensor of integers of the given shape."""
-    validation.check_tensor("input_ids", input_ids)
-    if input_ids.is_floating_point() or input_ids.is_complex() or input_ids.dtype == torch.bool:
-        raise TypeError(f"input_ids must hold integers; got {input_ids.dtype}")
-    if input_ids.shape != shape:
-        raise ValueError(
-            f"input_ids must have shape {tuple(shape)}, one token a position; got {tuple(input_ids.shape)}"
-        )
-
-
-def _token_utility(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
-    attended: Tensor,
-    labels: Tensor | None,
-    top_k: int | None,
-    max_chunk_bytes: int | None,
-) -> dict[str, Tensor]:
-    """Compute divergences, agreement and cross-entropies per token. Tokens that are not attended have any value."""
-    kinds = tuple(UTILITY_DIVERGENCES.values())
-    values = divergences(
-        noisy_logits,
-        clean_logits,
-        kinds,
-        top_k=top_k,
-        support="truncate",
-        mask=attended,
-        labels=labels,
-        max_chunk_bytes=max_chunk_bytes,
-    )
-    per_token = {key: values[kind] for key, kind in UTILITY_DIVERGENCES.items()}
-    per_token["next_token_agreement"] = (noisy_logits.argmax(-1) == clean_logits.argmax(-1)).to(torch.float32)
-    if labels is not None:
-        clean = divergences(
-            clean_logits, clean_logits, (), mask=attended, labels=labels, max_chunk_bytes=max_chunk_bytes
-        )
-        for name, found in (("clean_cross_entropy", clean), ("noisy_cross_entropy", values)):
-            per_token[name] = found["label_cross_entropy"].clamp(min=0)  # log-sum-exp less logit may round below
-    return per_token
-
-
-def _no_labels(labels: Tensor | None) -> Tensor | None:
-    return None if labels is None else labels.new_empty(0)
-
-
-def _per_sequence(per_token: dict[str, Tensor], attended: Tensor, labels: Tensor | None) -> dict[str, Tensor]:
-    predicted = torch.zeros_like(attended) if labels is None else labels != _IGNORED
-    means = {
-        name: _sequence_means(values, predicted if name in PREDICTED_MEANS else attended)
-        for name, values in per_token.items()
-    }
-    return means | {"attended_tokens": attended.sum(-1), "predicted_tokens": predicted.sum(-1)}

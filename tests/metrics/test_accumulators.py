@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sgfast.metrics import PrivacyMetrics, UtilityMetrics
-from sgfast.metrics.utility import sequence_utility
+from sgfast.metrics.per_sequence import sequence_utility
+from sgfast.ops import divergences
 from tests.processes import in_processes
 
 V, D = 23, 6
@@ -89,6 +90,68 @@ def test_restricted_to_top_k_and_without_tokens():
             assert 0.3 * whole.compute()[name] < value < whole.compute()[name]
     assert math.isnan(whole.compute()["noisy_perplexity"])
     assert whole.compute()["predicted_tokens"] == 0
+
+
+def test_any_kinds_under_their_keys():
+    """A kind has the same key alone as among the documented ones; truncated KL terms may be negative."""
+    noisy, clean, mask, _ = sequences(8, dtype=torch.float64)
+    kinds = ("forward_kl", "jeffreys", "skew_reverse_kl")
+    keys = ("next_token_utility/forward_kl", "next_token_utility/jefferys", "next_token_utility/skew_reverse_kl")
+    for arguments in ({}, {"top_k": 2}, {"top_k": 2, "support": "tail"}):
+        metrics = UtilityMetrics(kinds=kinds, **arguments)
+        metrics.update(noisy, clean, mask)
+        values = divergences(noisy, clean, kinds, **({"support": "truncate"} | arguments))
+        found = metrics.compute()
+        assert [name for name in found if name.startswith("next_token_utility")] == list(keys)
+        for key, kind in zip(keys, kinds, strict=True):
+            rows = [row for row in range(8) if mask[row].any()]
+            expected = sum(values[kind][row][mask[row]].mean().item() for row in rows) / len(rows)
+            assert found[key] == pytest.approx(expected, rel=1e-12), (arguments, kind)
+    one = UtilityMetrics(kinds="forward_kl", top_k=1)
+    flat, peaked = torch.zeros(1, 1, 4, dtype=torch.float64), torch.tensor([[[3.0, 0, 0, 0]]], dtype=torch.float64)
+    one.update(peaked, flat, torch.ones(1, 1))
+    assert one.compute()["next_token_utility/forward_kl"] == pytest.approx(
+        0.25 * math.log(0.25 / peaked.softmax(-1)[0, 0, 0]), rel=1e-12
+    )
+
+
+def test_vocabularies_that_are_padded_differently():
+    noisy, clean, mask, input_ids = sequences(8)
+    metrics, padded = UtilityMetrics(top_k=3), UtilityMetrics(top_k=3, shared_vocab=V)
+    metrics.update(noisy, clean, mask, input_ids)
+    high = torch.full((*mask.shape, 5), 50.0)  # would win every comparison
+    padded.update(torch.cat([noisy, high], -1), torch.cat([clean, high[..., :2]], -1), mask, input_ids)
+    exactly(padded.compute(), metrics.compute())
+    with pytest.raises(ValueError, match="have 28 and 23 columns; shared_vocab=n compares the first n"):
+        metrics.update(torch.cat([noisy, high], -1), clean, mask)
+    with pytest.raises(ValueError, match="clean_logits needs shared_vocab=24 columns at least"):
+        UtilityMetrics(shared_vocab=24).update(torch.cat([noisy, high], -1), clean, mask)
+    with pytest.raises(ValueError, match="must have been made with the options"):
+        metrics.merge(padded)
+
+
+@pytest.mark.parametrize("max_chunk_bytes", [None, 1])
+def test_hidden_states_with_a_head_each(max_chunk_bytes):
+    """Student and teacher of other widths, dtypes and padding."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.nn.Linear(6, V), torch.nn.Linear(9, V + 3, dtype=torch.float64)
+    for head in (student, teacher):
+        torch.nn.init.normal_(head.weight, generator=generator)
+        head.requires_grad_(False)
+    _, _, mask, input_ids = sequences(8)
+    hidden = torch.randn(8, 7, 6, generator=generator), torch.randn(8, 7, 9, generator=generator, dtype=torch.float64)
+    options = {"kinds": ("forward_kl", "total_variation"), "shared_vocab": V, "top_k": 4, "support": "tail"}
+    expected, metrics = UtilityMetrics(**options), UtilityMetrics(**options, max_chunk_bytes=max_chunk_bytes)
+    expected.update(student(hidden[0]), teacher(hidden[1]), mask, input_ids)
+    metrics.update_from_hidden(*hidden, student, mask, input_ids, clean_head=teacher)
+    assert metrics.compute() == pytest.approx(expected.compute(), rel=1e-5)
+    nothing = metrics.update_from_hidden(*hidden, student, torch.zeros_like(mask), input_ids, clean_head=teacher)
+    assert nothing["next_token_utility/forward_kl"].isnan().all()
+    assert metrics.compute() == pytest.approx(expected.compute(), rel=1e-5)
+    with pytest.raises(ValueError, match="noisy_hidden and clean_hidden must have one shape"):
+        metrics.update_from_hidden(*hidden, student, mask)
+    with pytest.raises(ValueError, match="have 23 and 26 columns; shared_vocab=n"):
+        UtilityMetrics().update_from_hidden(*hidden, student, mask, clean_head=teacher)
 
 
 def accumulate(make, batches, order, cuts):
@@ -244,6 +307,12 @@ def test_errors():
             PrivacyMetrics(table, **arguments)
     with pytest.raises(ValueError, match="top_k must be at least 1; got 0"):
         UtilityMetrics(top_k=0)
+    with pytest.raises(ValueError, match=r"kinds must be among .* Did you mean 'jeffreys'"):
+        UtilityMetrics(kinds=("jefferys",))
+    with pytest.raises(ValueError, match="kinds must name at least one kind"):
+        UtilityMetrics(kinds=())
+    with pytest.raises(ValueError, match="per_sequence needs the values next_token_utility/reverse_kl; got"):
+        UtilityMetrics(kinds="reverse_kl").add(sequence_utility(*sequences(2)[:3]))
     with pytest.raises(ValueError, match="metric must be one of"):
         PrivacyMetrics(table, metric="dot")
     noisy, clean, mask, _ = sequences(2)
