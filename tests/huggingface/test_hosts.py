@@ -1,4 +1,4 @@
-"""The recipes of docs/hosts.md, as they are written there: the losses and weights of a plain loop."""
+"""The recipes of docs/guides/recipes.md, as they are written there: the losses and weights of a plain loop."""
 
 import copy
 import re
@@ -16,7 +16,7 @@ from tests.huggingface.test_distillation_compute_loss import examples, models
 from tests.processes import in_processes
 from tests.tiny_models import tiny_causal_lm, with_lora
 
-PAGE = Path(__file__).parents[2] / "docs" / "hosts.md"
+PAGE = Path(__file__).parents[2] / "docs" / "guides" / "recipes.md"
 RATE = 0.5
 QUIETLY = {
     "accelerator": "cpu",
