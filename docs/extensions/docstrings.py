@@ -1,19 +1,29 @@
-"""Docstrings as pages: the tables that ``help()`` shows well become Markdown tables."""
+"""Docstrings as pages: tables that ``help()`` shows well become Markdown tables, and examples become code."""
 
 import re
 
 import griffe
 
 _RULE = re.compile(r"=+(?: +=+)+")
+# mkdocstrings reads a doctest below "Examples:" only.
+_EXAMPLE = re.compile(r"^Example:$", re.MULTILINE)
+# A colon in the first sentence would end the type of a value; a colon in front leaves the type to the annotation.
+_RETURNS = re.compile(r"^(Returns:\n +)(?=\S)", re.MULTILINE)
 
 
-class Tables(griffe.Extension):
+class Docstrings(griffe.Extension):
     """Rewrite every docstring before mkdocstrings renders it."""
 
     def on_instance(self, *, obj: griffe.Object, **_: object) -> None:
         """Rewrite the docstring of one module, class, function or attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = with_markdown_tables(obj.docstring.value)
+            obj.docstring.value = as_markdown(obj.docstring.value)
+
+
+def as_markdown(text: str) -> str:
+    """Rewrite what mkdocstrings would misread, without a change of the words."""
+    text = with_markdown_tables(text.replace("*features", "\\*features"))
+    return _RETURNS.sub(r"\1: ", _EXAMPLE.sub("Examples:", text))
 
 
 def with_markdown_tables(text: str) -> str:
