@@ -67,7 +67,8 @@ def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch, one_process):
 
 def test_every_page_with_examples_is_run():
     pages = {path.relative_to(DOCS).as_posix() for path in DOCS.rglob("*.md") if _BLOCK.search(path.read_text())}
-    assert pages - {"training.md"} == set(PAGES)  # training.md shows a server, whose model is not in the page
+    # training.md shows a server, whose model is not in the page. tests/huggingface/test_hosts.py runs the recipes.
+    assert pages - {"training.md", "guides/recipes.md"} == set(PAGES)
 
 
 def test_a_failing_block_is_found(tmp_path):
