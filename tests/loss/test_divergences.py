@@ -241,7 +241,9 @@ def test_temporaries_stay_within_what_chunks_are_planned_for(monkeypatch, suppor
     assert planned / 4 < counted.peak < planned
     no_indices = torch.empty(4, 0, dtype=torch.int32)
     with LiveBytes() as counted:
-        backward.implementation(BackwardProblem(asked, torch.ones(1, 4), no_indices, None))
+        backward.implementation(
+            BackwardProblem(asked, upstream=torch.ones(1, 4), kept_indices=no_indices, row_scalars=None)
+        )
     assert counted.peak - 2 * noisy.nbytes < planned
 
 

@@ -130,7 +130,7 @@ def test_pytorch_is_content_with_the_registration(shift):
 
 def test_a_call_of_another_version_is_refused():
     x = torch.ones(2, 3)
-    *arguments, formula = forward.flat(Problem(x, x, None, 1e-8, None))
+    *arguments, formula = forward.flat(Problem(x, x, mask=None, eps=1e-8, impl=None))
     assert formula == FORMULA
     assert forward.overload(*arguments, formula)[0].tolist() == [[0.0] * 2] * 3 + [[1.0] * 2]
     with pytest.raises(RuntimeError, match=r"sgfast::hidden_distances as another version .*formula 0123abcd, here"):

@@ -121,12 +121,16 @@ def test_peak_memory_is_the_gradients_and_a_chunk(dtype, layout, top_k):
     assert counted.peak <= bound + row_vectors
     upstream = torch.ones_like(values)
     with LiveBytes() as counted:
-        gradients = backward.implementation(BackwardProblem(asked, upstream, indices, None))
+        gradients = backward.implementation(
+            BackwardProblem(asked, upstream=upstream, kept_indices=indices, row_scalars=None)
+        )
     own = sum(gradient.nbytes for gradient in gradients)
     assert own == 2 * 96 * width * noisy.element_size()
     assert counted.peak <= own + bound + row_vectors
     with LiveBytes() as counted:
-        top_k_operator.forward.implementation(top_k_operator.Problem(noisy, clean, 40, bound, "torch"))
+        top_k_operator.forward.implementation(
+            top_k_operator.Problem(noisy, clean, k=40, max_chunk_bytes=bound, impl="torch")
+        )
     assert counted.peak <= bound + 96 * 80 * 9
 
 

@@ -90,7 +90,10 @@ def test_kept_row_scalars_give_the_gradient_that_is_had_without(impl):
     values, kept_indices, row_scalars = forward(asked)
     assert values[:, 3].isnan().all()
     upstream = torch.rand_like(values)
-    kept, again = (backward(BackwardProblem(asked, upstream, kept_indices, one)) for one in (row_scalars, None))
+    kept, again = (
+        backward(BackwardProblem(asked, upstream=upstream, kept_indices=kept_indices, row_scalars=one))
+        for one in (row_scalars, None)
+    )
     for gradient, expected in zip(kept, again, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-6, equal_nan=True)
         assert gradient[[0, 1, 2, 5]].isfinite().all()
@@ -119,7 +122,7 @@ def test_backward_without_row_scalars(top_k):
     expected = torch.autograd.grad(values.sum(), (noisy, clean))
     asked = problem(noisy.detach(), clean.detach(), ["jeffreys"], top_k=top_k, impl="triton")
     kept_indices, upstream = forward(asked)[1], torch.ones(1, 3, device=DEVICE)
-    actual = backward(BackwardProblem(asked, upstream, kept_indices, None))
+    actual = backward(BackwardProblem(asked, upstream=upstream, kept_indices=kept_indices, row_scalars=None))
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 

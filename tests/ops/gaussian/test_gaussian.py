@@ -270,14 +270,14 @@ def test_memory_is_bounded(max_chunk_bytes, masked):
     sides[2][::2] += 1e4
     masks = [None, None] if masked is None else [random_mask(*(16, 16, 256)[:masked]) for _ in range(2)]
     pairs = 16 * 16 * 8
-    problem = operator.Problem(*sides, *masks, max_chunk_bytes, None)
+    problem = operator.Problem(*sides, *masks, max_chunk_bytes=max_chunk_bytes, impl=None)
     with LiveBytes() as counted:
         kl, _ = operator.forward.implementation(problem)
     assert kl[0, 0] == 0
     assert counted.peak <= max_chunk_bytes + 12 * pairs
     upstream = weights(kl)
     with LiveBytes() as counted:
-        operator.backward.implementation(operator.BackwardProblem(problem, upstream, [True] * 4))
+        operator.backward.implementation(operator.BackwardProblem(problem, upstream=upstream, wanted=[True] * 4))
     assert counted.peak <= max_chunk_bytes + 12 * pairs + sum(side.nbytes for side in sides)
 
 

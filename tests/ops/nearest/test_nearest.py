@@ -20,6 +20,16 @@ METRICS = ("l2", "cosine")
 CHUNK_BYTES = (20_000, 200_000, None)
 
 
+def search(queries, table, *, k, metric, max_chunk_bytes, farthest=False):
+    """The arguments of the registered operator `nearest`."""
+    return Search(queries, table, k=k, metric=metric, farthest=farthest, max_chunk_bytes=max_chunk_bytes, impl=None)
+
+
+def ranking(queries, table, targets, *, metric, max_chunk_bytes):
+    """The arguments of the registered operator `ranks`."""
+    return Ranking(queries, table, targets, metric=metric, max_chunk_bytes=max_chunk_bytes, impl=None)
+
+
 def oracle_distances(queries: Tensor, table: Tensor, metric: str) -> np.ndarray:
     """(Q, V) float64, by differences, one query at a time."""
     rows, out = table.double().numpy(), []
@@ -306,11 +316,11 @@ def test_memory_is_bounded(metric, table_kind, max_chunk_bytes):
     queries, table, targets = embeddings(700, 24, 40)
     table = table if table_kind == "random" else table[:1].expand(700, 24)
     with LiveBytes() as counted:
-        nearest.implementation(Search(queries, table, 10, metric, False, max_chunk_bytes, None))
+        nearest.implementation(search(queries, table, k=10, metric=metric, max_chunk_bytes=max_chunk_bytes))
     outputs = 40 * 10 * (8 + 8 + 4)
     assert counted.peak <= max_chunk_bytes + outputs
     with LiveBytes() as counted:
-        ranks.implementation(Ranking(queries, table, targets, metric, max_chunk_bytes, None))
+        ranks.implementation(ranking(queries, table, targets, metric=metric, max_chunk_bytes=max_chunk_bytes))
     assert counted.peak <= max_chunk_bytes + 40 * (8 + 8)
 
 
@@ -319,7 +329,7 @@ def test_memory_is_bounded_for_many_queries():
     _, table, _ = embeddings(3000, 24, 1)
     assert scan.sizes_of(24, 1, 2**17).held < 1000
     with LiveBytes() as counted:
-        nearest.implementation(Search(table, table, 2, "l2", False, 2**17, None))
+        nearest.implementation(search(table, table, k=2, metric="l2", max_chunk_bytes=2**17))
     assert counted.peak <= 2**17 + 3000 * 2 * (8 + 8 + 4)
     check(table[:100], table, 2, "l2", max_chunk_bytes=2**17)
 
@@ -377,9 +387,9 @@ def test_through_the_compiler(metric):
 @pytest.mark.parametrize("metric", METRICS)
 def test_registration(metric):
     queries, table, targets = embeddings(70, 6, 12)
-    search = Search(queries.view(3, 4, 6), table, 4, metric, True, 10**5, None)
-    ranking = Ranking(queries, table, targets, metric, 10**5, None)
-    for operator, arguments in ((nearest, search), (ranks, ranking)):
+    farthest = search(queries.view(3, 4, 6), table, k=4, metric=metric, max_chunk_bytes=10**5, farthest=True)
+    ranked = ranking(queries, table, targets, metric=metric, max_chunk_bytes=10**5)
+    for operator, arguments in ((nearest, farthest), (ranks, ranked)):
         torch.library.opcheck(operator.overload, operator.flat(arguments))
 
     def both(queries: Tensor, table: Tensor, targets: Tensor) -> tuple[Tensor, ...]:

@@ -402,16 +402,29 @@ def test_nothing_but_the_inputs_is_kept_for_backward():
 def test_temporaries_are_bounded():
     input, mean, std = operands(256, 4096)
     seed, masks = philox.seed_tensor(1, None), (random_mask(256, 1), random_mask(4096))
-    problem = operator.Problem(input, mean, std, seed, 0, *masks, -1.0, 1.0, None)
+    problem = operator.Problem(
+        input,
+        mean=mean,
+        std=std,
+        seed=seed,
+        offset=0,
+        noise_mask=masks[0],
+        keep_mask=masks[1],
+        lowest=-1.0,
+        highest=1.0,
+        impl=None,
+    )
     bound = 4 * 2**20 * torch.get_num_threads()
     with LiveBytes() as counted:
         out = operator.forward.implementation(problem)
     assert counted.peak - 4 * out.numel() < bound
     with LiveBytes() as counted:
-        operator.backward.implementation(operator.BackwardProblem(problem, out, [True] * 3))
+        operator.backward.implementation(operator.BackwardProblem(problem, upstream=out, wanted=[True] * 3))
     assert counted.peak - 3 * 4 * out.numel() < bound
     with LiveBytes() as counted:
-        normal_draws.forward.implementation(normal_draws.Draw(seed, (2**21,), 0, torch.float32, None))
+        normal_draws.forward.implementation(
+            normal_draws.Draw(seed, shape=(2**21,), offset=0, dtype=torch.float32, impl=None)
+        )
     assert counted.peak - 4 * 2**21 < bound
 
 
