@@ -342,8 +342,8 @@ def test_standard_normal_registration():
 
     seed = torch.tensor(-9)
     operator = forward
-    draw = Draw(seed, shape=(3, 5), offset=2, dtype=torch.float16, impl=None)
-    torch.library.opcheck(operator.overload, operator.flat(draw))
+    arguments = Draw(seed, shape=(3, 5), offset=2, dtype=torch.float16, impl=None)
+    torch.library.opcheck(operator.overload, operator.flat(arguments))
     compiled = torch.compile(draw, fullgraph=True, dynamic=True)
     for rows in (3, 8):
         assert torch.equal(compiled(torch.empty(rows, 5), seed), draw(torch.empty(rows, 5), seed))
