@@ -20,7 +20,8 @@ from sgfast.utils.files import replacing
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
-TRAINING_CURVES = RESULTS / "training-curves.json"  # has another format; docs/training.md shows its curves
+# Files with a format of their own: docs/training.md shows the curves, README the ratios.
+OTHER_FORMATS = {RESULTS / "training-curves.json", RESULTS / "sizes-cpu.json"}
 _FIRST_LINES = """# Benchmarks
 
 `python -m benchmarks.report` writes this page from the files that are named below. Times are medians. The columns:
@@ -201,7 +202,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="*", type=Path, help="default: every JSON under benchmarks/results")
     parser.add_argument("--out", type=Path, default=PAGE, help="default: docs/benchmarks.md")
     options = parser.parse_args(arguments)
-    files = options.files or sorted(set(RESULTS.rglob("*.json")) - {TRAINING_CURVES})
+    files = options.files or sorted(set(RESULTS.rglob("*.json")) - OTHER_FORMATS)
     try:
         write_page(files, options.out)
     except ValueError as error:

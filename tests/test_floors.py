@@ -9,7 +9,8 @@ ROOT = Path(__file__).parents[1]
 # From the ground up. A package may import those on lower floors, and nothing else of the project.
 FLOORS = (
     {"sgfast_kernels", "_version"},
-    {"ops", "utils"},
+    {"ops"},
+    {"utils"},
     {"noise_layer"},
     {"model"},
     {"loss", "metrics"},

@@ -17,7 +17,9 @@ def load_pyplot() -> Any:
 
 
 def save_png(figure: Any, path: Path, dpi: int = 110) -> None:
-    """Write a figure to a PNG file, which is replaced only by a whole one, and close the figure."""
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=dpi)
-    load_pyplot().close(figure)
+    """Write a figure to a PNG file, which is replaced only by a whole one; close the figure in any case."""
+    try:
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=dpi)
+    finally:
+        load_pyplot().close(figure)

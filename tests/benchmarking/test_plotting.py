@@ -4,15 +4,18 @@ import pytest
 
 from sgfast.benchmarking import plotting
 from sgfast.training import history_plot
+from sgfast.utils.figures import load_pyplot
 
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Figures instead of files."""
+    """Figures instead of files; closed after the test."""
     figures = []
     for module in (plotting, history_plot):
         monkeypatch.setattr(module, "save_png", lambda figure, path: (figure.canvas.draw(), figures.append(figure)))
-    return figures
+    yield figures
+    for figure in figures:
+        load_pyplot().close(figure)
 
 
 def labels(axis) -> list[str]:
