@@ -3,7 +3,7 @@
     python -m benchmarks.small_and_large [--seconds 1.0] [--out benchmarks/results]
 
 The implementations of a row take turns, so that other work on the machine slows all of them alike. The table goes to
-``sizes-cpu.md`` and the figures to ``sizes-cpu.json``; README shows the table.
+``sizes-cpu.md`` and the figures to ``sizes.json``; README shows the table.
 """
 
 import argparse
@@ -97,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = measure(options.seconds)
     described = environment("cpu")
-    (options.out / "sizes-cpu.json").write_text(
+    (options.out / "sizes.json").write_text(
         json.dumps({"environment": described, "records": found}, indent=1) + "\n"
     )
     page = [
