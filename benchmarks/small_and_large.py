@@ -97,9 +97,7 @@ def main() -> None:
     torch.set_num_threads(1)
     found = measure(options.seconds)
     described = environment("cpu")
-    (options.out / "sizes.json").write_text(
-        json.dumps({"environment": described, "records": found}, indent=1) + "\n"
-    )
+    (options.out / "sizes.json").write_text(json.dumps({"environment": described, "records": found}, indent=1) + "\n")
     page = [
         "# Ratios by size",
         "Time of eager PyTorch over ours / time of torch.compile of the same lines over ours. Default implementation, "
