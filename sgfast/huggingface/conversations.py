@@ -6,6 +6,8 @@ Errors name the place and the type of a wrong value. They never show a text, bec
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sgfast.ops.validation import did_you_mean
+
 TRANSFORMED_ROLES = ("system", "user")
 RESPONSE_ROLE = "assistant"
 _ROLES = (*TRANSFORMED_ROLES, RESPONSE_ROLE)
@@ -54,7 +56,8 @@ def checked_message(message: Any, where: str) -> Message:
         raise TypeError(f"{where} must be a dictionary of role and content; got {described(message)}")
     _check_keys(message, ("role", "content"), where)
     if message["role"] not in _ROLES:
-        raise ValueError(f"{where}: role must be one of {', '.join(_ROLES)}; got {message['role']!r}")
+        suggestion = did_you_mean(message["role"], _ROLES)
+        raise ValueError(f"{where}: role must be one of {', '.join(_ROLES)}; got {message['role']!r}{suggestion}")
     return Message(message["role"], message["content"])
 
 

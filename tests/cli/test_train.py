@@ -296,6 +296,47 @@ def test_resume_reads_the_settings_of_the_folder(train, tmp_path, monkeypatch, c
         assert "is not the record of a run" in capsys.readouterr().err
 
 
+def test_resume_without_a_seed_says_what_that_means(train, tmp_path, capsys):
+    """One line, where a run goes on and no seed was given in any of the three ways."""
+    config = tmp_path / "seed.yaml"
+    config.write_text("seed: 0\n")
+    note = (
+        "no seed was given: the run goes on with seed 0; if it was begun with another seed, noise and order of the data"
+    )
+    for arguments, options, notes in (
+        ((), {}, 0),  # there is nothing to go on with
+        ((), {}, 1),
+        ((), {"seed": 0}, 0),
+        (("--set", "seed=0"), {}, 0),
+        ((config,), {}, 0),
+    ):
+        capsys.readouterr()
+        assert train("out", "--resume", *arguments, steps=1, **options) == 0
+        assert sum(line.startswith(note) for line in capsys.readouterr().err.splitlines()) == notes
+
+
+def test_sizes_are_checked_before_the_weights_are_loaded(train, tmp_path, monkeypatch, capsys):
+    def load(*_):
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr("sgfast.training.building.load_causal_lm", load)
+    for arguments, options, message in (
+        ((), {"max-length": 65}, "max_length is 65, the model has 64 positions"),
+        (("--set", "loss.distillation_layer_index=-5"), {}, "loss distillation: the decoder layer index must lie in"),
+        (("--set", "loss.distillation_layer_index=4"), {"loss": "jigsaw"}, "loss jigsaw: the decoder layer index must"),
+        (
+            ("--set", "loss.distillation_layer_index=30"),
+            {"model": None},
+            "must lie in [-30, 29] for this model; got 30",
+        ),
+        ((), {"model": None, "max-length": 8193}, "max_length is 8193, the model has 8192 positions"),
+    ):
+        assert train("out", *arguments, **options) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="the weights are loaded"):
+        train("out", "--set", "loss.distillation_layer_index=-4", **{"max-length": 64})
+
+
 def test_the_device_is_no_setting_that_a_run_depends_on(train, tmp_path, capsys):
     assert train("out", "--device", "cpu", steps=1) == 0
     assert record_of(tmp_path / "out")["settings"]["device"] == "cpu"

@@ -446,7 +446,8 @@ class TestInstructions:
 @pytest.mark.parametrize(
     ("examples", "error", "fault"),
     [
-        ([message("robot", "a")], ValueError, "message 0: role must be one of system, user, assistant; got 'robot'"),
+        ([message("robot", "a")], ValueError, "message 0: role must be one of system, user, assistant; got 'robot'$"),
+        ([message("asistant", "a")], ValueError, r"got 'asistant'\. Did you mean 'assistant'\?"),
         ([message("user", "a"), {"role": "user"}], ValueError, "example 0, message 1 .*missing: content"),
         ([{**message("user", "a"), "name": "b"}], ValueError, "got also 'name'"),
         ([message("user", None)], TypeError, "content must be a string; got NoneType"),
@@ -480,8 +481,10 @@ def test_wrong_construction(tiny):
         TokenizerWrapper(Slow(), "LlamaModel")
     with pytest.raises(TypeError, match="model_type must be a class or its name; got LlamaConfig"):
         TokenizerWrapper(tiny, transformers.LlamaConfig())
-    with pytest.raises(ValueError, match="pretraining"):
+    with pytest.raises(ValueError, match=r"got 'pretraining'$"):
         TokenizerWrapper(tiny, "LlamaModel", prompt_type="pretraining")
+    with pytest.raises(ValueError, match=r"got 'instructions'\. Did you mean 'instruction'\?"):
+        TokenizerWrapper(tiny, "LlamaModel", prompt_type="instructions")
 
 
 def test_without_a_chat_template(tiny):
