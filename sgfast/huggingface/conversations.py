@@ -24,7 +24,10 @@ class Message(NamedTuple):
 def chat_conversations(examples: Any) -> list[list[Message]]:
     """Check one chat or a list of chats, each a list of messages."""
     if not is_list(examples):
-        raise TypeError(f"examples must be a list of messages; got {described(examples)}")
+        raise TypeError(
+            "examples must be a list of messages, for example [{'role': 'user', 'content': 'Hello'}]; "
+            f"got {described(examples)}"
+        )
     if not examples:
         raise ValueError("examples must hold at least one example; got none")
     chats = examples if is_list(examples[0]) else [examples]

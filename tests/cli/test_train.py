@@ -1,19 +1,24 @@
 """``sgfast train`` on a tiny saved model: results, flags over YAML, interruption and resumption, wrong input."""
 
+import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
+from sgfast.cli.app import app
 from sgfast.cli.main import main
 from sgfast.client import StainedGlassTransformForText
 from sgfast.huggingface import trainer_checkpoint
+from sgfast.training.configuration import Configuration
 from sgfast.training.data import TokenizedRecords
 from sgfast.training.objectives import FACTORIES
 from tests.processes import in_processes
@@ -400,3 +405,12 @@ def test_a_loss_that_explodes_ends_the_run(train, tmp_path, capsys):
     assert train("out", **{"learning-rate": 1e30}) == 2
     assert "try a lower learning_rate" in capsys.readouterr().err
     assert not (tmp_path / "out" / "transform.safetensors").exists()
+
+
+def test_the_help_names_the_default_of_each_flag():
+    texts = {option.name: option.help for option in typer.main.get_command(app).commands["train"].params}
+    named = {name: match[1] for name, text in texts.items() if (match := re.search(r"default: (\S+)\.$", text or ""))}
+    defaults = {field.name: field.default for field in dataclasses.fields(Configuration)}
+    assert named.pop("loss") == "distillation"
+    assert named == {name: str(defaults[name]) for name in named}
+    assert len(named) == 9
