@@ -2,10 +2,9 @@
 
 The attacks of this module use the rank of the true token: the number of the table's V rows that are nearer to its
 transformed embedding. Equal distances are ordered by index, and 0 is the nearest. A fixed attack that fails proves only
-that this attack fails. The `LearnedInversionAttack` adapts to the transform. The `known_transform_attack` knows the transform,
-as the server that made it does, and is the hardest test. Bounds on the information
-that embeddings carry (`information_bounds`, `fano_error_bound`, `pac_privacy_success_bound`) hold for every attack,
-within their assumptions.
+that this attack fails. The `LearnedInversionAttack` adapts to the transform. The `known_transform_attack` knows the
+transform, as the server that made it does, and is the hardest test. Bounds on the information that embeddings carry
+(`information_bounds`, `fano_error_bound`, `pac_privacy_success_bound`) hold for every attack, within their assumptions.
 """
 
 from collections.abc import Iterable

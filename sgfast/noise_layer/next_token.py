@@ -217,7 +217,7 @@ class _RepeatedEstimates(NextTokenEstimates):
         suppressed = self._layer.suppressed_features(std)
 
         def here(values: Tensor) -> Tensor:
-            return values.expand_as(flat)[:, self._length].unflatten(0, (hypotheses, count))
+            return values.expand_as(flat)[:, self._length].reshape(hypotheses, count, -1)
 
         return Estimates(here(mean), here(std), None if suppressed is None else here(suppressed))
 
