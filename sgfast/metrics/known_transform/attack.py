@@ -20,8 +20,6 @@ from sgfast.ops.precision import full_precision_products
 from sgfast.ops.validation import check_count, check_real
 
 DEFAULT_CHUNK_BYTES = 64 * 2**20
-# Embeddings on which the layer is checked to be causal.
-_PROBED = 8
 
 
 class KnownTransformResult(NamedTuple):
@@ -139,7 +137,9 @@ def known_transform_attack(
             if module is not None:
                 settings.enter_context(evaluating(module))
         settings.enter_context(full_precision_products(table.device))
-        check_causal(noise_layer, _probe(noise_layer, attacker.table, transformed.shape[1]))
+        # Some layers have parameters for each place, so the sequence has the length of the text.
+        places = torch.arange(transformed.shape[1], device=table.device)
+        check_causal(noise_layer, attacker.table[places % len(table)])
         result = _read(attacker, transformed, attended, noised, candidates, input_ids, on_token)
     if input_ids is None:
         return result
@@ -172,13 +172,6 @@ def _check_truth(transformed: Tensor, input_ids: Tensor | None, canaries: Tensor
     check_token_ids(input_ids, transformed.shape[:-1])
     validation.check_device("input_ids", input_ids, "transformed", transformed)
     return validation.row_mask(canaries, "canaries", "transformed", transformed)
-
-
-def _probe(noise_layer: BaseNoiseLayer, table: Tensor, length: int) -> Tensor:
-    """Return embeddings (T, D) on which a layer can be checked; a layer with parameters for each place needs all T."""
-    shape = getattr(noise_layer, "locs", None)
-    count = length if shape is not None else min(length, _PROBED)
-    return table[torch.arange(count, device=table.device) % len(table)]
 
 
 def _read(

@@ -33,10 +33,12 @@ def reading_rates(
         canaries: (B, T) bool; adjacent tokens make one canary.
 
     Returns:
-        ``failure_rate``: the fraction of the counted tokens that were read wrong. ``top_10_failure_rate``: P(rank ≥ 10),
-        the fraction whose true token is not among the ten best. ``worst_decile_failure_rate``: the failure rate of the
-        tenth of the counted tokens (one at least) of which the attacker is surest. ``exact_sequence_rate``: the fraction of the sequences with a counted token in which every
-        counted token was read. ``canary_recall``: the fraction of the canaries that were read whole.
+        ``failure_rate``: the fraction of the counted tokens that were read wrong.
+        ``top_10_failure_rate``: the fraction whose true token has a rank of 10 or more.
+        ``worst_decile_failure_rate``: the failure rate of the tenth of the counted tokens (one at least) of which the
+        attacker is surest.
+        ``exact_sequence_rate``: the fraction of the sequences with a counted token in which each of them was read.
+        ``canary_recall``: the fraction of the canaries that were read whole.
     """
     wrong = tokens != input_ids
     missed = wrong[counted]
