@@ -71,6 +71,7 @@ from sgfast.ops import (
 )
 from sgfast.ops.dispatch import explain, use_impl
 from sgfast.ops.validation import did_you_mean
+from sgfast.sides import LinearLogits
 
 if TYPE_CHECKING:
     from sgfast.client import (
@@ -92,6 +93,7 @@ __all__ = [
     "CloakNoiseLayerOneShot",
     "DivergenceLoss",
     "LearnedInversionAttack",
+    "LinearLogits",
     "NoiseMaskCollator",
     "NoiseMaskedNoisyTransformerModel",
     "NoiseTokenizer",
