@@ -1,0 +1,213 @@
+"""Forward passes of a causal language model that return final hidden states in place of logits.
+
+A divergence does not need whole logits: with hidden states and the head's weights as a side (`sgfast.sides`), logits
+exist for a few rows at a time. In a headless pass the model's head returns its input. Everything around the model
+(adapters, mixed precision, data parallelism, checkpointing, torch.compile) works as before, because the model's forward
+is the same.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sgfast.huggingface.forward_calls import output_tensors
+from sgfast.huggingface.head_weights import HeadWeights, find_head, head_weights, plain_head_refusal
+from sgfast.huggingface.teacher_call import as_module, modules_in, named_arguments, transformers_model
+
+# Wrappers whose output is the output of the model inside.
+_TRANSPARENT = ("PeftModel", "OptimizedModule")
+
+
+class HeadlessPasses:
+    """Headless passes of one model. ``begin`` and ``end`` enclose a pass.
+
+    ``refusal`` is the reason why the model's passes keep their head, or None.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.refusal = _wrapper_refusal(model) or plain_head_refusal(model)
+        self.head = find_head(model) if self.refusal is None else None
+        self.active, self._found, self._calls = False, None, 0
+        if self.head is not None:
+            self._before = self.head.__dict__.get("forward")
+            self.head.forward = _HeadForward(self.head, self)  # type: ignore[method-assign]
+
+    def remove(self) -> None:
+        """Give the model its head back."""
+        if self.head is None:
+            return
+        if self._before is None:
+            self.head.__dict__.pop("forward", None)
+        else:
+            self.head.forward = self._before  # type: ignore[method-assign]
+        self.head = None
+
+    def begin(self) -> None:
+        """Begin a pass without a head."""
+        self.active, self._found, self._calls = self.head is not None, None, 0
+
+    def end(self) -> HeadWeights | None:
+        """End the pass; return the weights that the head would have applied, or None if the pass kept its head.
+
+        Raises:
+            RuntimeError: the pass called the head more than once.
+        """
+        found, calls = self._found, self._calls
+        self.active, self._found, self._calls = False, None, 0
+        if calls > 1:
+            raise RuntimeError(
+                "a forward that calls its head more than once cannot run without the head: pass from_hidden=False"
+            )
+        return found
+
+    def reach(self, head: nn.Module) -> None:
+        """Note that a headless pass has reached the head."""
+        self._found, self._calls = head_weights(head), self._calls + 1
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _never_headless, ()  # a copy of the model keeps its head
+
+
+def _never_headless() -> HeadlessPasses:
+    passes = HeadlessPasses.__new__(HeadlessPasses)
+    passes.refusal, passes.head = "the model is a copy", None
+    passes.active, passes._found, passes._calls = False, None, 0
+    return passes
+
+
+class _HeadForward:
+    """Forward of a head: its input in a headless pass, else the head's own forward."""
+
+    def __init__(self, head: nn.Module, passes: HeadlessPasses) -> None:
+        self._head, self._passes, self._own = head, passes, head.__dict__.get("forward")
+
+    def __call__(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        if self._passes.active:
+            self._passes.reach(self._head)
+            return hidden
+        if self._own is not None:
+            return self._own(hidden, *arguments, **keywords)  # type: ignore[no-any-return]
+        return type(self._head).forward(self._head, hidden, *arguments, **keywords)  # type: ignore[no-any-return]
+
+
+class StudentPasses:
+    """Hooks that make a student's training passes headless. A pass in evaluation or with labels keeps its head."""
+
+    def __init__(self, student: nn.Module) -> None:
+        self.passes = HeadlessPasses(student)
+        self.refusal = self.passes.refusal
+        self._began = False
+        self._handles = []
+        if self.refusal is None:
+            self._handles = [student.register_forward_pre_hook(self._before, with_kwargs=True)]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _no_student_passes, ()
+
+    def close_after(self, student: nn.Module) -> None:
+        """Register the hook that ends a pass whatever happens in it, after the hooks that read its head."""
+        if self.refusal is None:
+            self._handles.append(student.register_forward_hook(self._after, always_call=True))
+
+    def take(self) -> HeadWeights | None:
+        """Return the head's weights of the pass that ends now; None for a pass with its head."""
+        if not self._began:
+            return None
+        self._began = False
+        return self.passes.end()
+
+    def remove(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self.passes.remove()
+
+    def _before(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        given = named_arguments(module, arguments, keywords)
+        if module.training and torch.is_grad_enabled() and given.get("labels") is None:
+            self.passes.begin()
+            self._began = True
+
+    def _after(self, *_: Any) -> None:
+        self.take()
+
+
+def _no_student_passes() -> StudentPasses:
+    found = StudentPasses.__new__(StudentPasses)
+    found.passes, found.refusal = _never_headless(), "the model is a copy"
+    found._began, found._handles = False, []
+    return found
+
+
+class TeacherPasses:
+    """Headless calls of a teacher, a module or a function. ``refusal`` is the reason why the teacher makes logits."""
+
+    def __init__(self, teacher: Callable[..., Any], student: StudentPasses) -> None:
+        self.refusal: str | None
+        self._function = as_module(teacher) is None
+        self._model = _only_model(teacher)
+        self._passes = None
+        if self._model is None:
+            self.refusal = "no model, or more than one, was found in the function"
+            return
+        # A teacher that is the student without its adapters has the student's head.
+        shared = student.refusal is None and _head_of(self._model) is student.passes.head
+        self._passes = student.passes if shared else HeadlessPasses(self._model)
+        self._owned = not shared
+        self.refusal = self._passes.refusal
+
+    def call(self, teacher: Callable[..., Any], arguments: Any, keywords: Any) -> tuple[Any, HeadWeights | None]:
+        """Call the teacher; return its outputs and the weights of its head, or None if the outputs are logits."""
+        if self.refusal is not None or self._passes is None:
+            return teacher(*arguments, **keywords), None
+        assert self._model is not None
+        made: list[tuple[Tensor, int]] = []
+
+        def note(module: nn.Module, inputs: Any, outputs: Any) -> None:
+            made.extend((tensor, tensor._version) for tensor in output_tensors(outputs))
+
+        handle = self._model.register_forward_hook(note)
+        self._passes.begin()
+        try:
+            outputs = teacher(*arguments, **keywords)
+        finally:
+            handle.remove()
+            head = self._passes.end()
+        # A function may change the logits that its model made. Hidden states must not be changed like logits.
+        returned = output_tensors(outputs)[:1]
+        unchanged = any(one is tensor and one._version == version for tensor, version in made for one in returned)
+        if head is not None and self._function and not unchanged:
+            self.refusal = "the function does not return its model's logits as they are"
+            return teacher(*arguments, **keywords), None
+        return outputs, head
+
+    def remove(self) -> None:
+        """Give the teacher its head back."""
+        if self._passes is not None and self._owned:
+            self._passes.remove()
+
+
+def _only_model(teacher: Callable[..., Any]) -> nn.Module | None:
+    """Return the model that a teacher runs, if there is exactly one."""
+    module = as_module(teacher)
+    if module is not None:
+        return module
+    found = {id(transformers_model(one)): one for one in modules_in(teacher)}
+    return next(iter(found.values())) if len(found) == 1 else None
+
+
+def _head_of(model: nn.Module) -> nn.Module | None:
+    try:
+        return find_head(model)
+    except ValueError:
+        return None
+
+
+def _wrapper_refusal(model: nn.Module) -> str | None:
+    """Return a reason if a module around the model of transformers may change the logits."""
+    inner = transformers_model(model)
+    if model is inner or any(kind.__name__ in _TRANSPARENT for kind in type(model).__mro__):
+        return None
+    return f"a {type(model).__name__} is around the model of transformers, and may change its logits"
