@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.huggingface.forward_calls import ForwardCalls
-from sgfast.huggingface.head_weights import HeadWeights
 from sgfast.huggingface.headless import StudentPasses, TeacherPasses
 from sgfast.huggingface.teacher_call import (
     check_separate,
@@ -20,6 +19,7 @@ from sgfast.huggingface.teacher_call import (
     transformers_model,
 )
 from sgfast.loss.divergence_loss import DivergenceLoss
+from sgfast.model.head_weights import HeadWeights
 from sgfast.ops.validation import check_bool
 from sgfast.sides import LinearLogits
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.huggingface.forward_calls import output_tensors
-from sgfast.huggingface.head_weights import HeadWeights, find_head, head_weights, plain_head_refusal
 from sgfast.huggingface.teacher_call import as_module, modules_in, named_arguments, transformers_model
+from sgfast.model.head_weights import HeadWeights, find_head, head_weights, plain_head_refusal
 
 # Wrappers whose output is the output of the model inside.
 _TRANSPARENT = ("PeftModel", "OptimizedModule")
@@ -27,8 +27,8 @@ class HeadlessPasses:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.refusal = _wrapper_refusal(model) or plain_head_refusal(model)
-        self.head = find_head(model) if self.refusal is None else None
+        self.refusal = _wrapper_refusal(model) or plain_head_refusal(transformers_model(model))
+        self.head = find_head(transformers_model(model)) if self.refusal is None else None
         self.active, self._found, self._calls = False, None, 0
         if self.head is not None:
             self._before = self.head.__dict__.get("forward")
@@ -200,7 +200,7 @@ def _only_model(teacher: Callable[..., Any]) -> nn.Module | None:
 
 def _head_of(model: nn.Module) -> nn.Module | None:
     try:
-        return find_head(model)
+        return find_head(transformers_model(model))
     except ValueError:
         return None
 

@@ -142,15 +142,17 @@ def resolve_distillation_layer(
 
 def attach(noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, wanted: frozenset[str]) -> Consumer:
     """Let forwards keep the tensors that the wanted components read: a layer's outputs or the logits."""
-    return attach_reader(noisy_model, layer, not wanted.isdisjoint(READ_OUTPUTS))
+    read = wanted & READ_OUTPUTS
+    sides = layer is None and read == {"distillation_cross_entropy"}
+    return attach_reader(noisy_model, layer, bool(read), sides=sides)
 
 
 def attach_reader(
-    noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, reads: bool, **halves: bool
+    noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, reads: bool, **options: bool
 ) -> Consumer:
     """Let forwards keep a layer's outputs, or the logits for None, if ``reads`` is True."""
     layers = frozenset({layer}) if reads and layer is not None else frozenset[int]()
-    return noisy_model.attach(layers=layers, logits=reads and layer is None, **halves)
+    return noisy_model.attach(layers=layers, logits=reads and layer is None, **options)
 
 
 def loss_functions(

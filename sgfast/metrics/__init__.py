@@ -2,7 +2,7 @@
 
 from sgfast.metrics import privacy
 from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
-from sgfast.metrics.head import language_model_head
+from sgfast.model.head import language_model_head
 from sgfast.metrics.information import (
     InformationBounds,
     fano_error_bound,

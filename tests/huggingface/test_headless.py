@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sgfast.huggingface import distillation_compute_loss
-from sgfast.huggingface.head_weights import plain_head_refusal
+from sgfast.model.head_weights import plain_head_refusal
 from sgfast.loss import DivergenceLoss
 from tests.processes import in_processes
 from tests.tiny_models import FAMILIES, LAYERS, VOCABULARY, WIDTH, tiny_causal_lm, with_lora

@@ -39,8 +39,7 @@ def cross_entropy_component(
     """The cross entropy of the noisy logits under the clean distribution, over l & a."""
     if "distillation_cross_entropy" not in wanted:
         return {}
-    clean, noisy = capture.halves(None)
-    values = divergences(noisy, clean, "cross_entropy", mask=counted)["cross_entropy"]
+    values = divergences(capture.noisy.side(), capture.clean.side(), "cross_entropy", mask=counted)["cross_entropy"]
     return {"distillation_cross_entropy": formulas.distillation_cross_entropy(values, counted, count)}
 
 

@@ -4,15 +4,15 @@ The head is read from a model of transformers, and the reading is checked agains
 a soft cap, with quantised weights or of an unknown kind is not one matrix: `plain_head_refusal` gives the reason.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sgfast.huggingface.teacher_call import transformers_model
-from sgfast.metrics.head import language_model_head
+from sgfast.model.head import language_model_head
+from sgfast.sides import LinearLogits
 
 # Rows of the check, and the tolerance of two products in different orders.
 _CHECKED_ROWS, _CHECK_TOLERANCE = 3, 1e-3
@@ -29,17 +29,16 @@ class NotPlainError(ValueError):
     """Error of a head that is not one matrix. The message is the reason."""
 
 
-def find_head(model: nn.Module) -> nn.Module:
-    """Return the module that makes a model's logits.
+def find_head(causal_lm: nn.Module) -> nn.Module:
+    """Return the module that makes the logits of a model of transformers.
 
     Raises:
         NotPlainError: the model has none.
     """
-    inner = transformers_model(model)
-    getter = getattr(inner, "get_output_embeddings", None)
+    getter = getattr(causal_lm, "get_output_embeddings", None)
     head = getter() if getter is not None else None
     if not isinstance(head, nn.Module):
-        raise NotPlainError(f"{type(inner).__name__} has no head that can be read")
+        raise NotPlainError(f"{type(causal_lm).__name__} has no head that can be read")
     return head
 
 
@@ -84,13 +83,13 @@ def _with_lora(head: Any) -> HeadWeights:
     return HeadWeights(weight, bias)
 
 
-def plain_head_refusal(model: nn.Module) -> str | None:
-    """Return the reason why a model's logits are not ``hidden @ weight.T + bias``; None if they are.
+def plain_head_refusal(causal_lm: nn.Module) -> str | None:
+    """Return the reason why the logits of a model of transformers are not ``hidden @ weight.T + bias``; None if they are.
 
     The model's own forward, without its backbone, runs on a few random rows with its head and without it.
     """
     try:
-        head = find_head(model)
+        head = find_head(causal_lm)
         if "_hf_hook" in head.__dict__:
             return "the weights of its head are loaded for each call"
         weight, bias = head_weights(head)
@@ -101,7 +100,7 @@ def plain_head_refusal(model: nn.Module) -> str | None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(_CHECKED_ROWS, weight.shape[1], generator=generator).to(weight)
     try:
-        run = language_model_head(transformers_model(model))
+        run = language_model_head(causal_lm)
         with torch.no_grad():
             logits = run(hidden).float()
             with replaced_forward(head, lambda passed: passed):
@@ -114,6 +113,19 @@ def plain_head_refusal(model: nn.Module) -> str | None:
     if not torch.allclose(logits, expected, rtol=0, atol=_CHECK_TOLERANCE * float(logits.abs().max())):
         return "its forward does more than one product and one scale, such as a soft cap"
     return None
+
+
+def linear_logits(causal_lm: nn.Module, arguments: Mapping[str, Any]) -> LinearLogits:
+    """Run a model with a plain head (see `plain_head_refusal`) up to the head.
+
+    Raises:
+        NotPlainError: the head has changed since the check.
+    """
+    head = find_head(causal_lm)
+    weight, bias = head_weights(head)
+    with replaced_forward(head, lambda hidden: hidden):
+        hidden = causal_lm(**arguments).logits
+    return LinearLogits(hidden, weight, bias)
 
 
 @contextmanager
