@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --disable-pip-version-check --quiet --constraint constraints.txt
 ARGS ?=
 
-.PHONY: demo test docs lint bench bench-smoke clean
+.PHONY: demo test docs lint package kernel-build bench bench-smoke clean
 
 # Train a transform on a real language model, measure it, save it, use it as a client.
 # Options: make demo ARGS="--steps 400 --out my-run"
@@ -13,7 +13,7 @@ demo: $(VENV)/installed
 	$(BIN)/sgfast demo --out demo-output $(ARGS)
 
 # Everything CI runs.
-test: lint docs bench-smoke
+test: lint docs package bench-smoke
 	OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 # Every benchmark at sizes that take a second: that they run, and nothing about speed.
@@ -35,6 +35,17 @@ bench: $(VENV)/installed
 docs: $(VENV)/installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# The source archive and the wheel, in the folder dist, with a check of what they hold.
+package: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python -m pytest -q tests/package_archives.py
+
+# sgfast_kernels as Hugging Face's `kernels` loads them, in the folder kernels/build.
+kernel-build: $(VENV)/installed
+	$(BIN)/python kernels/build_variants.py
+
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -52,4 +63,4 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build site *.egg-info demo-output
+	rm -rf $(VENV) build dist kernels/build site *.egg-info demo-output

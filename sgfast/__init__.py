@@ -71,6 +71,7 @@ from sgfast.ops import (
 )
 from sgfast.ops.dispatch import explain, use_impl
 from sgfast.ops.validation import did_you_mean
+from sgfast.sides import LinearLogits
 
 if TYPE_CHECKING:
     from sgfast.client import (
@@ -92,6 +93,7 @@ __all__ = [
     "CloakNoiseLayerOneShot",
     "DivergenceLoss",
     "LearnedInversionAttack",
+    "LinearLogits",
     "NoiseMaskCollator",
     "NoiseMaskedNoisyTransformerModel",
     "NoiseTokenizer",
@@ -158,7 +160,9 @@ _MODULES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}")
+        message = f"module {__name__!r} has no attribute {name!r}{did_you_mean(name, __all__)}"
+        # With an object of its own, the error gets no second suggestion from Python's traceback.
+        raise AttributeError(message, name=name, obj=object())
     return getattr(importlib.import_module(_MODULES[name]), name)
 
 

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = (
     {"sgfast_kernels", "_version"},
     {"ops"},
-    {"utils"},
+    {"sides", "utils"},
     {"noise_layer"},
     {"model"},
     {"loss", "metrics"},

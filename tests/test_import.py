@@ -38,7 +38,7 @@ def test_sgfast_needs_torch_alone():
 
 def test_what_most_people_come_for_is_at_the_top():
     output = run(
-        "import sgfast, sys\n"
+        "import sgfast, sys, traceback\n"
         "later = set(sgfast._MODULES)\n"
         "assert {'SgtTrainer', 'TokenizerWrapper', 'StainedGlassTransformForText'} <= later\n"
         "assert not later & set(vars(sgfast)) and later <= set(dir(sgfast)) & set(sgfast.__all__)\n"
@@ -53,11 +53,12 @@ def test_what_most_people_come_for_is_at_the_top():
         "try:\n"
         "    sgfast.DivergenceLos\n"
         "except AttributeError as error:\n"
-        "    print(error)\n"
+        "    print(traceback.format_exc().splitlines()[-1])\n"
     )
     assert output == (
         "True True\nTrue\nTrue\n"
-        "module 'sgfast' has no attribute 'DivergenceLos'. Did you mean 'DivergenceLoss' or 'divergences'?\n"
+        "AttributeError: module 'sgfast' has no attribute 'DivergenceLos'. "
+        "Did you mean 'DivergenceLoss' or 'divergences'?\n"
     )
 
 

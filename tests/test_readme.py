@@ -1,6 +1,7 @@
 """README: every Python block runs as written, in order; every command line exists and runs on small inputs."""
 
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("readme")
     program = "\n".join([*PYTHON, "print(tuple(embeddings.shape)[0::2], value.item() > 0, sorted(values))"])
     (folder / "readme.py").write_text(program, encoding="utf-8")
+    (folder / "held_out.txt").write_text("The letter is for Ada.\n" * 4, encoding="utf-8")
     (folder / "texts.txt").write_text("My name is Ada.\nThe invoice is still open.\n" * 8, encoding="utf-8")
     (folder / "docs").symlink_to(ROOT / "docs")
     run = subprocess.run([sys.executable, "readme.py"], cwd=folder, capture_output=True, text=True, check=False)
@@ -35,7 +37,7 @@ def test_readme_is_short():
 def test_every_command_is_known():
     """A new kind of command line needs a test of its own below."""
     words = {" ".join(line.split()[:2]) for line in COMMANDS}
-    assert words == {"python -m", "make demo", "make test", "sgfast train", "sgfast evaluate"}
+    assert words == {"python -m", "make demo", "make test", "sgfast train", "sgfast evaluate", "sgfast transform"}
 
 
 def test_make_has_the_targets_and_pyproject_the_extras():
@@ -43,18 +45,20 @@ def test_make_has_the_targets_and_pyproject_the_extras():
     for target in re.findall(r"make ([a-z-]+)", README):
         assert f"\n{target}:" in makefile, target
     project = (ROOT / "pyproject.toml").read_text()
-    for extra in re.findall(r"^\| `([a-z]+)` \|", README, flags=re.M):
-        assert f"\n{extra} = [" in project, extra
+    (sentence,) = re.findall(r"\[Extras\].*?\.$", README, flags=re.M | re.S)
+    named = set(re.findall(r"`([a-z]+)`", sentence))
+    table = project.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    assert named == set(re.findall(r"^([a-z]+) = \[", table, flags=re.M))
     for extras in re.findall(r"\[([a-z,]+)\]'", README):
         assert all(f"\n{extra} = [" in project for extra in extras.split(",")), extras
 
 
 def test_the_commands_run(folder):
     """As written but for the number of steps and the size of the evaluation."""
-    small = {"train": ["--set", "steps=2", "--set", "batch_size=2"], "evaluate": ["--attacks", "nearest"]}
+    small = {"train": ["--steps", "2", "--set", "batch_size=2"], "evaluate": ["--attacks", "nearest"], "transform": []}
     for line in COMMANDS:
         if line.startswith("sgfast "):
-            words = line.split()[1:]
+            words = shlex.split(line)[1:]
             run = subprocess.run(
                 [sys.executable, "-m", "sgfast", *words, *small[words[0]]],
                 cwd=folder,
@@ -65,6 +69,7 @@ def test_the_commands_run(folder):
             assert run.returncode == 0, f"{line}\n{run.stdout[-2000:]}{run.stderr[-2000:]}"
     assert (folder / "run" / "transform.safetensors").exists()
     assert (folder / "results" / "metrics.json").exists()
+    assert (folder / "prompt.safetensors").exists()
 
 
 def test_every_link_and_program_exists():

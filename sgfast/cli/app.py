@@ -92,22 +92,34 @@ def train(
     model: Annotated[
         str | None, typer.Option(help="Hub id or path of a causal language model; default: the packaged SmolLM2-135M.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the results.")] = None,
-    loss: Annotated[str | None, typer.Option(help="Name of the loss, for example distillation or jigsaw.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Records of a micro-batch on each device.")] = None,
-    accumulation: Annotated[int | None, typer.Option(help="Micro-batches of an optimizer step.")] = None,
-    max_length: Annotated[
-        int | None, typer.Option(help="Maximum number of tokens of a record; the rest is cut.")
+    out: Annotated[Path | None, typer.Option(help="Folder for the results; default: train-output.")] = None,
+    loss: Annotated[
+        str | None, typer.Option(help="Name of the loss, for example jigsaw; default: distillation.")
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate of AdamW after the warm-up.")] = None,
-    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed gives the same numbers on one machine.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Number of optimizer steps; default: 300.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Records of a micro-batch on each device; default: 8.")] = None,
+    accumulation: Annotated[int | None, typer.Option(help="Micro-batches of an optimizer step; default: 1.")] = None,
+    max_length: Annotated[
+        int | None, typer.Option(help="Maximum number of tokens of a record, the rest is cut; default: 128.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Learning rate of AdamW after the warm-up; default: 0.001.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: float32.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed gives the same numbers on one machine; default: 0.")
+    ] = None,
     device: Annotated[
-        str | None, typer.Option(help="auto (a GPU if there is one), cpu, cuda, cuda:1 or mps.", metavar="DEVICE")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, mps or auto (a GPU if there is one); default: auto.", metavar="DEVICE"),
     ] = None,
     override: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Any setting: --set loss.alpha=0.3")
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any setting of docs/training.md: --set loss.alpha=0.3. May be given several times.",
+        ),
     ] = None,
     resume: Annotated[
         bool,

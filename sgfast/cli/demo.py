@@ -20,11 +20,12 @@ from sgfast.client.text_transform import StainedGlassTransformForText
 from sgfast.demo.held_out import TOP_K, measure, nearest_neighbor_reading
 from sgfast.demo.summary_plot import plot_summary
 from sgfast.demo.text import read_text, split_passages
-from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists, load_causal_lm
+from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists, load_causal_lm, model_sizes
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.loss.distillation import distillation_loss_factory
 from sgfast.loss.factory import LossFunctions
 from sgfast.metrics.per_sequence import UTILITY_DIVERGENCES
+from sgfast.model.decoder import check_layer_index
 from sgfast.training.building import Models, models_over
 from sgfast.training.configuration import Configuration
 from sgfast.training.data import TokenizedRecords
@@ -77,6 +78,9 @@ def run_demo(
     """Run the demo. Wrong input raises ValueError before any file is written. Ctrl-C saves the transform so far."""
     on = find_device(device)
     check_model_exists(model)
+    layers = model_sizes(model).layers
+    if layers is not None:
+        check_layer_index(layer, layers)
     with one_writer(out):
         for name in _WRITTEN:
             check_output_file(out / name)

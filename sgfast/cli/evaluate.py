@@ -32,7 +32,7 @@ from sgfast.evaluation.settings import (
     parse_bytes,
     result_folders,
 )
-from sgfast.evaluation.subject import load_model, load_subject
+from sgfast.evaluation.subject import check_sizes, load_model, load_subject
 from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists
 from sgfast.utils.devices import find_device
 from sgfast.utils.files import check_output_file
@@ -127,6 +127,7 @@ def _evaluate_all(
     check_model_exists(options["model"])
     for _ in read_records(settings[0].data, text_unit=settings[0].text_unit):
         pass  # a faulty line is an error here, before the model is loaded
+    check_sizes(settings[0])
     console.print(f"loading {settings[0].model or PACKAGED_MODEL}", highlight=False)
     model = load_model(settings[0], find_device(options["device"]))
     if len(begun) > 1:

@@ -19,7 +19,7 @@ class Follower:
     """Shows how far work has come, one stage after the other, with its rate.
 
     On a terminal, each stage has a bar with the remaining time. Elsewhere, a plain line without control characters
-    appears after every tenth of a stage, and after 30 seconds.
+    appears after every tenth of a stage, and after 30 seconds. The line names the minutes that remain, from one on.
 
     Args:
         console: shows the progress.
@@ -81,7 +81,7 @@ class Follower:
             self._bar.update(self._task, completed=done, total=self._total or None, description=text)
         elif self._is_due():
             part = f" ({done / self._total:.0%})" if self._total else ""
-            text = ", ".join(filter(None, (self._amount() + part, self._rate(), note)))
+            text = ", ".join(filter(None, (self._amount() + part, self._rate(), self._remaining(), note)))
             line = f"{self._stage}: {text}" if self._stage else text
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
             self._shown, self._shown_at = done, time.monotonic()
@@ -102,10 +102,18 @@ class Follower:
         of_all = f"/{self._total}" if self._total else ""
         return f"{self._done}{of_all} {self._unit}".rstrip()
 
-    def _rate(self) -> str:
+    def _units_a_second(self) -> float:
         seconds = time.monotonic() - self._begun
-        rate = (self._done - self._first) / seconds if seconds > 1 else 0.0
+        return (self._done - self._first) / seconds if seconds > 1 else 0.0
+
+    def _rate(self) -> str:
+        rate = self._units_a_second()
         return f"{rate:.0f} a second" if rate >= 10 else f"{rate:.2g} a second" if rate else ""
+
+    def _remaining(self) -> str:
+        rate, units = self._units_a_second(), self._total - self._done
+        minutes = units / rate / 60 if rate and units > 0 else 0.0
+        return f"{minutes:.0f} min left" if minutes >= 1 else ""
 
 
 def is_watched(console: Console) -> bool:

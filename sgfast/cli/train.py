@@ -1,6 +1,7 @@
 """Command ``sgfast train``: training of a transform from a YAML file or flags."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from rich.table import Table
 
 from sgfast.cli.progress import OnStep, show_training
 from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists
-from sgfast.huggingface.trainer_checkpoint import Trained, save_adapters, trained_state
+from sgfast.huggingface.trainer_checkpoint import Trained, checkpoints, save_adapters, trained_state
 from sgfast.loss.factory import LossFunctions
-from sgfast.training.building import Models, build_loss, build_models
+from sgfast.training.building import Models, build_loss, build_models, check_sizes
 from sgfast.training.configuration import (
     Configuration,
     ConfigurationError,
@@ -45,7 +46,8 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
 
     With several processes (torchrun, accelerate launch), all train, and only the first one writes and reports.
     """
-    configuration = _configuration(config, flags, overrides, resume)
+    settings = _settings(config, flags, overrides)
+    configuration = _configuration(config, settings, resume)
     on_cpu = runs_on_cpu(configuration)
     check_model_exists(configuration.model)
     processes = PartialState(cpu=on_cpu)
@@ -54,10 +56,10 @@ def run_train(config: Path | None, flags: dict[str, Any], overrides: Sequence[st
             check_output_file(configuration.out / name)
         for name in (CHECKPOINTS, ADAPTER_FOLDER):
             check_output_folder(configuration.out / name)
-        _run(configuration, processes, resume)
+        _run(configuration, processes, resume, seed_is_given=settings.get("seed") is not None)
 
 
-def _run(configuration: Configuration, processes: PartialState, resume: bool) -> None:
+def _run(configuration: Configuration, processes: PartialState, resume: bool, seed_is_given: bool) -> None:
     console = Console(stderr=True, quiet=not processes.is_main_process)
     records = IndexedRecords(configuration.data, text_unit=configuration.text_unit)
     batch = configuration.batch_size * processes.num_processes
@@ -66,6 +68,14 @@ def _run(configuration: Configuration, processes: PartialState, resume: bool) ->
     digest = data_digest(configuration.data)
     check_continues(configuration, digest, resume)
     console.print(f"data: {configuration.data}, {len(records)} records", highlight=False)
+    check_sizes(configuration)
+    if resume and not seed_is_given and checkpoints(configuration.out / CHECKPOINTS):
+        console.print(
+            f"no seed was given: the run goes on with seed {configuration.seed}; if it was begun with another seed, "
+            "noise and order of the data change from here on",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"loading {configuration.model or PACKAGED_MODEL}", highlight=False)
     models = build_models(configuration)
     examples = TokenizedRecords(
@@ -96,12 +106,24 @@ def _run(configuration: Configuration, processes: PartialState, resume: bool) ->
     result.print(f"in {configuration.out}: {', '.join(written)}", highlight=False)
 
 
-def _configuration(config: Path | None, flags: dict[str, Any], overrides: Sequence[str], resume: bool) -> Configuration:
+def _settings(config: Path | None, flags: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that the user gave, in the file or on the command line."""
     given = [(name, value) for name, value in flags.items() if value is not None]
     settings = {} if config is None else read_yaml(config)
-    try:
-        settings = with_overrides(settings, [*given, *map(parse_override, overrides)])
+    with _naming(config):
+        return with_overrides(settings, [*given, *map(parse_override, overrides)])
+
+
+def _configuration(config: Path | None, settings: dict[str, Any], resume: bool) -> Configuration:
+    with _naming(config):
         return configuration_from(with_settings_of_run(settings) if resume else settings)
+
+
+@contextlib.contextmanager
+def _naming(config: Path | None) -> Iterator[None]:
+    """Put the name of the settings' file in front of errors."""
+    try:
+        yield
     except ConfigurationError as error:
         if config is None:
             raise

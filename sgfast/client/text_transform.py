@@ -109,7 +109,8 @@ class StainedGlassTransformForText:
         """Transform one example or a list of them.
 
         Args:
-            examples: one example or a list, in the form that the tokenizer wrapper takes.
+            examples: a chat, ``[{"role": "user", "content": "Hello"}]``, or a list of chats. With a tokenizer wrapper
+                for instructions: an instruction or a list of instructions, see `TokenizerWrapper`.
             seed: 0 ≤ seed < 2⁶⁴, to repeat an output; by default fresh randomness from the operating system. Do not
                 send two outputs under one seed: their difference has no noise.
             add_generation_prompt: end each prompt with the template's opening of an assistant message.

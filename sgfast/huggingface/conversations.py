@@ -6,6 +6,8 @@ Errors name the place and the type of a wrong value. They never show a text, bec
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from sgfast.ops.validation import did_you_mean
+
 TRANSFORMED_ROLES = ("system", "user")
 RESPONSE_ROLE = "assistant"
 _ROLES = (*TRANSFORMED_ROLES, RESPONSE_ROLE)
@@ -22,7 +24,10 @@ class Message(NamedTuple):
 def chat_conversations(examples: Any) -> list[list[Message]]:
     """Check one chat or a list of chats, each a list of messages."""
     if not is_list(examples):
-        raise TypeError(f"examples must be a list of messages; got {described(examples)}")
+        raise TypeError(
+            "examples must be a list of messages, for example [{'role': 'user', 'content': 'Hello'}]; "
+            f"got {described(examples)}"
+        )
     if not examples:
         raise ValueError("examples must hold at least one example; got none")
     chats = examples if is_list(examples[0]) else [examples]
@@ -54,7 +59,8 @@ def checked_message(message: Any, where: str) -> Message:
         raise TypeError(f"{where} must be a dictionary of role and content; got {described(message)}")
     _check_keys(message, ("role", "content"), where)
     if message["role"] not in _ROLES:
-        raise ValueError(f"{where}: role must be one of {', '.join(_ROLES)}; got {message['role']!r}")
+        suggestion = did_you_mean(message["role"], _ROLES)
+        raise ValueError(f"{where}: role must be one of {', '.join(_ROLES)}; got {message['role']!r}{suggestion}")
     return Message(message["role"], message["content"])
 
 

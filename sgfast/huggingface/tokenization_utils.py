@@ -18,7 +18,7 @@ from sgfast.huggingface.collator import IGNORED_LABEL, NoiseMaskCollator
 from sgfast.huggingface.conversations import chat_conversations, described, instruction_conversations
 from sgfast.huggingface.noise_tokenizer import NoiseEncoding, NoiseTokenizer
 from sgfast.huggingface.tokenizer_state import check_fields, tokenizer_faults, tokenizer_from_state, tokenizer_state
-from sgfast.ops.validation import check_bool
+from sgfast.ops.validation import check_bool, did_you_mean
 from sgfast.utils import strict_json
 
 if TYPE_CHECKING:
@@ -112,7 +112,8 @@ class TokenizerWrapper:
             self.prompt_type = PromptType(prompt_type)
         except ValueError as error:
             allowed = ", ".join(map(str, PromptType))
-            raise ValueError(f"prompt_type must be one of {allowed}; got {prompt_type!r}") from error
+            suggestion = did_you_mean(prompt_type, [kind.value for kind in PromptType])
+            raise ValueError(f"prompt_type must be one of {allowed}; got {prompt_type!r}{suggestion}") from error
 
     def __call__(
         self,

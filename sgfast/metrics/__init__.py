@@ -13,6 +13,7 @@ from sgfast.metrics.inversion import LearnedInversionAttack
 from sgfast.metrics.noise_metrics import get_noise_metrics_factory
 from sgfast.metrics.per_sequence import sequence_utility, sequence_utility_from_hidden
 from sgfast.metrics.privacy import (
+    known_transform_attack,
     max_rank_failure_rate,
     mean_reconstruction_rank,
     nearest_neighbor_failure_rate,
@@ -34,6 +35,7 @@ __all__ = [
     "get_top_k_support_mask",
     "get_utility_metrics_factory",
     "information_bounds",
+    "known_transform_attack",
     "language_model_head",
     "max_rank_failure_rate",
     "mean_reconstruction_rank",

@@ -158,8 +158,9 @@ class UtilityMetrics(Accumulator):
         """Add a batch of sequences.
 
         Args:
-            noisy_logits: (..., T, V).
-            clean_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ).
+            noisy_logits: (..., T, V); the student's logits in distillation.
+            clean_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ); the teacher's logits
+                in distillation.
             attention_mask: (..., T), 1 = real token.
             input_ids: (..., T), the tokens, for perplexities; None for none.
 

@@ -1,10 +1,10 @@
 """Attacks on transformed embeddings by an attacker who knows the embedding table.
 
-The attacks here use the rank of the true token: the number of the table's V rows that are nearer to its transformed
-embedding. Equal distances are ordered by index, and 0 is the nearest. A fixed attack that fails proves only that this
-attack fails. The `LearnedInversionAttack` adapts to the transform and is the harder test. Bounds on the information
-that embeddings carry (`information_bounds`, `fano_error_bound`, `pac_privacy_success_bound`) hold for every attack,
-within their assumptions.
+The attacks of this module use the rank of the true token: the number of the table's V rows that are nearer to its
+transformed embedding. Equal distances are ordered by index, and 0 is the nearest. A fixed attack that fails proves only
+that this attack fails. The `LearnedInversionAttack` adapts to the transform. The `known_transform_attack` knows the
+transform, as the server that made it does, and is the hardest test. Bounds on the information that embeddings carry
+(`information_bounds`, `fano_error_bound`, `pac_privacy_success_bound`) hold for every attack, within their assumptions.
 """
 
 from collections.abc import Iterable
@@ -19,6 +19,7 @@ from sgfast.metrics.information import (
     pac_privacy_success_bound,
 )
 from sgfast.metrics.inversion import InversionResult, LearnedInversionAttack
+from sgfast.metrics.known_transform import KnownTransformResult, known_transform_attack
 from sgfast.metrics.per_sequence import check_token_ids
 from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 from sgfast.ops import dispatch, rows, validation
@@ -28,10 +29,12 @@ from sgfast.ops.nearest.operation import DEFAULT_CHUNK_BYTES, Metric
 __all__ = [
     "InformationBounds",
     "InversionResult",
+    "KnownTransformResult",
     "LearnedInversionAttack",
     "compute_percentile_voronoi_l2_distance",
     "fano_error_bound",
     "information_bounds",
+    "known_transform_attack",
     "max_rank_failure_rate",
     "mean_reconstruction_rank",
     "nearest_neighbor_failure_rate",

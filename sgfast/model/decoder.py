@@ -48,7 +48,16 @@ def resolve_layer_index(base_model: nn.Module, index: int) -> int:
         TypeError: the index is not an int.
         ValueError: the index is out of range.
     """
-    depth = len(decoder_layers(base_model))
+    return check_layer_index(index, len(decoder_layers(base_model)))
+
+
+def check_layer_index(index: int, depth: int) -> int:
+    """Check a decoder layer's index for a model of ``depth`` layers, and return the index from 0.
+
+    Raises:
+        TypeError: the index is not an int.
+        ValueError: the index is out of range.
+    """
     check_integer("the decoder layer index", index)
     if not -depth <= index < depth:
         raise ValueError(f"the decoder layer index must lie in [{-depth}, {depth - 1}] for this model; got {index}")

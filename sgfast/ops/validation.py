@@ -15,6 +15,8 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _PLAIN_TYPES = (Tensor, nn.Parameter)
 # Classes of tensors that PyTorch makes from plain tensors while it traces, and until a collective has ended.
 _STAND_INS = ("FakeTensor", "FunctionalTensor", "AsyncCollectiveTensor")
+# No name is longer. A longer text is no misspelt name, and the search for close names costs memory by its length.
+_LONGEST_NAME = 100
 
 
 def check_tensor(name: str, tensor: Any, wanted: str = "a torch.Tensor", beside: Tensor | None = None) -> None:
@@ -156,7 +158,7 @@ def check_choice(name: str, value: object, allowed: Iterable[str]) -> None:
 
 def did_you_mean(value: object, allowed: Iterable[str]) -> str:
     """Return a sentence with the allowed names that are close to a wrong name, or an empty string."""
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not 0 < len(value) <= _LONGEST_NAME:
         return ""
     names, asked = {name.lower(): name for name in allowed}, value.lower()
     close = difflib.get_close_matches(asked, names, n=2) or [name for name in names if asked in name]

@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 import torch
 
 from sgfast.client.text_transform import StainedGlassTransformForText
-from sgfast.huggingface.assets import load_causal_lm
+from sgfast.huggingface.assets import load_causal_lm, model_sizes
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
 from sgfast.loss.factory import LossFunctions
-from sgfast.model.decoder import embedding_table_of
+from sgfast.model.decoder import check_layer_index, embedding_table_of
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.peft_noisy_transformer_masking_model import PeftNoiseMaskedNoisyTransformerModel
 from sgfast.noise_layer.transformer_cloak import TransformerCloak
@@ -30,6 +30,22 @@ class Models(NamedTuple):
     client: StainedGlassTransformForText
 
 
+def check_sizes(configuration: Configuration) -> None:
+    """Check ``max_length`` and the loss's decoder layer against the model's configuration, before weights are loaded.
+
+    Raises:
+        ConfigurationError: the model has fewer positions, or no such layer.
+    """
+    sizes = model_sizes(configuration.model)
+    _check_length(configuration.max_length, sizes.positions)
+    index = configuration.loss_options.get("distillation_layer_index")
+    if index is not None and sizes.layers is not None:
+        try:
+            check_layer_index(index, sizes.layers)
+        except ValueError as error:
+            raise ConfigurationError(f"loss {configuration.loss_name}: {error}") from error
+
+
 def build_models(configuration: Configuration) -> Models:
     """Load the base model and put an untrained transform over it.
 
@@ -39,9 +55,7 @@ def build_models(configuration: Configuration) -> Models:
             fit the model, or PEFT is missing.
     """
     base_model, tokenizer = load_causal_lm(configuration.model, _DTYPES[configuration.precision])
-    positions = getattr(base_model.config, "max_position_embeddings", None)
-    if positions is not None and configuration.max_length > positions:
-        raise ConfigurationError(f"max_length is {configuration.max_length}, the model has {positions} positions")
+    _check_length(configuration.max_length, getattr(base_model.config, "max_position_embeddings", None))
     wrapper = TokenizerWrapper(tokenizer, type(base_model), ignore_prompt_loss=configuration.ignore_prompt_loss)
     torch.manual_seed(configuration.seed)
     return models_over(base_model, wrapper, configuration.noise_layer, configuration.lora)
@@ -92,6 +106,11 @@ def build_loss(models: Models, name: str, options: dict[str, Any]) -> LossFuncti
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"loss {name}: {error}") from error
     return functions
+
+
+def _check_length(max_length: int, positions: int | None) -> None:
+    if positions is not None and max_length > positions:
+        raise ConfigurationError(f"max_length is {max_length}, the model has {positions} positions")
 
 
 def _student(teacher: NoiseMaskedNoisyTransformerModel, lora: LoraOptions) -> PeftNoiseMaskedNoisyTransformerModel:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
 
-from sgfast.ops.validation import check_choice
+from sgfast.ops.validation import check_choice, did_you_mean
 from sgfast.utils import strict_json
 from sgfast.utils.input_files import open_regular
 
@@ -270,7 +270,8 @@ def _checked_messages(messages: Any) -> list[dict[str, str]]:
             raise _MalformedError(f'{where} must have the keys "role" and "content" and no other')
         _checked_string(message["content"], f'{where}: "content"')
         if message["role"] not in _ROLES:
-            raise _MalformedError(f'{where}: "role" must be one of {", ".join(_ROLES)}')
+            suggestion = did_you_mean(message["role"], _ROLES)
+            raise _MalformedError(f'{where}: "role" must be one of {", ".join(_ROLES)}{suggestion}')
     return messages
 
 

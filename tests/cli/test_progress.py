@@ -54,7 +54,21 @@ def test_slow_work_is_told_after_half_a_minute(clock):
     assert written(console) == [
         "checking: 90 records, 3 a second",
         "checking: 180 records, 3 a second",
-        "attack: [learned]: 1/1000 records (0%), 0.032 a second",
+        "attack: [learned]: 1/1000 records (0%), 0.032 a second, 516 min left",
+    ]
+
+
+def test_minutes_that_remain_are_told_from_one_on(clock):
+    console = plain()
+    with Follower(console) as follower:
+        follower.begin("", 10, "steps")
+        for step in range(1, 11):
+            clock[0] += 20
+            follower.reach(step, "loss 1")
+    remaining = ["3 min", "3 min", "2 min", "2 min", "2 min", "1 min", "1 min"]
+    assert written(console) == [
+        *(f"{n}/10 steps ({n * 10}%), 0.05 a second, {left} left, loss 1" for n, left in enumerate(remaining, 1)),
+        *(f"{n}/10 steps ({n * 10}%), 0.05 a second, loss 1" for n in (8, 9, 10)),
     ]
 
 

@@ -1,19 +1,24 @@
 """``sgfast train`` on a tiny saved model: results, flags over YAML, interruption and resumption, wrong input."""
 
+import dataclasses
 import json
 import os
 import random
+import re
 import signal
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
+from sgfast.cli.app import app
 from sgfast.cli.main import main
 from sgfast.client import StainedGlassTransformForText
 from sgfast.huggingface import trainer_checkpoint
+from sgfast.training.configuration import Configuration
 from sgfast.training.data import TokenizedRecords
 from sgfast.training.objectives import FACTORIES
 from tests.processes import in_processes
@@ -296,6 +301,47 @@ def test_resume_reads_the_settings_of_the_folder(train, tmp_path, monkeypatch, c
         assert "is not the record of a run" in capsys.readouterr().err
 
 
+def test_resume_without_a_seed_says_what_that_means(train, tmp_path, capsys):
+    """One line, where a run goes on and no seed was given in any of the three ways."""
+    config = tmp_path / "seed.yaml"
+    config.write_text("seed: 0\n")
+    note = (
+        "no seed was given: the run goes on with seed 0; if it was begun with another seed, noise and order of the data"
+    )
+    for arguments, options, notes in (
+        ((), {}, 0),  # there is nothing to go on with
+        ((), {}, 1),
+        ((), {"seed": 0}, 0),
+        (("--set", "seed=0"), {}, 0),
+        ((config,), {}, 0),
+    ):
+        capsys.readouterr()
+        assert train("out", "--resume", *arguments, steps=1, **options) == 0
+        assert sum(line.startswith(note) for line in capsys.readouterr().err.splitlines()) == notes
+
+
+def test_sizes_are_checked_before_the_weights_are_loaded(train, tmp_path, monkeypatch, capsys):
+    def load(*_):
+        raise AssertionError("the weights are loaded")
+
+    monkeypatch.setattr("sgfast.training.building.load_causal_lm", load)
+    for arguments, options, message in (
+        ((), {"max-length": 65}, "max_length is 65, the model has 64 positions"),
+        (("--set", "loss.distillation_layer_index=-5"), {}, "loss distillation: the decoder layer index must lie in"),
+        (("--set", "loss.distillation_layer_index=4"), {"loss": "jigsaw"}, "loss jigsaw: the decoder layer index must"),
+        (
+            ("--set", "loss.distillation_layer_index=30"),
+            {"model": None},
+            "must lie in [-30, 29] for this model; got 30",
+        ),
+        ((), {"model": None, "max-length": 8193}, "max_length is 8193, the model has 8192 positions"),
+    ):
+        assert train("out", *arguments, **options) == 2
+        assert message in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="the weights are loaded"):
+        train("out", "--set", "loss.distillation_layer_index=-4", **{"max-length": 64})
+
+
 def test_the_device_is_no_setting_that_a_run_depends_on(train, tmp_path, capsys):
     assert train("out", "--device", "cpu", steps=1) == 0
     assert record_of(tmp_path / "out")["settings"]["device"] == "cpu"
@@ -359,3 +405,12 @@ def test_a_loss_that_explodes_ends_the_run(train, tmp_path, capsys):
     assert train("out", **{"learning-rate": 1e30}) == 2
     assert "try a lower learning_rate" in capsys.readouterr().err
     assert not (tmp_path / "out" / "transform.safetensors").exists()
+
+
+def test_the_help_names_the_default_of_each_flag():
+    texts = {option.name: option.help for option in typer.main.get_command(app).commands["train"].params}
+    named = {name: match[1] for name, text in texts.items() if (match := re.search(r"default: (\S+)\.$", text or ""))}
+    defaults = {field.name: field.default for field in dataclasses.fields(Configuration)}
+    assert named.pop("loss") == "distillation"
+    assert named == {name: str(defaults[name]) for name in named}
+    assert len(named) == 9

@@ -191,6 +191,17 @@ def test_wrong_input_is_one_line_and_writes_nothing(evaluate, tmp_path, model_fo
         assert not (tmp_path / "out").exists(), message
 
 
+def test_sizes_are_checked_before_the_weights_are_loaded(evaluate, monkeypatch, capsys):
+    monkeypatch.setattr("sgfast.evaluation.subject.load_causal_lm", None)
+    for options, message in (
+        ({"num-logits": 10**6}, "--num-logits is 1000000, the model has "),
+        ({"beta": 10**6}, "--beta is 1000000, the model has "),
+        ({"max-length": 10**6}, "--max-length is 1000000, the model has "),
+    ):
+        assert evaluate(**options) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_ctrl_c_ends_after_a_record_and_resume_goes_on(evaluate, tmp_path, monkeypatch, capsys):
     from sgfast.evaluation import run
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from sgfast.huggingface.assets import load_causal_lm, packaged_tokenizer
+from sgfast.huggingface.assets import ModelSizes, load_causal_lm, model_sizes, packaged_tokenizer
+from tests.tiny_models import tiny_causal_lm
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,24 @@ def test_the_packaged_model_can_be_saved_and_loaded(smollm2, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     again, _ = load_causal_lm(str(tmp_path))
     torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+
+
+def test_sizes_of_the_packaged_model(smollm2):
+    config = smollm2[0].config
+    expected = ModelSizes(config.max_position_embeddings, config.num_hidden_layers, config.vocab_size)
+    assert model_sizes(None) == expected
+
+
+def test_sizes_of_a_model_come_from_its_configuration_alone(tmp_path):
+    base_model = tiny_causal_lm("gpt2", vocab_size=77)[0]
+    base_model.config.save_pretrained(tmp_path)
+    assert model_sizes(str(tmp_path)) == ModelSizes(64, len(base_model.transformer.h), 77)
+
+
+def test_sizes_that_a_configuration_does_not_tell_are_none(tmp_path):
+    assert model_sizes(str(tmp_path)) == ModelSizes(None, None, None)
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": "many", "vocab_size": 9}')
+    assert model_sizes(str(tmp_path)).positions is None
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path):

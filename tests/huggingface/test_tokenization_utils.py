@@ -446,14 +446,19 @@ class TestInstructions:
 @pytest.mark.parametrize(
     ("examples", "error", "fault"),
     [
-        ([message("robot", "a")], ValueError, "message 0: role must be one of system, user, assistant; got 'robot'"),
+        ([message("robot", "a")], ValueError, "message 0: role must be one of system, user, assistant; got 'robot'$"),
+        ([message("asistant", "a")], ValueError, r"got 'asistant'\. Did you mean 'assistant'\?"),
         ([message("user", "a"), {"role": "user"}], ValueError, "example 0, message 1 .*missing: content"),
         ([{**message("user", "a"), "name": "b"}], ValueError, "got also 'name'"),
         ([message("user", None)], TypeError, "content must be a string; got NoneType"),
         ([message("user", [{"type": "text"}])], TypeError, "content must be a string; got list of dict"),
         ([message(1, "a")], TypeError, "role must be a string; got int"),
-        (message("user", "a"), TypeError, "examples must be a list of messages; got dict"),
-        ("Hello", TypeError, "examples must be a list of messages; got str"),
+        (message("user", "a"), TypeError, "examples must be a list of messages, for example .*; got dict"),
+        (
+            "Hello",
+            TypeError,
+            r"examples must be a list of messages, for example \[{'role': 'user', 'content': 'Hello'}\]; got str",
+        ),
         (["Hello"], TypeError, "message 0 must be a dictionary of role and content; got str"),
         ([[message("user", "a")], message("user", "a")], TypeError, "example 1 must be a list of messages; got dict"),
         ([message("user", "a"), [message("user", "a")]], TypeError, "message 1 must be a dictionary .*; got list"),
@@ -480,8 +485,10 @@ def test_wrong_construction(tiny):
         TokenizerWrapper(Slow(), "LlamaModel")
     with pytest.raises(TypeError, match="model_type must be a class or its name; got LlamaConfig"):
         TokenizerWrapper(tiny, transformers.LlamaConfig())
-    with pytest.raises(ValueError, match="pretraining"):
+    with pytest.raises(ValueError, match=r"got 'pretraining'$"):
         TokenizerWrapper(tiny, "LlamaModel", prompt_type="pretraining")
+    with pytest.raises(ValueError, match=r"got 'instructions'\. Did you mean 'instruction'\?"):
+        TokenizerWrapper(tiny, "LlamaModel", prompt_type="instructions")
 
 
 def test_without_a_chat_template(tiny):

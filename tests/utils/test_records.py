@@ -96,6 +96,10 @@ def test_any_text_survives(tmp_path_factory, texts):
         ),
         ('{"messages": [{"role": "user", "content": ["x"]}]}', 'message 1: "content" must be a string; got a list'),
         ('{"messages": [{"role": [], "content": "x"}]}', 'message 1: "role" must be one of system, user, assistant'),
+        (
+            '{"messages": [{"role": "User", "content": "x"}]}',
+            "message 1: \"role\" must be one of system, user, assistant. Did you mean 'user'?",
+        ),
         (b'{"text": "\xff"}', "not UTF-8 text (invalid start byte)"),
     ],
 )

@@ -56,6 +56,7 @@ class Chunk(NamedTuple):
     indices: Tensor  # of the support, padded, (rows, width); without columns where the sums run over all logits
     valid: Tensor  # bool, (rows, width)
     labels: Tensor | None = None  # (rows, 1)
+    difference: Tensor | None = None  # noisy − clean (rows, V), where it has more digits than the two logits give
 
 
 class Side(NamedTuple):
@@ -137,9 +138,12 @@ def _log_quotient(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.copysign((difference.abs() / torch.minimum(numerator, denominator)).log1p_(), difference)
 
 
-def _log_ratio(noisy: Side, clean: Side, scales: Scales, paired: bool) -> Tensor:
+def _log_ratio(noisy: Side, clean: Side, scales: Scales, paired: bool, difference: Tensor | None) -> Tensor:
     """Compute log p − log q of two sides over the same logits; 0 where both are 0. A new tensor."""
     quotient = _log_quotient(noisy.sum, clean.sum)
+    if difference is not None:
+        apart = noisy.maximum - clean.maximum + quotient / scales[0]
+        return nan_to_zero((difference - apart).mul_(scales[0]))
     if paired:
         x, y = ((side.logits - side.maximum).mul_(scale) for side, scale in zip((noisy, clean), scales, strict=True))
         return nan_to_zero(x.sub_(y).sub_(quotient))
@@ -170,16 +174,16 @@ def _atoms(
     noisy: Side,
     clean: Side,
     rests: tuple[Rest, Rest] | None,
-    scales: Scales,
-    settings: Settings,
-    indices: Tensor,
-    valid: Tensor,
+    chunk: Chunk,
 ) -> Atoms:
     """Make the support's atoms: its logits and, under ``tail``, one more atom for the rest of the mass."""
+    _, _, scales, settings, indices, valid, _, difference = chunk
     whole = (noisy, clean)
+    if difference is not None and settings.support != "full":
+        difference = difference.gather(-1, indices)
     if settings.support in ("truncate", "tail"):
         noisy, clean = (_gathered(side, indices, valid, settings.support == "truncate") for side in whole)
-    log_ratio = _log_ratio(noisy, clean, scales, settings.paired)
+    log_ratio = _log_ratio(noisy, clean, scales, settings.paired, difference)
     p, q, ordered = noisy.probabilities, clean.probabilities, None
     if torch.compiler.is_compiling() and settings.support == "full":
         ordered = larger, smaller = _ordered_probabilities(noisy, clean, log_ratio, scales)
@@ -219,7 +223,7 @@ class Rows(NamedTuple):
 
 def read_sides(chunk: Chunk, kept: Sequence[Tensor] | None) -> Rows:
     """Read a chunk's rows; ``kept`` holds the `softmax_scalars` if they are known."""
-    noisy, clean, scales, settings, indices, valid, _ = chunk
+    noisy, clean, scales, settings, indices, valid, *_ = chunk
     dtype = rows.compute_dtype(noisy, clean)
     pairs = list(zip((noisy, clean), scales, strict=True))
     if settings.support == "renormalize":
@@ -232,4 +236,4 @@ def read_sides(chunk: Chunk, kept: Sequence[Tensor] | None) -> Rows:
     rests = None
     if settings.support == "tail":
         rests = _rest(first, scales[0], indices), _rest(second, scales[1], indices)
-    return Rows((first, second), rests, _atoms(first, second, rests, scales, settings, indices, valid))
+    return Rows((first, second), rests, _atoms(first, second, rests, chunk))

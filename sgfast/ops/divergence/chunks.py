@@ -115,18 +115,28 @@ def forward_of(implementation: str) -> Callable[..., Tensor]:
 
 
 def read_chunks(
-    problem: Problem, choice: dispatch.Choice, settings: Settings, kept_indices: Tensor | None = None
+    problem: Problem,
+    choice: dispatch.Choice,
+    settings: Settings,
+    kept_indices: Tensor | None = None,
+    difference: Tensor | None = None,
 ) -> Iterator[tuple[Tensor | slice, Chunk]]:
-    """Yield each chunk and the numbers of its rows. Backward passes the ``kept_indices`` of a top-k support."""
+    """Yield each chunk and the numbers of its rows.
+
+    Backward passes the ``kept_indices`` of a top-k support. If the ``difference`` of the logits is given, the noisy
+    logits are the clean ones and the difference, and `Problem.noisy` is not read.
+    """
     noisy_scale = 1 / problem.temperature
     clean_scale = noisy_scale if problem.clean_temperature is None else 1 / problem.clean_temperature
     for place in row_chunks(problem, choice, settings):
         noisy, clean = (_read_logits(side, place, choice) for side in (problem.noisy, problem.clean))
+        apart = None if difference is None else rows.read_rows(difference, place)
+        noisy = noisy if apart is None else clean + apart
         noisy_scales = rows.read_scalars(noisy_scale, place)
         clean_scales = noisy_scales if clean_scale is noisy_scale else rows.read_scalars(clean_scale, place)
         support = _read_support(problem, place, noisy, clean, choice, kept_indices)
         labels = None if problem.labels is None else rows.read_scalars(problem.labels, place)
-        yield place, Chunk(noisy, clean, (noisy_scales, clean_scales), settings, *support, labels)
+        yield place, Chunk(noisy, clean, (noisy_scales, clean_scales), settings, *support, labels, apart)
 
 
 def _read_logits(logits: Tensor, place: Tensor | slice, choice: dispatch.Choice) -> Tensor:

@@ -29,13 +29,15 @@ from sgfast.ops.divergence.problem import (
     check_support_mask,
     row_temperatures,
 )
+from sgfast.ops.linear.operation import linear_divergences
+from sgfast.ops.sides import LinearLogits, LogitsOrSide, check_sides, tensor_of
 from sgfast.ops.topk.selection import check_k
 
 
 @dispatch.describe_triton(kernels.refusal)
 def divergences(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: LogitsOrSide,
     kinds: str | Sequence[str],
     *,
     top_k: int | None = None,
@@ -95,8 +97,9 @@ def divergences(
 
     Args:
         noisy_logits: (..., V), float32, bfloat16, float16 or float64: the student, p. Row-strided views such as
-            ``logits[:, :-1]`` are read in place. Inputs are never written to.
-        clean_logits: of the same shape: the teacher, q.
+            ``logits[:, :-1]`` are read in place. Inputs are never written to. A `sgfast.sides.LinearLogits` gives
+            hidden states and their head instead: the logits of a few rows exist at a time.
+        clean_logits: of the same shape: the teacher, q; or a `sgfast.sides.LinearLogits`.
         kinds: one or more of ``forward_kl``, ``reverse_kl``, ``jeffreys``, ``jensen_shannon``, ``total_variation``,
             ``squared_hellinger``, ``cross_entropy``, ``skew_forward_kl``, ``skew_reverse_kl``. May be empty where
             there are ``labels``.
@@ -118,14 +121,17 @@ def divergences(
         beta: weight of q in the mixture of ``jensen_shannon``, 0 < beta < 1; None: 0.5.
         skew: weight of the first argument in the skew kinds' mixture, 0 ≤ skew < 1; None: 0.1.
         max_chunk_bytes: bound on the PyTorch implementation's temporaries beyond outputs and gradients (at least one
-            row); default 8 MiB.
-        impl: see ``sgfast.ops.dispatch``.
+            row); default 8 MiB. With a `LinearLogits` the bound on all temporaries; default 64 MiB on a CPU, 512 MiB
+            on a GPU.
+        impl: see ``sgfast.ops.dispatch``. With a `LinearLogits` the choice is that of the arithmetic on the logits of
+            some rows; the matrix products are the library's.
 
     Returns:
         For each kind (and for ``label_cross_entropy`` with ``labels``), values of shape (...) in float32 (float64 if
         an input is), differentiable with respect to both sides; gradients are in the inputs' dtypes. Kept for
         backward beyond the inputs: 4 float32 scalars and 2 per kind a row; with ``top_k`` at most 2k int32 indices a
-        row, and those scalars and 4 more where Triton runs.
+        row, and those scalars and 4 more where Triton runs. With a `LinearLogits` backward computes the logits again;
+        a single kind with frozen heads keeps the gradient of the hidden states instead.
 
     Raises:
         TypeError: an argument's type.
@@ -140,9 +146,9 @@ def divergences(
         >>> divergences(student, teacher, ["total_variation", "forward_kl"])
         {'total_variation': tensor([0.3000]), 'forward_kl': tensor([0.1927])}
     """
-    validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
-    mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
-    labels = check_labels(labels, "noisy_logits", noisy_logits)
+    check_sides("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    mask = validation.row_mask(mask, "mask", "noisy_logits", tensor_of(noisy_logits))
+    labels = check_labels(labels, "noisy_logits", tensor_of(noisy_logits))
     names, beta, skew = check_options(kinds, support, beta, skew, impl, with_labels=labels is not None)
     validation.check_choice("top_k_of", top_k_of, TOP_K_OF)
     check_label_smoothing(label_smoothing)
@@ -173,8 +179,8 @@ def divergences(
 
 
 def masked_divergence(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: LogitsOrSide,
     support_mask: Tensor,
     kind: str,
     *,
@@ -211,9 +217,9 @@ def masked_divergence(
         TypeError: ``support_mask`` is not a boolean tensor; as `divergences`.
         ValueError: its shape or device does not fit; as `divergences`.
     """
-    validation.check_pair("noisy_logits", noisy_logits, "clean_logits", clean_logits)
-    mask = validation.row_mask(mask, "mask", "noisy_logits", noisy_logits)
-    check_support_mask(support_mask, noisy_logits)
+    check_sides("noisy_logits", noisy_logits, "clean_logits", clean_logits)
+    mask = validation.row_mask(mask, "mask", "noisy_logits", tensor_of(noisy_logits))
+    check_support_mask(support_mask, noisy_logits.shape, tensor_of(noisy_logits))
     names, beta, skew = check_options(kind, support, beta, skew, impl)
     support_mask = support_mask.expand(noisy_logits.shape)
     has_atoms = support_mask.any(-1)
@@ -239,14 +245,18 @@ def masked_divergence(
 
 def _compute(
     names: tuple[str, ...],
-    noisy: Tensor,
-    clean: Tensor,
+    noisy: LogitsOrSide,
+    clean: LogitsOrSide,
     *,
     temperature: Temperature,
     max_chunk_bytes: int | None,
     **checked: Any,
 ) -> dict[str, Tensor]:
     """Check the temperatures and the bound, and run the operator. The caller has checked the other arguments."""
+    if isinstance(noisy, LinearLogits) or isinstance(clean, LinearLogits):
+        return linear_divergences(
+            names, noisy, clean, temperature=temperature, max_chunk_bytes=max_chunk_bytes, **checked
+        )
     dispatch.refuse_forward_mode("divergences", noisy, clean)
     noisy_temperature, clean_temperature = row_temperatures(temperature, noisy, clean)
     noisy_wanted, clean_wanted = (torch.is_grad_enabled() and side.requires_grad for side in (noisy, clean))

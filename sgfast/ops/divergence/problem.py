@@ -218,17 +218,17 @@ def check_label_values(labels: Tensor, mask: Tensor | None, size: int) -> None:
         )
 
 
-def check_support_mask(support_mask: Tensor, logits: Tensor) -> None:
-    """Check a boolean mask that broadcasts to the logits."""
-    validation.check_tensor("support_mask", support_mask, "a boolean torch.Tensor or None", logits)
+def check_support_mask(support_mask: Tensor, shape: torch.Size, beside: Tensor) -> None:
+    """Check a boolean mask that broadcasts to the logits' shape, on the device of a side's tensor."""
+    validation.check_tensor("support_mask", support_mask, "a boolean torch.Tensor or None", beside)
     if support_mask.dtype != torch.bool:
         raise TypeError(f"support_mask must be boolean; got {support_mask.dtype}")
-    trailing = logits.shape[logits.dim() - support_mask.dim() :]
-    if support_mask.dim() > logits.dim() or any(
+    trailing = shape[len(shape) - support_mask.dim() :]
+    if support_mask.dim() > len(shape) or any(
         size not in (1, full) for size, full in zip(support_mask.shape, trailing, strict=True)
     ):
         raise ValueError(
-            f"support_mask must have the logits' shape {tuple(logits.shape)} or broadcast to it; "
+            f"support_mask must have the logits' shape {tuple(shape)} or broadcast to it; "
             f"got {tuple(support_mask.shape)}"
         )
-    validation.check_device("support_mask", support_mask, "noisy_logits", logits)
+    validation.check_device("support_mask", support_mask, "noisy_logits", beside)

@@ -5,12 +5,13 @@ in place; the incoming rows are never written to.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import rows
-from sgfast.ops.divergence.atoms import Chunk, Rest, Settings, Side, one_side, read_sides
+from sgfast.ops.divergence.atoms import Chunk, Rest, Rows, Settings, Side, one_side, read_sides
 from sgfast.ops.divergence.terms import (
     Atoms,
     finish,
@@ -22,8 +23,33 @@ from sgfast.ops.divergence.terms import (
 )
 
 
+class Read(NamedTuple):
+    """What forward and backward of a chunk read alike."""
+
+    rows: Rows | None  # None without a divergence
+    at_temperature_1: Side | None  # of the noisy side; None without labels
+
+
+def read(chunk: Chunk) -> Read:
+    """Read a chunk for `forward_rows` and `backward_rows`."""
+    found = read_sides(chunk, None) if chunk.settings.divergences else None
+    noisy_side = None if found is None else found.sides[0]
+    return Read(found, None if chunk.labels is None else _at_temperature_1(chunk, noisy_side))
+
+
+def values_and_gradients(
+    chunk: Chunk, upstream: Tensor, sides_wanted: tuple[bool, bool]
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Compute the results of `forward_rows` and of `backward_rows` from one read of the chunk."""
+    known = read(chunk)
+    return forward_rows(chunk, known=known), backward_rows(chunk, upstream, sides_wanted, known=known)
+
+
 def forward_rows(
-    chunk: Chunk, sides_wanted: tuple[bool, bool] = (False, False), kept: Sequence[Tensor] | None = None
+    chunk: Chunk,
+    sides_wanted: tuple[bool, bool] = (False, False),
+    kept: Sequence[Tensor] | None = None,
+    known: Read | None = None,
 ) -> Tensor:
     """Compute (rows, 3·kinds + 4) for `finish_values`: a sum for each kind, then row scalars.
 
@@ -33,7 +59,7 @@ def forward_rows(
     settings, labels = chunk.settings, chunk.labels
     sums, row_scalars, noisy_side = [], [], None
     if settings.divergences:
-        (noisy_side, clean_side), _, atoms = read_sides(chunk, kept)
+        (noisy_side, clean_side), _, atoms = (known and known.rows) or read_sides(chunk, kept)
         none = torch.zeros_like(noisy_side.sum)
         row_scalars = [noisy_side.maximum, noisy_side.sum, clean_side.maximum, clean_side.sum]
         for kind in settings.divergences:
@@ -43,7 +69,7 @@ def forward_rows(
                 kept_sum = wanted and settings.support == "full" and torch.compiler.is_compiling()
                 row_scalars.append(_partial_sum(kind, side, atoms, settings) if kept_sum else none)
     if labels is not None:
-        at_temperature_1 = _at_temperature_1(chunk, noisy_side)
+        at_temperature_1 = (known and known.at_temperature_1) or _at_temperature_1(chunk, noisy_side)
         none = torch.zeros_like(at_temperature_1.sum)
         sums.append(_label_cross_entropy(at_temperature_1, labels, settings.label_smoothing))
         row_scalars = row_scalars or [at_temperature_1.maximum, at_temperature_1.sum, none, none]
@@ -63,13 +89,17 @@ def finish_values(found: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
 
 
 def backward_rows(
-    chunk: Chunk, upstream: Tensor, sides_wanted: tuple[bool, bool], row_scalars: Tensor | None = None
+    chunk: Chunk,
+    upstream: Tensor,
+    sides_wanted: tuple[bool, bool],
+    row_scalars: Tensor | None = None,
+    known: Read | None = None,
 ) -> list[Tensor | None]:
     """Compute gradients (rows, V) to the wanted sides, in the arithmetic's dtype; ``upstream`` is (kinds, rows).
 
     ``row_scalars`` come from `forward_rows` of the same implementation. If they are None, they are computed again.
     """
-    noisy, clean, scales, settings, indices, _, labels = chunk
+    noisy, clean, scales, settings, indices, _, labels, _ = chunk
     dtype = rows.compute_dtype(noisy, clean)
     kept = None if row_scalars is None else row_scalars[:, :, None].unbind(0)
     noisy_side = None
@@ -78,7 +108,7 @@ def backward_rows(
         for logits, wanted in zip((noisy, clean), sides_wanted, strict=True)
     ]
     if settings.divergences:
-        sides, rests, atoms = read_sides(chunk, kept)
+        sides, rests, atoms = (known and known.rows) or read_sides(chunk, kept)
         noisy_side = sides[0]
         nan = _nan_rows(*sides)
         for i in (0, 1):
@@ -92,7 +122,9 @@ def backward_rows(
                     sides[i], outside, probability, *partials, settings, indices, noisy.shape[-1], means is None
                 )
     if labels is not None and gradients[0] is not None:
-        at_temperature_1 = _at_temperature_1(chunk, noisy_side, None if kept is None else kept[-2])
+        at_temperature_1 = known and known.at_temperature_1
+        if at_temperature_1 is None:
+            at_temperature_1 = _at_temperature_1(chunk, noisy_side, None if kept is None else kept[-2])
         _add_label_gradient(gradients[0], at_temperature_1, labels, upstream[-1], settings.label_smoothing)
     return gradients
 
