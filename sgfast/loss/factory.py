@@ -142,7 +142,7 @@ def resolve_distillation_layer(
 
 def attach(noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, wanted: frozenset[str]) -> Consumer:
     """Let forwards keep the tensors that the wanted components read: a layer's outputs or the logits."""
-    read = wanted & READ_OUTPUTS
+    read = wanted.intersection(READ_OUTPUTS)
     sides = layer is None and read == {"distillation_cross_entropy"}
     return attach_reader(noisy_model, layer, bool(read), sides=sides)
 
