@@ -29,10 +29,11 @@ class HeadlessPasses:
     def __init__(self, model: nn.Module) -> None:
         self.refusal = _wrapper_refusal(model) or plain_head_refusal(transformers_model(model))
         self.head = find_head(transformers_model(model)) if self.refusal is None else None
-        self.active, self._found, self._calls = False, None, 0
+        self.active, self._calls = False, 0
+        self._found: HeadWeights | None = None
         if self.head is not None:
             self._before = self.head.__dict__.get("forward")
-            self.head.forward = _HeadForward(self.head, self)  # type: ignore[method-assign]
+            self.head.forward = _HeadForward(self.head, self)
 
     def remove(self) -> None:
         """Give the model its head back."""
@@ -41,7 +42,7 @@ class HeadlessPasses:
         if self._before is None:
             self.head.__dict__.pop("forward", None)
         else:
-            self.head.forward = self._before  # type: ignore[method-assign]
+            self.head.forward = self._before
         self.head = None
 
     def begin(self) -> None:

@@ -142,17 +142,15 @@ def resolve_distillation_layer(
 
 def attach(noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, wanted: frozenset[str]) -> Consumer:
     """Let forwards keep the tensors that the wanted components read: a layer's outputs or the logits."""
-    read = wanted.intersection(READ_OUTPUTS)
-    sides = layer is None and read == {"distillation_cross_entropy"}
-    return attach_reader(noisy_model, layer, bool(read), sides=sides)
+    return attach_reader(noisy_model, layer, not wanted.isdisjoint(READ_OUTPUTS))
 
 
 def attach_reader(
-    noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, reads: bool, **options: bool
+    noisy_model: NoiseMaskedNoisyTransformerModel, layer: int | None, reads: bool, **halves: bool
 ) -> Consumer:
     """Let forwards keep a layer's outputs, or the logits for None, if ``reads`` is True."""
     layers = frozenset({layer}) if reads and layer is not None else frozenset[int]()
-    return noisy_model.attach(layers=layers, logits=reads and layer is None, **options)
+    return noisy_model.attach(layers=layers, logits=reads and layer is None, sides=layer is None, **halves)
 
 
 def loss_functions(

@@ -48,8 +48,12 @@ def without_graph(logits: Tensor | LinearLogits) -> Tensor | LinearLogits:
     """Return the same logits without graph."""
     if isinstance(logits, Tensor):
         return logits.detach()
-    bias = None if logits.bias is None else logits.bias.detach()
-    return LinearLogits(logits.hidden.detach(), logits.weight.detach(), bias)
+    # A frozen head stays the same object, so that operations see that both halves share the head.
+    weight, bias = (
+        one if one is None or not one.requires_grad else one.detach() for one in (logits.weight, logits.bias)
+    )
+    assert weight is not None
+    return LinearLogits(logits.hidden.detach(), weight, bias)
 
 
 def halved(logits: Tensor | LinearLogits) -> tuple[Tensor | LinearLogits, Tensor | LinearLogits]:

@@ -84,7 +84,7 @@ def _with_lora(head: Any) -> HeadWeights:
 
 
 def plain_head_refusal(causal_lm: nn.Module) -> str | None:
-    """Return the reason why the logits of a model of transformers are not ``hidden @ weight.T + bias``; None if they are.
+    """Return the reason why a model's logits are not ``hidden @ weight.T + bias``; None if they are.
 
     The model's own forward, without its backbone, runs on a few random rows with its head and without it.
     """

@@ -40,7 +40,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     In training mode, each half runs only up to the deepest layer that attached losses and metrics read in that half. If
     this is layer k, the decoder layers 0..k run, but neither the final norm nor the head, and the output's logits are
     None. If only the transform is read, the model runs up to the target layer. A half runs whole if its logits are
-    read, and up to the head if every reader of logits takes hidden states and head in their place. Both halves run whole in eval mode, and if nothing is attached.
+    read, but without the head if every reader takes hidden states and head in place of logits. Both halves run whole in
+    eval mode, and if nothing is attached.
 
     The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. If PEFT has
     put adapters into the base model, this class runs the base model without adapters;
@@ -114,7 +115,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
         # Trunks share the base model's modules. Lists keep torch from registering trunks as submodules.
         self._trunks: dict[int, list[nn.Module]] = {}
-        self._head_checked, self._head_refusal = False, None
+        self._head_checked = False
+        self._head_refusal: str | None = None
         # The hooks read the pass that is running; None outside this model's own calls.
         self._running: Pass | None = None
         self._register()

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from sgfast.huggingface import distillation_compute_loss
-from sgfast.model.head_weights import plain_head_refusal
 from sgfast.loss import DivergenceLoss
+from sgfast.model.head_weights import plain_head_refusal
 from tests.processes import in_processes
 from tests.tiny_models import FAMILIES, LAYERS, VOCABULARY, WIDTH, tiny_causal_lm, with_lora
 
@@ -137,7 +137,9 @@ class TestAdapters:
 
     def test_a_trained_copy_of_the_head(self):
         base, teacher = pair()
-        student = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+        student = peft.get_peft_model(
+            base, peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        )
         nn.init.normal_(student.base_model.model.lm_head.modules_to_save["default"].weight)
         check_same(student.train(), teacher)
 
