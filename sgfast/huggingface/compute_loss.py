@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.huggingface.forward_calls import ForwardCalls
-from sgfast.huggingface.headless import StudentPasses, TeacherPasses
+from sgfast.huggingface.headless import StudentPasses, TeacherPasses, keep_logits
 from sgfast.huggingface.teacher_call import (
     check_separate,
     evaluating,
@@ -147,7 +147,8 @@ def distillation_compute_loss(
         if shift_labels:
             labels = _shifted(labels, loss.ignore_index)
         steps.check(labels, num_items_in_batch, loss.ignore_index)
-        sides = _side(student_logits, call.head), _side(teacher_logits, teacher_head)
+        student_head = None if call.head is None or student_passes is None else student_passes.passes.usable(call.head)
+        sides = _side(student_logits, student_head), _side(teacher_logits, teacher_head)
         result: Tensor = loss(*sides, labels=labels, num_items=num_items_in_batch)
         return result
 
@@ -160,6 +161,8 @@ def distillation_compute_loss(
         student_passes.close_after(student)
         weakref.finalize(compute_loss, teacher_passes.remove)
         weakref.finalize(compute_loss, student_passes.remove)
+    else:
+        weakref.finalize(compute_loss, keep_logits(student))
     weakref.finalize(compute_loss, handle.remove)
     return compute_loss  # type: ignore[return-value]
 

@@ -6,7 +6,8 @@ exist for a few rows at a time. In a headless pass the model's head returns its 
 is the same.
 """
 
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import torch
@@ -32,18 +33,13 @@ class HeadlessPasses:
         self.active, self._calls = False, 0
         self._found: HeadWeights | None = None
         if self.head is not None:
-            self._before = self.head.__dict__.get("forward")
-            self.head.forward = _HeadForward(self.head, self)
+            _HeadForward.of(self.head).watchers.append(self)
 
     def remove(self) -> None:
-        """Give the model its head back."""
-        if self.head is None:
-            return
-        if self._before is None:
-            self.head.__dict__.pop("forward", None)
-        else:
-            self.head.forward = self._before
-        self.head = None
+        """Give the model its head back, unless other headless passes need it."""
+        if self.head is not None:
+            _HeadForward.of(self.head).drop(self)
+            self.head = None
 
     def begin(self) -> None:
         """Begin a pass without a head."""
@@ -63,9 +59,17 @@ class HeadlessPasses:
             )
         return found
 
-    def reach(self, head: nn.Module) -> None:
+    def usable(self, weights: HeadWeights) -> HeadWeights:
+        """Return a pass's weights for the loss, gathered if fully_shard has freed them after the head's forward."""
+        if weights.weight.untyped_storage().size():
+            return weights
+        assert self.head is not None
+        weight, bias = head_weights(self.head)
+        return HeadWeights(_gathered(weight), None if bias is None else _gathered(bias))
+
+    def reach(self, weights: HeadWeights) -> None:
         """Note that a headless pass has reached the head."""
-        self._found, self._calls = head_weights(head), self._calls + 1
+        self._found, self._calls = weights, self._calls + 1
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _never_headless, ()  # a copy of the model keeps its head
@@ -79,18 +83,89 @@ def _never_headless() -> HeadlessPasses:
 
 
 class _HeadForward:
-    """Forward of a head: its input in a headless pass, else the head's own forward."""
+    """Forward of a head: its input while a watcher is active, else the head's own forward."""
 
-    def __init__(self, head: nn.Module, passes: HeadlessPasses) -> None:
-        self._head, self._passes, self._own = head, passes, head.__dict__.get("forward")
+    def __init__(self, head: nn.Module) -> None:
+        self._head, self._own = head, head.__dict__.get("forward")
+        self.watchers: list[HeadlessPasses] = []
+
+    @classmethod
+    def of(cls, head: nn.Module) -> "_HeadForward":
+        """Return the forward of this class that a head has, or give the head one."""
+        known = head.__dict__.get("forward")
+        if not isinstance(known, cls):
+            known = head.forward = cls(head)
+        return known
+
+    def drop(self, watcher: HeadlessPasses) -> None:
+        """Remove a watcher, and with the last one this forward."""
+        self.watchers.remove(watcher)
+        if self.watchers or self._head.__dict__.get("forward") is not self:
+            return
+        if self._own is None:
+            del self._head.forward
+        else:
+            self._head.forward = self._own
 
     def __call__(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        if self._passes.active:
-            self._passes.reach(self._head)
-            return hidden
+        active = [watcher for watcher in self.watchers if watcher.active]
+        if active:
+            weights = head_weights(self._head)
+            for watcher in active:
+                watcher.reach(weights)
+            if not torch.is_grad_enabled():
+                return hidden
+            reached: Tensor = _Reached.apply(hidden, *weights)  # type: ignore[no-untyped-call]
+            return reached
         if self._own is not None:
             return self._own(hidden, *arguments, **keywords)  # type: ignore[no-any-return]
         return type(self._head).forward(self._head, hidden, *arguments, **keywords)  # type: ignore[no-any-return]
+
+
+class _Reached(torch.autograd.Function):
+    """The hidden states themselves, with the head in their graph.
+
+    DistributedDataParallel looks for unused parameters in the graph of a forward's outputs. The loss uses the head, but
+    after the forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return a view of the hidden states."""
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradient of the hidden states, and none of the head."""
+        return gradient, None, None
+
+
+def _gathered(parameter: Tensor) -> Tensor:
+    """Return the whole value of a sharded parameter. Its gradient is averaged over the processes, as fully_shard does."""
+    from torch.distributed.tensor import DTensor, Partial
+
+    assert isinstance(parameter, DTensor)
+    mesh = parameter.device_mesh
+    whole: Tensor = parameter.full_tensor(grad_placements=[Partial()] * mesh.ndim)
+    if whole.requires_grad:
+        whole.register_hook(lambda gradient: gradient / mesh.size())  # type: ignore[no-untyped-call]
+    return whole
+
+
+# Students, and how many losses of each read logits in training.
+_readers_of_logits: MutableMapping[nn.Module, int] = weakref.WeakKeyDictionary()
+
+
+def keep_logits(student: nn.Module) -> Callable[[], None]:
+    """Let the training passes of a student make logits until the returned function is called."""
+    _readers_of_logits[student] = _readers_of_logits.get(student, 0) + 1
+    reference = weakref.ref(student)
+
+    def release() -> None:
+        if (alive := reference()) is not None:
+            _readers_of_logits[alive] -= 1
+
+    return release
 
 
 class StudentPasses:
@@ -127,7 +202,8 @@ class StudentPasses:
 
     def _before(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         given = named_arguments(module, arguments, keywords)
-        if module.training and torch.is_grad_enabled() and given.get("labels") is None:
+        trains = module.training and torch.is_grad_enabled() and given.get("labels") is None
+        if trains and not _readers_of_logits.get(module):
             self.passes.begin()
             self._began = True
 
@@ -182,7 +258,7 @@ class TeacherPasses:
         if head is not None and self._function and not unchanged:
             self.refusal = "the function does not return its model's logits as they are"
             return teacher(*arguments, **keywords), None
-        return outputs, head
+        return outputs, None if head is None else self._passes.usable(head)
 
     def remove(self) -> None:
         """Give the teacher its head back."""

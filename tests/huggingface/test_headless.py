@@ -44,7 +44,7 @@ def step(student, teacher, *, from_hidden, loss=LOSS, call=None):
     student.zero_grad()
     compute_loss = distillation_compute_loss(student, teacher, loss, from_hidden=from_hidden)
     input_ids, labels = tokens()
-    outputs = (call or student)(input_ids=input_ids)
+    outputs = (student if call is None else call)(input_ids=input_ids)
     value = compute_loss(outputs, labels, torch.tensor(15))
     value.backward()
     gradients = {
@@ -254,7 +254,18 @@ class TestAllElseHasLogits:
         first, second = (distillation_compute_loss(student, teacher, LOSS) for _ in range(2))
         input_ids, labels = tokens()
         outputs = student(input_ids=input_ids)
-        assert first(outputs, labels).item() == pytest.approx(second(outputs, labels).item(), rel=1e-6)
+        assert outputs.logits.shape[-1] == WIDTH
+        expected = first(outputs, labels).item()
+        assert second(outputs, labels).item() == pytest.approx(expected, rel=1e-6)
+        third = distillation_compute_loss(student, teacher, LOSS, from_hidden=False)
+        outputs = student(input_ids=input_ids)
+        assert outputs.logits.shape[-1] == VOCABULARY
+        for compute_loss in (first, second, third):
+            assert compute_loss(outputs, labels).item() == pytest.approx(expected, rel=1e-5)
+        del first, third, compute_loss
+        outputs = student(input_ids=input_ids)
+        assert outputs.logits.shape[-1] == WIDTH
+        assert second(outputs, labels).item() == pytest.approx(expected, rel=1e-6)
 
 
 class TestWrappers:

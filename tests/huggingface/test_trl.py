@@ -6,8 +6,11 @@ The methods of its GKDTrainer are therefore read from the installed source and r
 """
 
 import ast
+import contextlib
 import copy
 import importlib.util
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -179,8 +182,14 @@ def test_the_whole_trainer(beta, tmp_path, monkeypatch):
 def chunked():
     """The loss function of DistillationTrainer, as TRL wrote it, over TRL's own chunked divergence."""
     pytest.importorskip("trl")
-    from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
-
+    # The chunked divergence imports one function of the Trainers' module, which needs packages that are not installed.
+    utils = types.ModuleType("trl.trainer.utils")
+    utils.maybe_gather_lm_head_ctx = lambda *arguments: contextlib.nullcontext()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "trl.trainer.utils", utils)
+        patch.setitem(sys.modules, "trl.trainer", types.ModuleType("trl.trainer"))
+        patch.delitem(sys.modules, "trl.kernels.chunked_divergence", raising=False)
+        divergence = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
     source = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "trainer" / "distillation_trainer.py"
     (function,) = (
         node
@@ -189,7 +198,7 @@ def chunked():
     )
     namespace = {
         "torch": torch,
-        "ChunkedDivergenceFunction": ChunkedDivergenceFunction,
+        "ChunkedDivergenceFunction": divergence,
         "_use_triton": lambda device: False,
     }
     exec(compile(ast.Module([function], []), str(source), "exec"), namespace)

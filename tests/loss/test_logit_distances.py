@@ -40,12 +40,14 @@ def test_against_logits(options, gap):
     expected = hidden_distances(*made, counted)
     for name in ("cosine_distance", "l2", "normalized_l2"):
         one, other = getattr(found, name), getattr(expected, name)
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-9, msg=name)
+        # With a soft cap the logits are made, in float32.
+        tolerance = 1e-5 if noisy.softcap is None else 2e-3
+        torch.testing.assert_close(one.double(), other, rtol=tolerance, atol=1e-9, msg=name)
     sum(part.sum() for part in found).backward()
     sum(part.sum() for part in expected).backward()
     for side, leaf in zip((noisy, clean), leaves, strict=True):
         size = leaf.grad.abs().max().item()
-        tolerance = 1e-2 if side.hidden.dtype == torch.bfloat16 else 1e-5
+        tolerance = 1e-2 if side.hidden.dtype == torch.bfloat16 else 1e-5 if side.softcap is None else 2e-3
         torch.testing.assert_close(side.hidden.grad.double(), leaf.grad, rtol=0, atol=tolerance * size)
 
 

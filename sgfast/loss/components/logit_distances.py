@@ -39,7 +39,7 @@ def _share_a_frozen_head(noisy: LinearLogits, clean: LinearLogits) -> bool:
 def _logits_of(side: Tensor | LinearLogits) -> Tensor:
     if isinstance(side, Tensor):
         return side
-    logits = side.scale * torch.nn.functional.linear(side.hidden, side.weight.to(side.hidden.dtype), side.bias)
+    logits: Tensor = side.scale * torch.nn.functional.linear(side.hidden, side.weight.to(side.hidden.dtype), side.bias)
     return logits if side.softcap is None else side.softcap * torch.tanh(logits / side.softcap)
 
 
