@@ -141,7 +141,7 @@ class _Reached(torch.autograd.Function):
 
 
 def _gathered(parameter: Tensor) -> Tensor:
-    """Return the whole value of a sharded parameter. Its gradient is averaged over the processes, as fully_shard does."""
+    """Return the whole value of a sharded parameter. The gradient is averaged over the processes, as usual there."""
     from torch.distributed.tensor import DTensor, Partial
 
     assert isinstance(parameter, DTensor)

@@ -68,6 +68,6 @@ def _root_of(side: LinearLogits) -> Tensor:
         gram = gram + rows.T @ rows
     # The eigenvectors exist for every head; a triangular root needs a head of full rank.
     values, vectors = torch.linalg.eigh(gram)
-    root = vectors * values.clamp(min=0).sqrt()
+    root: Tensor = vectors * values.clamp(min=0).sqrt()
     _roots[weight] = (weight._version, bias, root)
     return root
