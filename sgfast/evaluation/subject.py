@@ -12,8 +12,8 @@ from sgfast.client.text_transform import StainedGlassTransformForText
 from sgfast.evaluation.settings import EvaluationError, Settings
 from sgfast.huggingface.assets import load_causal_lm, model_sizes
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
-from sgfast.metrics.head import language_model_head
 from sgfast.model.decoder import backbone_of, causal_lm_of, embedding_scale_of, embedding_table_of
+from sgfast.model.head import language_model_head
 from sgfast.noise_layer.seeds import mix_seed
 from sgfast.noise_layer.transformer_cloak import TransformerCloak
 

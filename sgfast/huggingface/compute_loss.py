@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.huggingface.forward_calls import ForwardCalls
+from sgfast.huggingface.headless import StudentPasses, TeacherPasses, keep_logits
 from sgfast.huggingface.teacher_call import (
     check_separate,
     evaluating,
@@ -18,7 +19,9 @@ from sgfast.huggingface.teacher_call import (
     transformers_model,
 )
 from sgfast.loss.divergence_loss import DivergenceLoss
+from sgfast.model.head_weights import HeadWeights
 from sgfast.ops.validation import check_bool
+from sgfast.sides import LinearLogits
 
 # Class names in transformers of models whose labels belong to their own position or to the whole sequence.
 _ALIGNED_MODELS = re.compile(r"For(MaskedLM|\w*Classification)$")
@@ -27,15 +30,24 @@ _ALIGNED_MODELS = re.compile(r"For(MaskedLM|\w*Classification)$")
 class ComputeLoss(Protocol):
     """Type of the function that ``Trainer(compute_loss_func=…)`` calls."""
 
+    def explain(self) -> str:
+        """Say for both models whether their training passes make logits, and why."""
+        ...
+
     def __call__(self, outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Compute the loss of one micro-batch."""
         ...
 
 
 def distillation_compute_loss(
-    student: nn.Module, teacher: Callable[..., Any], loss: DivergenceLoss, *, shift_labels: bool = True
+    student: nn.Module,
+    teacher: Callable[..., Any],
+    loss: DivergenceLoss,
+    *,
+    shift_labels: bool = True,
+    from_hidden: bool = True,
 ) -> ComputeLoss:
-    """Make a ``compute_loss_func`` for ``transformers.Trainer`` that trains a student on a teacher's logits.
+    """Make a ``compute_loss_func`` for ``transformers.Trainer`` that trains a student on a teacher.
 
     The Trainer passes the student's outputs and the labels to such a function, but not the inputs. A forward hook on
     the student therefore remembers the inputs of each forward pass. The teacher is called under ``torch.no_grad()``
@@ -45,6 +57,13 @@ def distillation_compute_loss(
 
     The implementation pads the labels instead of slicing the logits: a slice would cost a second gradient as large as
     the logits.
+
+    Where the student's and the teacher's logits are one product of hidden states and head (checked once against the
+    model's own forward), no logits are made: in training steps both models return hidden states in their output's
+    ``logits``, and the loss makes logits for a few rows at a time (`sgfast.sides.LinearLogits`). This holds under PEFT
+    (also for adapters on the head, without dropout), DistributedDataParallel, fully_shard, mixed precision, gradient
+    checkpointing and torch.compile. Evaluation, generation and passes with labels return logits as before.
+    ``compute_loss.explain()`` says for both models whether logits are made, and why.
 
     ``num_items_in_batch`` is the Trainer's count of labels over the accumulation window (with
     ``average_tokens_across_devices``, also over the processes). So 4 micro-batches of 2 examples give the gradient of
@@ -103,7 +122,10 @@ def distillation_compute_loss(
     if check_bool("shift_labels", shift_labels):
         _check_shifted(student)
     check_separate(student, teacher)
-    calls, steps = ForwardCalls(), _FirstSteps()
+    check_bool("from_hidden", from_hidden)
+    student_passes = StudentPasses(student) if from_hidden else None
+    teacher_passes = TeacherPasses(teacher, student_passes) if student_passes is not None else None
+    calls, steps = ForwardCalls((lambda: None) if student_passes is None else student_passes.take), _FirstSteps()
     handle = student.register_forward_hook(calls, with_kwargs=True)
 
     def compute_loss(outputs: Any, labels: Tensor | None, num_items_in_batch: Tensor | int | None = None) -> Tensor:
@@ -117,15 +139,43 @@ def distillation_compute_loss(
         check_separate(student, teacher)
         arguments, keywords = teacher_inputs(call, student, teacher, student_logits)
         with torch.no_grad(), calls.paused(), evaluating(student, teacher):
-            teacher_logits = _logits(teacher(*arguments, **keywords), "teacher")
+            if teacher_passes is None:
+                outputs_of_teacher, teacher_head = teacher(*arguments, **keywords), None
+            else:
+                outputs_of_teacher, teacher_head = teacher_passes.call(teacher, arguments, keywords)
+            teacher_logits = _logits(outputs_of_teacher, "teacher")
         if shift_labels:
             labels = _shifted(labels, loss.ignore_index)
         steps.check(labels, num_items_in_batch, loss.ignore_index)
-        result: Tensor = loss(student_logits, teacher_logits, labels=labels, num_items=num_items_in_batch)
+        student_head = None if call.head is None or student_passes is None else student_passes.passes.usable(call.head)
+        sides = _side(student_logits, student_head), _side(teacher_logits, teacher_head)
+        result: Tensor = loss(*sides, labels=labels, num_items=num_items_in_batch)
         return result
 
+    def explain() -> str:
+        """Say for both models whether their training passes make logits, and why."""
+        return f"student: {_explained(student_passes)}; teacher: {_explained(teacher_passes)}"
+
+    compute_loss.explain = explain  # type: ignore[attr-defined]
+    if student_passes is not None and teacher_passes is not None:
+        student_passes.close_after(student)
+        weakref.finalize(compute_loss, teacher_passes.remove)
+        weakref.finalize(compute_loss, student_passes.remove)
+    else:
+        weakref.finalize(compute_loss, keep_logits(student))
     weakref.finalize(compute_loss, handle.remove)
-    return compute_loss
+    return compute_loss  # type: ignore[return-value]
+
+
+def _side(output: Tensor, head: HeadWeights | None) -> Tensor | LinearLogits:
+    """Return a side of the loss: logits, or the hidden states of a headless pass with the head."""
+    return output if head is None else LinearLogits(output, head.weight, head.bias)
+
+
+def _explained(passes: StudentPasses | TeacherPasses | None) -> str:
+    if passes is None:
+        return "logits (from_hidden=False)"
+    return "hidden states and head" if passes.refusal is None else f"logits, because {passes.refusal}"
 
 
 def _check_shifted(student: nn.Module) -> None:

@@ -1,7 +1,7 @@
 """Search for the forward pass of a module that made given outputs, and for the arguments of that pass."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ class ForwardCall(NamedTuple):
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
     caches: tuple[str, ...]  # names of the keywords that held a cache
+    head: Any = None  # weights of the head that the pass left out; None if the pass made logits
 
 
 class _Sampled(NamedTuple):
@@ -58,9 +59,13 @@ class ForwardCalls:
     through a function; fully_shard and mixed precision cast them. The search compares first the tensor itself, then the
     first nodes of its graph. For tensors without a graph, the search compares sampled values of the last forward pass.
     A call is never assumed to match only because no other call is known.
+
+    Args:
+        take_head: returns the ``head`` of the pass that ends.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, take_head: Callable[[], Any] = lambda: None) -> None:
+        self._take_head = take_head
         self._by_tensor: MutableMapping[Tensor, ForwardCall] = WeakTensorKeyDictionary()
         self._sampled: _Sampled | None = None
         # A hook that torch.compile traces may set attributes (after the compiled graph has run) but may not tag graphs.
@@ -78,7 +83,8 @@ class ForwardCalls:
         if self._paused:
             return
         caches = tuple(name for name in CACHES if keywords.get(name) is not None)
-        call = ForwardCall(arguments, {name: keywords[name] for name in keywords if name not in CACHES}, caches)
+        kept = {name: keywords[name] for name in keywords if name not in CACHES}
+        call = ForwardCall(arguments, kept, caches, self._take_head())
         tensors = output_tensors(outputs)
         self._any = True
         if torch.compiler.is_compiling():

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -73,8 +73,8 @@ def teacher_inputs(
     Raises:
         ValueError: the student was called with a cache, or is an encoder-decoder without inputs for its decoder.
     """
-    names = _parameter_names(type(student).forward)[: len(call.arguments)] if call.arguments else ()
-    given = dict(zip(names, call.arguments, strict=False)) | call.keywords
+    names = _names_of(student, call.arguments)
+    given = named_arguments(student, call.arguments, call.keywords)
     caches = [*call.caches, *(name for name in CACHES if given.get(name) is not None)]
     if caches:
         raise ValueError(
@@ -99,15 +99,24 @@ def teacher_inputs(
     return tuple(arguments), keywords
 
 
+def named_arguments(module: nn.Module, arguments: tuple[Any, ...], keywords: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a module's forward by name, as far as positional ones have names."""
+    return dict(zip(_names_of(module, arguments), arguments, strict=False)) | dict(keywords)
+
+
+def _names_of(module: nn.Module, arguments: tuple[Any, ...]) -> tuple[str, ...]:
+    return _parameter_names(type(module).forward)[: len(arguments)] if arguments else ()
+
+
 @contextlib.contextmanager
 def evaluating(student: nn.Module, teacher: Callable[..., Any]) -> Iterator[None]:
     """Put the modules that a teacher runs into eval mode, switch their caches off, and restore both afterwards.
 
     These modules are the parts of the teacher. If the teacher is a function, they are the parts of the student and of
-    the modules that `_modules_in` finds in the function. The mode of each module is set without ``eval()``: the parts
+    the modules that `modules_in` finds in the function. The mode of each module is set without ``eval()``: the parts
     of a model may have different modes, and a model's own ``train`` may have side effects.
     """
-    roots = [teacher] if isinstance(teacher, nn.Module) else [student, *_modules_in(teacher)]
+    roots = [teacher] if isinstance(teacher, nn.Module) else [student, *modules_in(teacher)]
     modules = {id(module): module for root in roots for module in root.modules()}.values()
     modes = [(module, module.training) for module in modules]
     configs = {id(config): config for module in modules if getattr(config := _config(module), "use_cache", False)}
@@ -153,7 +162,7 @@ def _takes_use_cache(teacher: Callable[..., Any], student: nn.Module) -> bool:
     named, open_ended = _signature(type(module).forward if module is not None else teacher)
     if "use_cache" in named or not open_ended:
         return "use_cache" in named
-    roots = [module] if module is not None else _modules_in(teacher) or [student]
+    roots = [module] if module is not None else modules_in(teacher) or [student]
     forwards = {type(part).forward for root in roots for part in root.modules()}
     return any("use_cache" in _parameter_names(forward) for forward in forwards)
 
@@ -176,7 +185,7 @@ def _signature(function: Callable[..., Any]) -> tuple[tuple[str, ...], bool]:
     return names, any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
-def _modules_in(teacher: Any, seen: set[int] | None = None) -> list[nn.Module]:
+def modules_in(teacher: Any, seen: set[int] | None = None) -> list[nn.Module]:
     """Return the modules that a function uses, found in its closure, its globals, its defaults and its object."""
     seen = set() if seen is None else seen
     if isinstance(teacher, nn.Module):
@@ -200,7 +209,7 @@ def _modules_in(teacher: Any, seen: set[int] | None = None) -> list[nn.Module]:
         values += [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
         named = [function.__globals__.get(name) for name in code.co_names]
         values += [value for value in named if isinstance(value, nn.Module)]
-    return [module for value in values for module in _modules_in(value, seen)]
+    return [module for value in values for module in modules_in(value, seen)]
 
 
 def _attributes(value: Any) -> Iterable[Any]:

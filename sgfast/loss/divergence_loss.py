@@ -1,14 +1,13 @@
 """A divergence between student and teacher logits, as a module for a training loop."""
 
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sgfast.loss.components import masked_mean
+from sgfast.loss.divergence_loss_arguments import check_kind, check_weights, operation_labels
 from sgfast.ops import validation
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences
@@ -19,7 +18,6 @@ from sgfast.ops.divergence.problem import (
     DEFAULT_SKEW,
     SKEW_KINDS,
     Support,
-    check_kinds,
     check_label_smoothing,
     check_labels,
     check_options,
@@ -27,6 +25,8 @@ from sgfast.ops.divergence.problem import (
     check_temperature,
     mixture_weight,
 )
+from sgfast.ops.linear.operation import heads_are_frozen, linear_loss
+from sgfast.ops.sides import LinearLogits, LogitsOrSide, check_sides, first_columns, is_linear, tensor_of
 from sgfast.ops.topk.selection import check_k
 
 Reduction = Literal["mean", "sum", "none"]
@@ -146,7 +146,7 @@ class DivergenceLoss(nn.Module):
         impl: Implementation | None = None,
     ) -> None:
         super().__init__()
-        self.kind = _check_kind(kind)
+        self.kind = check_kind(kind)
         kinds = (self.kind,) if isinstance(self.kind, str) else tuple(self.kind)
         self.beta = mixture_weight("beta", beta, DEFAULT_BETA, BETA_KINDS, kinds)
         self.skew = mixture_weight("skew", skew, DEFAULT_SKEW, SKEW_KINDS, kinds)
@@ -192,8 +192,8 @@ class DivergenceLoss(nn.Module):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor,
+        student: LogitsOrSide,
+        teacher: LogitsOrSide,
         *,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
@@ -203,8 +203,10 @@ class DivergenceLoss(nn.Module):
         """Compute the loss.
 
         Args:
-            student: logits (..., V), float32, bfloat16, float16 or float64; row-strided views are read in place.
-            teacher: logits of the same shape (with ``shared_vocab`` the last dimensions may differ).
+            student: logits (..., V), float32, bfloat16, float16 or float64; row-strided views are read in place. A
+                `sgfast.LinearLogits` gives hidden states and their head instead.
+            teacher: logits of the same shape (with ``shared_vocab`` the last dimensions may differ), or a
+                `sgfast.LinearLogits`.
             labels: (...), integers: class indices, or ``ignore_index``. They only choose the counted positions while
                 ``hard_label_weight`` is 0.
             mask: (...), bool or numbers equal to 0 or 1, 1 = counted.
@@ -226,9 +228,10 @@ class DivergenceLoss(nn.Module):
                 values would stop the queue.
         """
         student, teacher = self._shared_columns(student, teacher)
-        labels = self._check_labels(labels, student)
-        mask = validation.row_mask(mask, "mask", "student", student)
-        weights = _check_weights(weights, student)
+        rows = tensor_of(student)
+        labels = self._check_labels(labels, rows)
+        mask = validation.row_mask(mask, "mask", "student", rows)
+        weights = check_weights(weights, rows)
         self._check_num_items(num_items)
         if mask is None and labels is not None:
             mask = labels != self.ignore_index
@@ -236,14 +239,18 @@ class DivergenceLoss(nn.Module):
             # Positions that do not count have weight 0, and positions of weight 0 are not read.
             weights = weights if mask is None else torch.where(mask, weights, 0)
             mask = weights != 0
-        parts = self._parts(student, teacher, labels, mask)
-        soft, hard = parts.get("soft"), parts.get("hard")
-        if soft is None or hard is None:
-            per_position = soft if hard is None else hard
-            assert per_position is not None
+        options = self._options(labels, mask, student.shape[-1])
+        if is_linear(student, teacher) and (self.reduction != "none" or heads_are_frozen(student, teacher)):
+            loss, parts = self._in_one_pass(student, teacher, mask, weights, num_items, options)
         else:
-            per_position = (1 - self.hard_label_weight) * soft + self.hard_label_weight * hard
-        loss = self._reduce(per_position, mask, weights, num_items)
+            parts = self._parts(divergences(student, teacher, tuple(self._soft_factors()), **options))
+            soft, hard = parts.get("soft"), parts.get("hard")
+            if soft is None or hard is None:
+                per_position = soft if hard is None else hard
+                assert per_position is not None
+            else:
+                per_position = (1 - self.hard_label_weight) * soft + self.hard_label_weight * hard
+            loss = self._reduce(per_position, mask, weights, num_items)
         if not torch.compiler.is_exporting():  # an exported program has no attributes to set
             self.components = {
                 name: (loss if len(parts) == 1 else self._reduce(part, mask, weights, num_items)).detach()
@@ -280,22 +287,22 @@ class DivergenceLoss(nn.Module):
             "skew": self.skew if any(kind in kinds for kind in SKEW_KINDS) else None,
         }
 
-    def _shared_columns(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-        sides = {"student": student, "teacher": teacher}
-        for name, logits in sides.items():
-            validation.check_floating(name, logits, None if name == "student" else student)
-            if self.shared_vocab is not None and (logits.dim() == 0 or logits.shape[-1] < self.shared_vocab):
+    def _shared_columns(self, student: LogitsOrSide, teacher: LogitsOrSide) -> tuple[LogitsOrSide, LogitsOrSide]:
+        for name, side in (("student", student), ("teacher", teacher)):
+            if not isinstance(side, LinearLogits):
+                validation.check_floating(name, side, None if name == "student" else tensor_of(student))
+            if self.shared_vocab is not None and (len(side.shape) == 0 or side.shape[-1] < self.shared_vocab):
                 raise ValueError(
-                    f"{name} needs shared_vocab={self.shared_vocab} columns at least; got shape {tuple(logits.shape)}"
+                    f"{name} needs shared_vocab={self.shared_vocab} columns at least; got shape {tuple(side.shape)}"
                 )
         if self.shared_vocab is not None:
-            student, teacher = (logits[..., : self.shared_vocab] for logits in sides.values())
+            student, teacher = first_columns(student, teacher, self.shared_vocab)
         elif student.shape[:-1] == teacher.shape[:-1] and student.shape != teacher.shape:
             raise ValueError(
                 f"student and teacher have {student.shape[-1]} and {teacher.shape[-1]} "
                 "columns; shared_vocab=n compares the first n"
             )
-        validation.check_pair("student", student, "teacher", teacher)
+        check_sides("student", student, "teacher", teacher)
         return student, teacher
 
     def _check_labels(self, labels: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -317,33 +324,60 @@ class DivergenceLoss(nn.Module):
         elif num_items < 0:
             raise ValueError(f"num_items must not be negative; got {num_items}")
 
-    def _parts(self, student: Tensor, teacher: Tensor, labels: Tensor | None, mask: Tensor | None) -> dict[str, Tensor]:
-        """Compute the parts of the loss per position: ``soft``, ``hard`` or both, without their factors."""
-        weight, kinds = self.hard_label_weight, self._kind_weights() if self.hard_label_weight < 1 else {}
-        values = divergences(
-            student,
-            teacher,
-            tuple(kinds),
-            top_k=self.top_k,
-            top_k_of=_TOP_K_OF[self.top_k_of],  # type: ignore[arg-type]
-            support=self.support,
-            mask=mask,
-            labels=None if labels is None or weight == 0 else self._operation_labels(labels, student.shape[-1]),
-            label_smoothing=self.label_smoothing,
-            temperature=self.temperature,
-            max_chunk_bytes=self.max_chunk_bytes,
-            impl=self.impl,
-            **(self._used_mixtures() if kinds else {}),
-        )
+    def _soft_factors(self) -> dict[str, float]:
+        """Return the kinds of D with their factors in the soft part. There are none if only hard labels count."""
+        if self.hard_label_weight == 1:
+            return {}
+        temperature = self.temperature[0] if isinstance(self.temperature, tuple) else self.temperature
+        scale = temperature**2 if self.scale_by_temperature_squared else 1.0
+        return {kind: weight * scale for kind, weight in self._kind_weights().items()}
+
+    def _options(self, labels: Tensor | None, mask: Tensor | None, size: int) -> dict[str, Any]:
+        """Return the arguments of `divergences` beside the sides and the kinds."""
+        mixtures = self._used_mixtures() if self.hard_label_weight < 1 else {"beta": None, "skew": None}
+        return mixtures | {
+            "top_k": self.top_k,
+            "top_k_of": _TOP_K_OF[self.top_k_of],
+            "support": self.support,
+            "mask": mask,
+            "labels": None
+            if labels is None or self.hard_label_weight == 0
+            else operation_labels(labels, self.ignore_index, size),
+            "label_smoothing": self.label_smoothing,
+            "temperature": self.temperature,
+            "max_chunk_bytes": self.max_chunk_bytes,
+            "impl": self.impl,
+        }
+
+    def _parts(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the parts of the loss per position, ``soft``, ``hard`` or both, without their factors."""
         parts = {}
-        if kinds:
-            temperature = self.temperature[0] if isinstance(self.temperature, tuple) else self.temperature
-            scale = temperature**2 if self.scale_by_temperature_squared else 1.0
-            terms = [values[kind] * (factor * scale) for kind, factor in kinds.items()]
+        terms = [values[kind] * factor for kind, factor in self._soft_factors().items()]
+        if terms:
             parts["soft"] = terms[0] if len(terms) == 1 else torch.stack(terms).sum(0)
-        if weight > 0:
+        if self.hard_label_weight > 0:
             parts["hard"] = values[LABEL_KIND]
         return parts
+
+    def _in_one_pass(
+        self,
+        student: LogitsOrSide,
+        teacher: LogitsOrSide,
+        mask: Tensor | None,
+        weights: Tensor | None,
+        num_items: int | float | Tensor | None,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss from linear sides, with its gradients in the same pass, and its parts per position."""
+        share = 1 - self.hard_label_weight
+        factors = {kind: share * factor for kind, factor in self._soft_factors().items()}
+        if self.hard_label_weight > 0:
+            factors[LABEL_KIND] = self.hard_label_weight
+        if self.reduction == "none":
+            per_position, values = linear_loss(student, teacher, factors, reduction="rows", **options)
+            return self._reduce(per_position, mask, weights, num_items), self._parts(values)
+        total, values = linear_loss(student, teacher, factors, reduction="sum", row_weights=weights, **options)
+        return self._divide(total, student.shape[:-1].numel(), mask, weights, num_items), self._parts(values)
 
     def _reduce(
         self, values: Tensor, mask: Tensor | None, weights: Tensor | None, num_items: int | float | Tensor | None
@@ -354,54 +388,23 @@ class DivergenceLoss(nn.Module):
             values = values * weights
         if self.reduction == "none":
             return values
+        return self._divide(values.sum(), values.numel(), mask, weights, num_items)
+
+    def _divide(
+        self,
+        total: Tensor,
+        positions: int,
+        mask: Tensor | None,
+        weights: Tensor | None,
+        num_items: int | float | Tensor | None,
+    ) -> Tensor:
+        """Turn the weighted sum over positions into the loss."""
         if self.reduction == "sum":
-            return values.sum()
+            return total
         if isinstance(num_items, Tensor):
-            num_items = num_items.reshape(()).to(values)  # another dtype would be the loss's
-        if weights is None:
-            if mask is None:
-                mask = torch.ones_like(values, dtype=torch.bool)
-            return masked_mean(values, mask, num_items)
-        divisor = weights.sum() if num_items is None else num_items
-        return values.sum() / (torch.where(divisor == 0, 1, divisor) if isinstance(divisor, Tensor) else divisor or 1)
-
-    def _operation_labels(self, labels: Tensor, size: int) -> Tensor:
-        """Translate ``ignore_index`` for the operation, which ignores every negative label."""
-        if validation.values_are_at_hand(labels):
-            stray = labels[(labels < 0) & (labels != self.ignore_index)]
-            if stray.numel() > 0:
-                raise ValueError(f"labels must be class indices or ignore_index={self.ignore_index}; got {stray[0]}")
-        return torch.where(labels == self.ignore_index, -1, torch.where(labels < 0, size, labels))
-
-
-def _check_kind(kind: str | Mapping[str, float]) -> str | dict[str, float]:
-    """Check a kind, or kinds and their weights, and return a copy."""
-    if isinstance(kind, str):
-        check_kinds("kind", (kind,))
-        return kind
-    if not isinstance(kind, Mapping):
-        raise TypeError(f"kind must be a string or a mapping from kinds to weights; got {type(kind).__name__}")
-    check_kinds("kind", kind)
-    for name, weight in kind.items():
-        validation.check_number(f"kind[{name!r}]", weight)
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"kind[{name!r}] must be a finite weight of at least 0; got {weight}")
-    if not any(weight > 0 for weight in kind.values()):
-        raise ValueError(f"kind must have a weight above 0; got {dict(kind)}")
-    return dict(kind)
-
-
-def _check_weights(weights: Tensor | None, student: Tensor) -> Tensor | None:
-    if weights is None:
-        return None
-    validation.check_tensor("weights", weights, "a torch.Tensor or None", student)
-    if weights.dtype == torch.bool:
-        raise TypeError(f"weights must be real numbers; got {weights.dtype} (a bool tensor is a mask)")
-    if weights.shape != student.shape[:-1]:
-        raise ValueError(f"weights must have the row shape {tuple(student.shape[:-1])}; got {tuple(weights.shape)}")
-    validation.check_device("weights", weights, "student", student)
-    if validation.values_are_at_hand(weights):
-        wrong = weights[~((weights >= 0) & (weights < math.inf))]
-        if wrong.numel() > 0:
-            raise ValueError(f"weights must be finite and at least 0; got {wrong[0].item():.6g}")
-    return weights
+            num_items = num_items.reshape(()).to(total)  # another dtype would be the loss's
+        if weights is not None:
+            divisor = weights.to(total.dtype).sum() if num_items is None else num_items
+            return total / (torch.where(divisor == 0, 1, divisor) if isinstance(divisor, Tensor) else divisor or 1)
+        count = num_items if num_items is not None else positions if mask is None else mask.sum()
+        return total / (count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1))

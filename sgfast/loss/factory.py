@@ -150,7 +150,7 @@ def attach_reader(
 ) -> Consumer:
     """Let forwards keep a layer's outputs, or the logits for None, if ``reads`` is True."""
     layers = frozenset({layer}) if reads and layer is not None else frozenset[int]()
-    return noisy_model.attach(layers=layers, logits=reads and layer is None, **halves)
+    return noisy_model.attach(layers=layers, logits=reads and layer is None, sides=layer is None, **halves)
 
 
 def loss_functions(

@@ -29,7 +29,6 @@ from sgfast.loss.factory import (
 from sgfast.model.capture import Capture, Outputs
 from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.peft_noisy_transformer_masking_model import PeftNoiseMaskedNoisyTransformerModel
-from sgfast.ops.hidden import hidden_distances
 from sgfast.ops.validation import check_bool
 
 
@@ -187,7 +186,7 @@ def jigsaw_loss_factory(
 
 
 def _normalized_l2(outputs: Outputs, reference: Outputs, layer: int | None, mask: Tensor) -> Tensor:
-    return hidden_distances(outputs.at(layer), reference.at(layer), mask).normalized_l2
+    return captured.output_distances(outputs, reference, layer, mask).normalized_l2
 
 
 def _over_attended(normalized_l2: Tensor, attended: Tensor, counted: Tensor, normalizers: Normalizers) -> Tensor:

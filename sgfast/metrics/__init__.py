@@ -2,7 +2,6 @@
 
 from sgfast.metrics import privacy
 from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
-from sgfast.metrics.head import language_model_head
 from sgfast.metrics.information import (
     InformationBounds,
     fano_error_bound,
@@ -23,6 +22,7 @@ from sgfast.metrics.privacy import (
 from sgfast.metrics.reconstruction import percentage_changed_ids
 from sgfast.metrics.utility import get_top_k_support_mask, get_utility_metrics_factory
 from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
+from sgfast.model.head import language_model_head
 
 __all__ = [
     "InformationBounds",

@@ -4,6 +4,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from sgfast.sides import LinearLogits
+
 Half = Literal["clean", "noisy"]
 
 
@@ -22,19 +24,45 @@ class Outputs(NamedTuple):
     """Outputs of one half of a forward pass, up to the last layer that ran."""
 
     layers: dict[int, Tensor]  # index → (B, T, D)
-    logits: Tensor | None  # (B, T, V)
+    logits: Tensor | LinearLogits | None  # (B, T, V)
 
     def at(self, layer: int | None) -> Tensor:
         """Return the outputs of a decoder layer, or the logits for None. The consumer must have asked for them."""
         if layer is not None:
             return self.layers[layer]
+        assert isinstance(self.logits, Tensor)
+        return self.logits
+
+    def side(self) -> Tensor | LinearLogits:
+        """Return the logits in the form that they have. The consumer must have asked for them."""
         assert self.logits is not None
         return self.logits
 
     def detach(self) -> "Outputs":
         """Return the same outputs without graph."""
         layers = {index: output.detach() for index, output in self.layers.items()}
-        return Outputs(layers, None if self.logits is None else self.logits.detach())
+        return Outputs(layers, None if self.logits is None else without_graph(self.logits))
+
+
+def without_graph(logits: Tensor | LinearLogits) -> Tensor | LinearLogits:
+    """Return the same logits without graph."""
+    if isinstance(logits, Tensor):
+        return logits.detach()
+    # A frozen head stays the same object, so that operations see that both halves share the head.
+    weight, bias = (
+        one if one is None or not one.requires_grad else one.detach() for one in (logits.weight, logits.bias)
+    )
+    assert weight is not None
+    return LinearLogits(logits.hidden.detach(), weight, bias)
+
+
+def halved(logits: Tensor | LinearLogits) -> tuple[Tensor | LinearLogits, Tensor | LinearLogits]:
+    """Cut a batch's logits in two."""
+    if isinstance(logits, Tensor):
+        first, second = logits.chunk(2)
+        return first, second
+    one, other = logits.hidden.chunk(2)
+    return LinearLogits(one, logits.weight, logits.bias), LinearLogits(other, logits.weight, logits.bias)
 
 
 _NOTHING = Outputs({}, None)
@@ -73,16 +101,24 @@ class Consumer:
         clean_graph: whether the consumer sends gradients through the clean half, to adapters in the base model.
         clean: whether the consumer reads layers and logits of the clean half.
         noisy: whether the consumer reads layers and logits of the noisy half.
+        sides: whether the consumer takes hidden states and head in place of logits (`Outputs.side`).
     """
 
     def __init__(
-        self, layers: frozenset[int], logits: bool, clean_graph: bool = False, clean: bool = True, noisy: bool = True
+        self,
+        layers: frozenset[int],
+        logits: bool,
+        clean_graph: bool = False,
+        clean: bool = True,
+        noisy: bool = True,
+        sides: bool = False,
     ) -> None:
         self.layers = layers
         self.logits = logits
         self.clean_graph = clean_graph
         self.clean = clean
         self.noisy = noisy
+        self.sides = sides
         self.forwards = 0
         self._capture: Capture | None = None
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sgfast.model.adapters import adapter_parameters, with_adapters
-from sgfast.model.capture import Consumer, Half, Transform
+from sgfast.model.capture import Consumer, Half, Transform, halved, without_graph
 from sgfast.model.checkpointing import check_checkpointing, checkpointed_layers
 from sgfast.model.decoder import (
     causal_lm_of,
@@ -19,13 +19,15 @@ from sgfast.model.decoder import (
     resolve_layer_index,
     shallow_trunk,
 )
+from sgfast.model.head_weights import NotPlainError, linear_logits, plain_head_refusal
 from sgfast.model.hooks import hook_forward
 from sgfast.model.inputs import CleanPass, check_settings, check_target, doubled, prepare_inputs, ready_noise_layer
 from sgfast.model.output import NoisyModelOutput, super_batch_output
-from sgfast.model.passes import Pass
+from sgfast.model.passes import Logits, Pass
 from sgfast.model.sharing import Draw, share_draws, shared_draw
 from sgfast.noise_layer.arguments import check_input_shape
 from sgfast.noise_layer.base import BaseNoiseLayer
+from sgfast.sides import LinearLogits
 
 
 class NoiseMaskedNoisyTransformerModel(nn.Module):
@@ -38,7 +40,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
     In training mode, each half runs only up to the deepest layer that attached losses and metrics read in that half. If
     this is layer k, the decoder layers 0..k run, but neither the final norm nor the head, and the output's logits are
     None. If only the transform is read, the model runs up to the target layer. A half runs whole if its logits are
-    read. Both halves run whole in eval mode, and if nothing is attached.
+    read, but without the head if every reader takes hidden states and head in place of logits. Both halves run whole in
+    eval mode, and if nothing is attached.
 
     The base model is frozen (``requires_grad_(False)``) and stays in eval mode, also under ``.train()``. If PEFT has
     put adapters into the base model, this class runs the base model without adapters;
@@ -112,6 +115,8 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         self._consumers: weakref.WeakSet[Consumer] = weakref.WeakSet()
         # Trunks share the base model's modules. Lists keep torch from registering trunks as submodules.
         self._trunks: dict[int, list[nn.Module]] = {}
+        self._head_checked = False
+        self._head_refusal: str | None = None
         # The hooks read the pass that is running; None outside this model's own calls.
         self._running: Pass | None = None
         self._register()
@@ -199,6 +204,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         clean_graph: bool = False,
         clean: bool = True,
         noisy: bool = True,
+        sides: bool = False,
     ) -> Consumer:
         """Register a loss or metric that reads outputs of decoder layers, or logits, of every forward.
 
@@ -211,12 +217,14 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             clean_graph: whether to send gradients through the clean half too, which takes the memory of a second pass.
             clean: whether to read the clean half.
             noisy: whether to read the noisy half.
+            sides: whether hidden states and head (`sgfast.sides.LinearLogits`) may stand for the logits. If every
+                reader of logits takes them, training forwards run without the head.
 
         Raises:
             ValueError: an index is out of range.
         """
         resolved = frozenset(resolve_layer_index(self.base_model, index) for index in layers)
-        consumer = Consumer(resolved, logits, clean_graph, clean, noisy)
+        consumer = Consumer(resolved, logits, clean_graph, clean, noisy, sides)
         self._consumers.add(consumer)
         return consumer
 
@@ -354,7 +362,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         layers = frozenset().union(*(consumer.layers for consumer in readers))
         return max(layers) if layers else self.target_depth
 
-    def _run_separate(self, current: Pass, arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def _run_separate(self, current: Pass, arguments: dict[str, Tensor]) -> tuple[Logits, Logits]:
         clean_logits = None
         if self._runs_whole() or any(consumer.reads("clean") for consumer in self._consumers):
             graph = torch.is_grad_enabled() and current.clean_graph
@@ -363,7 +371,7 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         with self._during(current, "noisy"):
             return clean_logits, self._call_base(arguments, self._last_layer("noisy"))
 
-    def _run_joint(self, current: Pass, arguments: dict[str, Tensor]) -> tuple[Tensor | None, Tensor | None]:
+    def _run_joint(self, current: Pass, arguments: dict[str, Tensor]) -> tuple[Logits, Logits]:
         halves: tuple[Half, Half] = ("clean", "noisy")
         last_layers = [self._last_layer(half) for half in halves]
         last_layer = None if None in last_layers else max(cast(list[int], last_layers))
@@ -371,10 +379,10 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
             logits = self._call_base(doubled(arguments, len(current.attended)), last_layer)
         if logits is None:
             return None, None
-        clean_logits, noisy_logits = logits.chunk(2)
-        return clean_logits if current.clean_graph else clean_logits.detach(), noisy_logits
+        clean_logits, noisy_logits = halved(logits)
+        return clean_logits if current.clean_graph else without_graph(clean_logits), noisy_logits
 
-    def _call_base(self, arguments: dict[str, Tensor], last_layer: int | None) -> Tensor | None:
+    def _call_base(self, arguments: dict[str, Tensor], last_layer: int | None) -> Logits:
         """Run the whole model and return its logits, or run the layers 0..last_layer and return None."""
         embeddings = arguments.get("inputs_embeds")
         if embeddings is not None and self._targets_embeddings():
@@ -382,9 +390,26 @@ class NoiseMaskedNoisyTransformerModel(nn.Module):
         checkpointing = self.is_gradient_checkpointing and self.training and torch.is_grad_enabled()
         with checkpointed_layers(self.base_model) if checkpointing else nullcontext():
             if last_layer is None:
-                return cast(Tensor, self.causal_lm(**arguments).logits)
+                return self._logits(arguments)
             self._trunk(last_layer)(**arguments)
             return None
+
+    def _logits(self, arguments: dict[str, Tensor]) -> Tensor | LinearLogits:
+        """Run the whole model; without its head if every reader of logits takes hidden states and head."""
+        readers = [consumer for consumer in self._consumers if consumer.logits]
+        if not self._runs_whole() and all(consumer.sides for consumer in readers) and self.head_refusal is None:
+            try:
+                return linear_logits(self.causal_lm, arguments)
+            except NotPlainError:  # an adapter was put on the head after the check
+                pass
+        return cast(Tensor, self.causal_lm(**arguments).logits)
+
+    @property
+    def head_refusal(self) -> str | None:
+        """The reason why training makes logits although no loss needs them; None if the base model's head is plain."""
+        if not self._head_checked:
+            self._head_refusal, self._head_checked = plain_head_refusal(self.causal_lm), True
+        return self._head_refusal
 
     def _targets_embeddings(self) -> bool:
         return self._target is self.base_model.get_input_embeddings()

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgfast.model.capture import Capture
+from sgfast.model.capture import Capture, Outputs
 
 
 @dataclass
@@ -30,8 +30,8 @@ class SuperBatchOutput:
     """Logits of the base model on clean and on noisy embeddings, B rows each.
 
     Attributes:
-        clean_logits: (B, T, V), or None if the clean half did not run up to the logits. No graph by default.
-        noisy_logits: (B, T, V) with graph, or None if the noisy half did not run up to the logits.
+        clean_logits: (B, T, V), or None if the clean half did not make logits. No graph by default.
+        noisy_logits: (B, T, V) with graph, or None if the noisy half did not make logits.
     """
 
     clean_logits: Tensor | None
@@ -45,11 +45,16 @@ class SuperBatchOutput:
         return torch.cat([self.clean_logits, self.noisy_logits])
 
 
+def _made(outputs: Outputs) -> Tensor | None:
+    """Return the logits if they were made."""
+    return outputs.logits if isinstance(outputs.logits, Tensor) else None
+
+
 def super_batch_output(capture: Capture) -> NoisyModelOutput:
     """Return the output of a noisy language model for a captured forward."""
     transform = capture.enabled_transform
     return NoisyModelOutput(
-        base_model_output=SuperBatchOutput(capture.clean.logits, capture.noisy.logits),
+        base_model_output=SuperBatchOutput(_made(capture.clean), _made(capture.noisy)),
         input=transform.input if transform else None,
         transformed=transform.output if transform else None,
         mean=transform.mean if transform else None,

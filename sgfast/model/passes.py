@@ -6,6 +6,10 @@ from torch import Tensor
 
 from sgfast.model.capture import Capture, Outputs, Transform
 from sgfast.model.decoder import hidden_states_of
+from sgfast.sides import LinearLogits
+
+# Logits, or hidden states and head in their place; None if a half did not run up to the logits.
+Logits = Tensor | LinearLogits | None
 
 
 class Pass:
@@ -49,7 +53,7 @@ class Pass:
         else:
             (self.clean_layers if self.half == "clean" else self.noisy_layers)[index] = hidden
 
-    def capture(self, clean_logits: Tensor | None, noisy_logits: Tensor | None) -> Capture:
+    def capture(self, clean_logits: Logits, noisy_logits: Logits) -> Capture:
         """Return the kept outputs of both halves, for losses and metrics."""
         return Capture(
             attention_mask=self.attended,

@@ -151,11 +151,17 @@ def check_sides(first_name: str, first: Any, second_name: str, second: Any) -> N
     return None
 
 
-def first_columns(side: LogitsOrSide, size: int) -> LogitsOrSide:
-    """Return a side with its first ``size`` columns."""
-    if not isinstance(side, LinearLogits):
-        return side[..., :size]
-    if side.weight.shape[0] == size:
-        return side
-    bias = None if side.bias is None else side.bias[:size]
-    return LinearLogits(side.hidden, side.weight[:size], bias, scale=side.scale, softcap=side.softcap)
+def first_columns(first: LogitsOrSide, second: LogitsOrSide, size: int) -> tuple[LogitsOrSide, LogitsOrSide]:
+    """Return two sides with their first ``size`` columns. One head of both sides stays one head."""
+    found: dict[int, Tensor] = {}
+
+    def cut(tensor: Tensor) -> Tensor:
+        return found.setdefault(id(tensor), tensor[:size] if len(tensor) > size else tensor)
+
+    def columns(side: LogitsOrSide) -> LogitsOrSide:
+        if not isinstance(side, LinearLogits):
+            return side[..., :size]
+        bias = None if side.bias is None else cut(side.bias)
+        return LinearLogits(side.hidden, cut(side.weight), bias, scale=side.scale, softcap=side.softcap)
+
+    return columns(first), columns(second)

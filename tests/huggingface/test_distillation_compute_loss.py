@@ -234,10 +234,12 @@ def test_the_student_keeps_nothing():
     torch.save(copied, stream)
     assert stream.tell() < 1.1 * sum(parameter.nbytes for parameter in student.parameters()) + 100_000
     teacher_is_alive = weakref.ref(teacher)
-    assert len(student._forward_hooks) == 1
+    assert student._forward_hooks
+    assert student._forward_pre_hooks
     del compute_loss, teacher
     gc.collect()
     assert not student._forward_hooks
+    assert not student._forward_pre_hooks
     assert teacher_is_alive() is None
 
 

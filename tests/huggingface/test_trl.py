@@ -6,15 +6,18 @@ The methods of its GKDTrainer are therefore read from the installed source and r
 """
 
 import ast
+import contextlib
 import copy
 import importlib.util
+import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn import functional
 
-from sgfast.huggingface.trl import generalized_jsd_loss
+from sgfast.huggingface.trl import chunked_divergence_loss, generalized_jsd_loss
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import VOCABULARY, tiny_causal_lm
 from tests.tiny_tokenizer import tiny_tokenizer
@@ -173,3 +176,76 @@ def test_the_whole_trainer(beta, tmp_path, monkeypatch):
     assert min(results[0][0]) > 0.05
     assert results[1][0] == pytest.approx(results[0][0], rel=1e-4)
     torch.testing.assert_close(results[1][1], results[0][1], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def chunked():
+    """The loss function of DistillationTrainer, as TRL wrote it, over TRL's own chunked divergence."""
+    pytest.importorskip("trl")
+    # The chunked divergence imports one function of the Trainers' module, which needs packages that are not installed.
+    utils = types.ModuleType("trl.trainer.utils")
+    utils.maybe_gather_lm_head_ctx = lambda *arguments: contextlib.nullcontext()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "trl.trainer.utils", utils)
+        patch.setitem(sys.modules, "trl.trainer", types.ModuleType("trl.trainer"))
+        patch.delitem(sys.modules, "trl.kernels.chunked_divergence", raising=False)
+        divergence = importlib.import_module("trl.kernels.chunked_divergence").ChunkedDivergenceFunction
+    source = Path(importlib.util.find_spec("trl").submodule_search_locations[0]) / "trainer" / "distillation_trainer.py"
+    (function,) = (
+        node
+        for node in ast.parse(source.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == "_chunked_divergence_loss"
+    )
+    namespace = {
+        "torch": torch,
+        "ChunkedDivergenceFunction": divergence,
+        "_use_triton": lambda device: False,
+    }
+    exec(compile(ast.Module([function], []), str(source), "exec"), namespace)
+    return namespace["_chunked_divergence_loss"]
+
+
+def hidden_states_and_heads(with_bias):
+    generator = torch.Generator().manual_seed(1)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    tensors = [normal(2, 5, 8), 2 * normal(2, 5, 12), normal(41, 8), normal(41, 12)]
+    biases = [normal(41), normal(41)] if with_bias else [None, None]
+    mask = torch.ones(2, 5, dtype=torch.int64)
+    mask[0, 3:] = 0
+    return tensors, biases, mask
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 1.7, "num_items_in_batch": torch.tensor(11)},
+        {"student_logit_scale": 0.3, "teacher_final_logit_softcapping": 2.0, "num_items_in_batch": 3},
+        {"student_final_logit_softcapping": 3.0, "teacher_logit_scale": 0.5},
+    ],
+)
+@pytest.mark.parametrize("beta", BETAS)
+def test_the_distillation_trainers_loss(chunked, beta, options):
+    for with_bias in (False, True):
+        tensors, biases, mask = hidden_states_and_heads(with_bias)
+        named = options | dict(zip(("student_lm_head_bias", "teacher_lm_head_bias"), biases, strict=True))
+        found = []
+        for function in (chunked, chunked_divergence_loss):
+            leaves = [tensor.clone().requires_grad_() for tensor in tensors]
+            loss, entropy, count = function(*leaves, mask, beta, **named)
+            loss.backward()
+            found.append((loss.detach(), entropy, count, leaves[0].grad, leaves[2].grad))
+        for expected, ours in zip(*found, strict=True):
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_nothing_counted_is_zero_with_a_graph():
+    (student, teacher, *weights), _, mask = hidden_states_and_heads(False)
+    student.requires_grad_()
+    loss, entropy, count = chunked_divergence_loss(student, teacher, *weights, torch.zeros_like(mask), 0.5)
+    loss.backward()
+    assert (loss.item(), entropy.item(), count.item()) == (0.0, 0.0, 0)
+    assert student.grad.abs().max() == 0

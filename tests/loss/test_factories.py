@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from sgfast.loss.distillation import cross_entropy_distillation_factory, distillation_loss_factory
 from tests.loss.factory_cases import CASES, CATALYST, COMBINE, component_of, rewritten
 from tests.loss.rewrites import Rewrite, learning_parameters, relative_error
+from tests.tiny_models import tiny_noisy_model, uneven_tokens
 
 SINGLE = {name: case for name, case in CASES.items() if name != "jigsaw"}
 
@@ -303,3 +305,38 @@ def test_only_as_deep_as_needed_is_run(family, name, changed, runs, make_noisy_m
         layer.register_forward_hook(lambda *_, index=index: counts.__setitem__(index, counts[index] + 1))
     run(name, noisy_model, batch, **changed)
     assert counts == runs
+
+
+@pytest.mark.parametrize("clean_pass", ["separate", "joint"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_objectives_at_the_logits_make_no_logits(family, clean_pass):
+    """Beside a metric that reads logits the same objectives give the same numbers from logits."""
+    values = []
+    for with_logits in (False, True):
+        noisy_model = tiny_noisy_model(family, clean_pass=clean_pass).train()
+        reader = noisy_model.attach(logits=True) if with_logits else None
+        objectives = [
+            cross_entropy_distillation_factory(noisy_model, 1.0, 0.0, 0.0),
+            distillation_loss_factory(
+                noisy_model,
+                None,
+                0.3,
+                std_log_ratio_loss_weight=0.5,
+                input_embedding_similarity_loss_weight=0.0,
+                distillation_layer_cosine_distance_loss_weight=1.0,
+            ),
+        ]
+        tokens = uneven_tokens()
+        loss_mask = tokens.pop("loss_mask")
+        output = noisy_model(**tokens).base_model_output
+        capped = family == "gemma2"  # a soft cap is no plain head
+        assert (output.noisy_logits is None) == (reader is None and not capped)
+        totals = [loss_fn(loss_mask) for loss_fn, _, _ in objectives]
+        sum(totals).backward()
+        gradients = [parameter.grad for parameter in noisy_model.noise_layer.parameters()]
+        values.append(([total.item() for total in totals], gradients))
+    (totals, gradients), (expected, expected_gradients) = values
+    assert totals == pytest.approx(expected, rel=1e-5)
+    largest = max(gradient.abs().max().item() for gradient in expected_gradients if gradient is not None)
+    for one, other in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4 * largest)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from sgfast.metrics.head import language_model_head
 from sgfast.model.decoder import backbone_of
+from sgfast.model.head import language_model_head
 from tests.tiny_models import FAMILIES, VOCABULARY, WIDTH, tiny_causal_lm
 
 

@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sgfast.metrics import get_top_k_support_mask, get_utility_metrics_factory
-from sgfast.metrics.head import language_model_head
 from sgfast.metrics.per_sequence import sequence_utility, sequence_utility_from_hidden
 from sgfast.metrics.utility import mean_over_sequences, token_divergences
 from sgfast.model.decoder import backbone_of
+from sgfast.model.head import language_model_head
 from tests.live_bytes import LiveBytes
 from tests.tiny_models import tiny_causal_lm
 

@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from sgfast.loss.components import formulas
+from sgfast.loss.components.logit_distances import logit_distances
 from sgfast.model.capture import Capture, Outputs
 from sgfast.ops.divergence import divergences
-from sgfast.ops.hidden import hidden_distances
+from sgfast.ops.hidden import HiddenDistances, hidden_distances
 
 Count = Tensor | float | None
+
+
+def output_distances(noisy: Outputs, clean: Outputs, layer: int | None, counted: Tensor) -> HiddenDistances:
+    """Return distances between outputs at counted positions: a decoder layer's outputs, or the logits for None."""
+    if layer is None:
+        return logit_distances(noisy.side(), clean.side(), counted)
+    return hidden_distances(noisy.at(layer), clean.at(layer), counted)
 
 
 def layer_components(
@@ -21,7 +29,7 @@ def layer_components(
     """Distances over l & a between noisy and clean outputs: a decoder layer's, or the logits for None."""
     losses: dict[str, Tensor] = {}
     if wanted & {"distillation_layer_cosine_distance", "distillation_layer_l2_distance"}:
-        distances = hidden_distances(noisy.at(layer), clean.at(layer), counted)
+        distances = output_distances(noisy, clean, layer, counted)
         if "distillation_layer_cosine_distance" in wanted:
             losses["distillation_layer_cosine_distance"] = formulas.distillation_layer_cosine_distance(
                 distances.cosine_distance, counted, count
@@ -39,8 +47,7 @@ def cross_entropy_component(
     """The cross entropy of the noisy logits under the clean distribution, over l & a."""
     if "distillation_cross_entropy" not in wanted:
         return {}
-    clean, noisy = capture.halves(None)
-    values = divergences(noisy, clean, "cross_entropy", mask=counted)["cross_entropy"]
+    values = divergences(capture.noisy.side(), capture.clean.side(), "cross_entropy", mask=counted)["cross_entropy"]
     return {"distillation_cross_entropy": formulas.distillation_cross_entropy(values, counted, count)}
 
 

@@ -15,23 +15,19 @@ from torch import Tensor
 
 from sgfast.ops import dispatch, validation
 from sgfast.ops.divergence import kernels
-from sgfast.ops.divergence.kinds import LABEL_KIND
+from sgfast.ops.divergence.arguments import checked_arguments
 from sgfast.ops.divergence.operator import forward
 from sgfast.ops.divergence.problem import (
-    TOP_K_OF,
     Problem,
     Support,
     Temperature,
     TopKOf,
-    check_label_smoothing,
-    check_labels,
     check_options,
     check_support_mask,
     row_temperatures,
 )
 from sgfast.ops.linear.operation import linear_divergences
 from sgfast.ops.sides import LinearLogits, LogitsOrSide, check_sides, tensor_of
-from sgfast.ops.topk.selection import check_k
 
 
 @dispatch.describe_triton(kernels.refusal)
@@ -146,35 +142,22 @@ def divergences(
         >>> divergences(student, teacher, ["total_variation", "forward_kl"])
         {'total_variation': tensor([0.3000]), 'forward_kl': tensor([0.1927])}
     """
-    check_sides("noisy_logits", noisy_logits, "clean_logits", clean_logits)
-    mask = validation.row_mask(mask, "mask", "noisy_logits", tensor_of(noisy_logits))
-    labels = check_labels(labels, "noisy_logits", tensor_of(noisy_logits))
-    names, beta, skew = check_options(kinds, support, beta, skew, impl, with_labels=labels is not None)
-    validation.check_choice("top_k_of", top_k_of, TOP_K_OF)
-    check_label_smoothing(label_smoothing)
-    if label_smoothing > 0 and labels is None:
-        raise ValueError(f"label_smoothing={label_smoothing} needs labels; got None")
-    if top_k is not None:
-        check_k("top_k", top_k, noisy_logits.shape[-1])
-    if labels is not None and names == (LABEL_KIND,):  # nothing to compute where it is ignored
-        mask = labels >= 0 if mask is None else mask & (labels >= 0)
-        top_k = None
-    return _compute(
-        names,
+    names, checked = checked_arguments(
         noisy_logits,
         clean_logits,
-        labels=labels,
-        support_mask=None,
-        mask=mask,
-        temperature=temperature,
-        top_k=top_k or 0,
+        kinds,
+        top_k=top_k,
         top_k_of=top_k_of,
         support=support,
+        mask=mask,
+        labels=labels,
+        label_smoothing=label_smoothing,
         beta=beta,
         skew=skew,
-        label_smoothing=float(label_smoothing),
-        max_chunk_bytes=max_chunk_bytes,
         impl=impl,
+    )
+    return _compute(
+        names, noisy_logits, clean_logits, temperature=temperature, max_chunk_bytes=max_chunk_bytes, **checked
     )
 
 

@@ -1,12 +1,14 @@
 """The calls of the operator: values as `sgfast.ops.divergences` returns them, and a loss that makes its gradients."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from sgfast.ops import dispatch, validation
+from sgfast.ops.divergence.arguments import checked_arguments
+from sgfast.ops.divergence.kinds import LABEL_KIND
 from sgfast.ops.divergence.problem import Temperature, row_temperatures
 from sgfast.ops.linear.operator import forward
 from sgfast.ops.linear.problem import LinearProblem
@@ -23,40 +25,50 @@ def linear_divergences(
 
     One kind with frozen heads keeps the gradients of the hidden states. Otherwise backward computes the logits again.
     """
-    if len(names) == 1 and not any(_wanted(side)[index] for side in (noisy, clean) for index in (1, 2)):
-        values, _ = linear_loss(names, (1.0,), noisy, clean, reduction="rows", **checked)
-        return {names[0]: values}
-    values, *_ = forward(_problem(names, (), noisy, clean, "none", None, **checked))
-    return dict(zip(names, values.unbind(0), strict=True))
+    alone = len(names) == 1 and heads_are_frozen(noisy, clean)
+    problem = _problem(names, (1.0,) if alone else (), noisy, clean, "rows" if alone else "none", None, **checked)
+    values, loss, *_ = forward(problem)
+    return {names[0]: loss} if alone else dict(zip(names, values.unbind(0), strict=True))
 
 
 def linear_loss(
-    names: tuple[str, ...],
-    factors: Sequence[float],
     noisy: LogitsOrSide,
     clean: LogitsOrSide,
+    factors: Mapping[str, float],
     *,
-    reduction: str,
+    reduction: Literal["sum", "rows"],
     row_weights: Tensor | None = None,
-    **checked: Any,
-) -> tuple[Tensor, Tensor]:
-    """Compute a weighted sum of kinds with its gradients, and the values of each kind.
+    temperature: Temperature = 1.0,
+    max_chunk_bytes: int | None = None,
+    **options: Any,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute a weighted sum of kinds, and its gradients in the same pass: no product is made twice.
 
     Args:
-        names: the kinds; that of hard labels is the last.
-        factors: the weight of each kind.
-        noisy: the noisy side.
+        noisy: the noisy side; one of the sides is a `LinearLogits`.
         clean: the clean side.
-        reduction: ``sum`` over all positions; or ``rows`` for a sum per position, which needs frozen heads, because
-            the gradient of a head is a sum over positions.
-        row_weights: (...), factors of the positions in the sum, differentiable.
-        checked: the other arguments of `sgfast.ops.divergences`, checked.
+        factors: the weight of each kind. With labels ``label_cross_entropy`` is one of the kinds.
+        reduction: ``sum`` over all positions; or ``rows`` for a value per position, which needs frozen heads
+            (`heads_are_frozen`), because the gradient of a head is a sum over positions.
+        row_weights: (...), factors of the positions in the sum, differentiable; none for ``rows``.
+        temperature: as in `sgfast.ops.divergences`.
+        max_chunk_bytes: as in `sgfast.ops.divergences`.
+        options: the other arguments of `sgfast.ops.divergences`.
 
     Returns:
-        The loss, a scalar or (...), differentiable once; and the values (kinds, ...), without a graph.
+        The loss, a scalar or (...), differentiable once; and each kind's values (...), without a graph.
     """
-    values, loss, *_ = forward(_problem(names, factors, noisy, clean, reduction, row_weights, **checked))
-    return loss, values
+    kinds = tuple(kind for kind in factors if kind != LABEL_KIND)
+    names, checked = checked_arguments(noisy, clean, kinds, **options)
+    checked |= {"temperature": temperature, "max_chunk_bytes": max_chunk_bytes}
+    weights = [factors[name] for name in names]
+    values, loss, *_ = forward(_problem(names, weights, noisy, clean, reduction, row_weights, **checked))
+    return loss, dict(zip(names, values.unbind(0), strict=True))
+
+
+def heads_are_frozen(*sides: LogitsOrSide) -> bool:
+    """Return True if no head of the sides needs a gradient."""
+    return not any(any(_wanted(side)[1:]) for side in sides)
 
 
 def _problem(

@@ -47,7 +47,7 @@ def language_model_head(base_model: Any) -> Callable[[Tensor], Tensor]:
     Example:
         >>> import torch
         >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> from sgfast.metrics.head import language_model_head
+        >>> from sgfast.metrics import language_model_head
         >>> model = LlamaForCausalLM(
         ...     LlamaConfig(
         ...         vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
