@@ -169,7 +169,7 @@ def evaluate(
     attacks: Annotated[
         str | None,
         typer.Option(
-            help="all, none, or a comma-separated list of nearest, farthest, transformation, repeated, learned, "
+            help="all, none, or a comma-separated list of nearest, farthest, transformation, repeated, learned, known, "
             "information; default: all that can run.",
             show_default=False,
         ),
@@ -180,6 +180,13 @@ def evaluate(
     attack_tokens: Annotated[
         int, typer.Option(min=8, max=MOST, help="Tokens sampled for the attacks repeated, learned and information.")
     ] = 4096,
+    known_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Tokens that the attack known reads, in whole beginnings of records.")
+    ] = 256,
+    canaries: Annotated[
+        Path | None,
+        typer.Option(help="File of secrets in the data, one a record; the attack known reports how many it reads."),
+    ] = None,
     seed: Annotated[
         int, typer.Option(min=0, max=2**63 - 1, help="The same seed gives the same numbers on one machine.")
     ] = 0,
@@ -218,6 +225,8 @@ def evaluate(
         "attacks": attacks,
         "beta": beta,
         "attack_tokens": attack_tokens,
+        "known_tokens": known_tokens,
+        "canaries": canaries,
         "seed": seed,
         "text_unit": text_unit,
         "text_as": text_as,

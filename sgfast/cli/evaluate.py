@@ -51,6 +51,10 @@ _ROWS = {
     "farthest rank fails": ("privacy", "max_rank_failure_rate", "{:.1%}"),
     "mean rank of the true token": ("privacy", "mean_reconstruction_rank", "{:.0f}"),
     "true token not among the nearest 100": ("privacy", "token_transformation_rate_100", "{:.1%}"),
+    "known transform fails": ("known", "failure_rate", "{:.1%}"),
+    "  the tenth that the attacker is surest of": ("known", "worst_decile_failure_rate", "{:.1%}"),
+    "  texts read without an error": ("known", "exact_sequence_rate", "{:.1%}"),
+    "  canaries read": ("known", "canary_recall", "{:.1%}"),
     "learned inversion fails, held-out text": ("learned", "failure_rate", "{:.1%}"),
     "  guessing the most frequent token": ("learned", "unigram_failure_rate", "{:.1%}"),
     "  trained on shuffled embeddings": ("learned", "shuffled_failure_rate", "{:.1%}"),
@@ -59,6 +63,21 @@ _ROWS = {
     "  any attack on it errs at least (Fano)": ("information", "fano_error_bound", "{:.1%}"),
     "  any attack on it succeeds at most (PAC)": ("information", "pac_success_bound", "{:.1%}"),
 }
+
+
+# What the rate of the strongest attack says.
+_MEANINGS = {
+    "known": "the strongest attacker knows the transform, as its owner does. The tokens that this attacker reads are "
+    "disclosed to such a server; a failure says only that this search failed.",
+    "learned": "the strongest attacker trained a decoder on own texts. The tokens that this attacker reads are "
+    "disclosed to anyone who can run the transform; a failure says only that this decoder failed.",
+    "repeated": "the strongest attacker averages transforms of one text. Do not send a text twice; a failure says only "
+    "that averaging failed.",
+    "nearest": "the strongest attacker takes the nearest token. The tokens that this attacker reads are disclosed to "
+    "anyone who has the embedding table; a failure proves nothing about other attacks.",
+    "farthest": "the strongest attacker takes the farthest token. A failure proves nothing about other attacks.",
+}
+_FIRST_OF_PRIVACY = "nearest neighbour fails"
 
 
 def run_evaluate(options: Mapping[str, Any], given: set[str]) -> None:
@@ -160,6 +179,8 @@ def _show(settings: Sequence[Settings], out: Path) -> None:
     console = Console(markup=False)  # names of files may have brackets
     console.print(_table(results))
     for name, metrics in results.items():
+        if metrics["strongest_attack"] is not None:
+            console.print(f"{name}: {_MEANINGS[metrics['strongest_attack']]}", highlight=False, soft_wrap=True)
         for attack, reason in metrics["left_out"].items():
             console.print(f"{name}: the attack {attack} was left out: {reason}", highlight=False, soft_wrap=True)
     console.print(f"in {out}: {_written(settings, out)}", highlight=False, soft_wrap=True)
@@ -187,6 +208,8 @@ def _table(results: Mapping[str, Mapping[str, Any]]) -> Table:
 def _labelled(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
     rows = []
     for label, (group, name, form) in _ROWS.items():
+        if label == _FIRST_OF_PRIVACY:
+            rows.append(("strongest attack fails", [_strongest(metrics) for metrics in results.values()]))
         groups = [
             metrics[group] if group in metrics else metrics["attacks"].get(group, {}) for metrics in results.values()
         ]
@@ -197,6 +220,17 @@ def _labelled(results: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[
         values = [f"{rates[draws]:.1%}" if rates else "" for rates in repeated]
         rows.insert(place, (f"nearest neighbour fails, mean of {draws} draws", values))
     return rows
+
+
+def _strongest(metrics: Mapping[str, Any]) -> str:
+    name = metrics["strongest_attack"]
+    if name is None:
+        return ""
+    attack = metrics["attacks"][name]
+    interval = attack.get("ci95")
+    return f"{attack['failure_rate']:.1%} ({name}" + (
+        ")" if interval is None else ", {:.0%} to {:.0%})".format(*interval)
+    )
 
 
 def _cell(found: Mapping[str, Any], name: str, form: str) -> str:

@@ -21,6 +21,10 @@ _INVERSION_TABLE_BYTES, _INVERSION_DECODER_BYTES, _INVERSION_TOKEN_BYTES = 8, 5 
 # PyTorch loads this much when the first optimizer is made.
 _OPTIMIZER_BYTES = 128 * 2**20
 _LEAST_INVERSION_CHUNK = 32 * 2**20
+# Bytes of a known-transform attack: per feature of a token (transformed embeddings, their rounding, and copies), and
+# per entry of the vocabulary (a prior in float64 and its temporaries).
+_KNOWN_TOKEN_BYTES, _KNOWN_VOCABULARY_BYTES = 24, 64
+_LEAST_KNOWN_CHUNK = 32 * 2**20
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,18 @@ class Budget:
     def inversion_chunk_bytes(self, tokens: int) -> int:
         """Return the bytes for one chunk of scores; `inversion_needs` must lie within the budget."""
         return int(_USABLE * (self.total - self._inversion_fixed(tokens)))
+
+    def known_needs(self, records: int, longest: int, cache_bytes: int) -> int:
+        """Return the bytes that reading whole records takes, with its smallest chunk of candidates."""
+        return self._known_fixed(records, longest, cache_bytes) + int(_LEAST_KNOWN_CHUNK / _USABLE)
+
+    def known_chunk_bytes(self, records: int, longest: int, cache_bytes: int) -> int:
+        """Return the bytes for one chunk of candidates; `known_needs` must lie within the budget."""
+        return int(_USABLE * (self.total - self._known_fixed(records, longest, cache_bytes)))
+
+    def _known_fixed(self, records: int, longest: int, cache_bytes: int) -> int:
+        embeddings = _KNOWN_TOKEN_BYTES * self.width * records * longest
+        return embeddings + 2 * cache_bytes * longest + _KNOWN_VOCABULARY_BYTES * self.vocabulary
 
     def _inversion_fixed(self, tokens: int) -> int:
         return (

@@ -19,6 +19,8 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "attacks": (str, type(None)),
     "beta": (int,),
     "attack_tokens": (int,),
+    "known_tokens": (int,),
+    "canaries": (str, type(None)),
     "text_unit": (str,),
     "text_as": (str,),
     "max_length": (int, type(None)),
@@ -62,7 +64,7 @@ def _read_options(out: Path) -> dict[str, Any]:
     if not all(isinstance(path, str) for path in paths):
         raise EvaluationError(f"{path} is damaged: remove the file, and give all options again")
     content |= {"transform": [Path(path) for path in paths]} if paths else {}
-    return content | ({"data": Path(content["data"])} if "data" in content else {})
+    return content | {name: Path(content[name]) for name in ("data", "canaries") if content.get(name) is not None}
 
 
 def _as_json(value: Any) -> Any:

@@ -10,9 +10,19 @@ from typing import Any
 
 import sgfast
 from sgfast.client.file_format import check_client_file
+from sgfast.evaluation.canaries import check_canaries
+from sgfast.evaluation.intervals import clustered_interval
 from sgfast.evaluation.progress import Progress, write_json
 from sgfast.evaluation.record_measurement import Measurement, number, selected_rates
-from sgfast.evaluation.report_plots import DIVERGENCES_PLOT, RANKS_PLOT, plot_divergences, plot_ranks
+from sgfast.evaluation.report_plots import (
+    ATTACKS_PLOT,
+    DIVERGENCES_PLOT,
+    RANKS_PLOT,
+    plot_attacks,
+    plot_divergences,
+    plot_ranks,
+    strongest_attack,
+)
 from sgfast.evaluation.settings import RANK_ATTACKS, EvaluationError, Settings
 from sgfast.training.run_record import versions
 from sgfast.utils.files import replacing
@@ -20,8 +30,14 @@ from sgfast.utils.input_files import open_regular
 from sgfast.utils.records import data_digest, read_records
 
 METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE = "metrics.json", "sequences.jsonl", "sequences.parquet"
-RESULT_FILES = (METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE, DIVERGENCES_PLOT, RANKS_PLOT)
+RESULT_FILES = (METRICS_FILE, SEQUENCES_FILE, PARQUET_FILE, DIVERGENCES_PLOT, RANKS_PLOT, ATTACKS_PLOT)
 _PARQUET_ROWS = 4096
+# The rate that stands for a rank attack. The lists of `transformation` hold 10, 100 or 1000 tokens.
+RANK_RATES = {
+    "nearest": "nearest_neighbor_failure_rate",
+    "farthest": "max_rank_failure_rate",
+    "transformation": "token_transformation_rate_10",
+}
 
 
 def identity_of(settings: Settings) -> dict[str, Any]:
@@ -36,10 +52,15 @@ def identity_of(settings: Settings) -> dict[str, Any]:
         with open_regular(settings.transform, wanted="text transform") as file:
             check_client_file(settings.transform)
             next(read_records(settings.data, text_unit=settings.text_unit))
+            if settings.canaries is not None:
+                check_canaries(settings.canaries, settings)
             transform = hashlib.file_digest(file, "sha256").hexdigest()
     except ValueError as error:
         raise EvaluationError(str(error)) from error
-    return settings.compared() | {"data": data_digest(settings.data), "transform": transform}
+    files = {"data": data_digest(settings.data), "transform": transform}
+    if settings.canaries is not None:
+        files["canaries"] = data_digest(settings.canaries)
+    return settings.compared() | files
 
 
 def check_continues(settings: Settings, identity: dict[str, Any], resume: bool) -> bool:
@@ -61,8 +82,8 @@ def check_continues(settings: Settings, identity: dict[str, Any], resume: bool) 
     for name, now in identity.items():
         if before.get(name) == now:
             continue
-        if name in ("data", "transform"):
-            path = settings.data if name == "data" else settings.transform
+        if name in ("data", "transform", "canaries"):
+            path = getattr(settings, name)
             raise EvaluationError(f"--resume: {path} is not the {name} that {settings.out} was begun with")
         option = name.replace("_", "-")
         raise EvaluationError(
@@ -87,7 +108,7 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 def write_results(settings: Settings, progress: Progress, run: dict[str, Any], measurement: Measurement) -> None:
     """Write the values of all sequences, the plots, and last ``metrics.json``, which makes the state superfluous."""
-    metrics, sequences = _metrics(settings, run, measurement), settings.out / SEQUENCES_FILE
+    metrics, sequences = _metrics(settings, run, measurement, progress), settings.out / SEQUENCES_FILE
     with replacing(sequences) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(progress.sequences())
     if settings.parquet:
@@ -95,6 +116,8 @@ def write_results(settings: Settings, progress: Progress, run: dict[str, Any], m
     plot_divergences(settings.out / DIVERGENCES_PLOT, sequences, metrics["utility"])
     if "rank_histogram" in metrics:
         plot_ranks(settings.out / RANKS_PLOT, metrics["rank_histogram"])
+    if metrics["strongest_attack"] is not None:
+        plot_attacks(settings.out / ATTACKS_PLOT, metrics["attacks"])
     write_json(settings.out / METRICS_FILE, metrics)
     progress.remove()
 
@@ -111,15 +134,16 @@ def read_metrics(out: Path) -> dict[str, Any]:
     return metrics
 
 
-def _metrics(settings: Settings, run: dict[str, Any], measurement: Measurement) -> dict[str, Any]:
+def _metrics(settings: Settings, run: dict[str, Any], measurement: Measurement, progress: Progress) -> dict[str, Any]:
     found = run["survey"]
     names = ("records", "tokens", "transformed_tokens", "longest", "truncated")
     by_rank = any(name in RANK_ATTACKS for name in settings.attacks)
     utility = {name: number(value) for name, value in measurement.utility.compute(all_processes=False).items()}
     metrics: dict[str, Any] = {
+        "strongest_attack": None,
+        "attacks": {},
         "utility": utility,
         "privacy": {},
-        "attacks": run["attacks"],
         "left_out": run["left_out"],
         "data": {"file": settings.data.name, **{name: found[name] for name in names}},
         "identity": run["identity"],
@@ -132,7 +156,31 @@ def _metrics(settings: Settings, run: dict[str, Any], measurement: Measurement) 
         rates = measurement.privacy.compute(all_processes=False)
         metrics["privacy"] = {name: number(value) for name, value in selected_rates(rates, settings.attacks).items()}
         metrics["rank_histogram"] = rank_histogram(measurement)
+    metrics["attacks"] = _rank_attacks(settings, metrics["privacy"], progress) | run["attacks"]
+    strongest = strongest_attack(metrics)
+    metrics["strongest_attack"] = None if strongest is None else strongest[0]
     return metrics
+
+
+def _rank_attacks(settings: Settings, rates: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Return failure rate, interval and tokens of the rank attacks, from the lines of the sequences."""
+    names = {name: RANK_RATES[name] for name in settings.attacks if name in RANK_RATES}
+    counts: dict[str, list[tuple[float, int]]] = {name: [] for name in names}
+    if not names:
+        return {}
+    for line in progress.sequences():
+        values = json.loads(line)
+        for name, rate in names.items():
+            if values.get(rate) is not None:
+                counts[name].append((values[rate] * values["transformed_tokens"], values["transformed_tokens"]))
+    return {
+        name: {
+            "failure_rate": rates.get(rate),
+            "ci95": clustered_interval(counts[name]),
+            "tokens": sum(tokens for _, tokens in counts[name]),
+        }
+        for name, rate in names.items()
+    }
 
 
 def rank_histogram(measurement: Measurement) -> dict[str, list[int]]:

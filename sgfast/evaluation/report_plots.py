@@ -9,6 +9,10 @@ from typing import Any
 from sgfast.utils.figures import load_pyplot, save_png
 
 DIVERGENCES_PLOT, RANKS_PLOT, COMPARISON_PLOT = "divergences.png", "ranks.png", "utility_privacy.png"
+ATTACKS_PLOT = "attacks.png"
+# Attacks that name one token (with --beta, a few). `transformation` gives lists, `information` bounds.
+READING_ATTACKS = ("known", "learned", "repeated", "nearest", "farthest")
+_NUMBERS = {"known": "transforms of a text", "repeated": "transforms of a text", "learned": "training pairs"}
 _TITLES = {
     "next_token_utility/jefferys": "Jeffreys divergence, nats",
     "next_token_utility/jensen_shannon": "Jensen-Shannon divergence, nats",
@@ -98,22 +102,49 @@ def plot_comparison(path: Path, results: Mapping[str, Mapping[str, Any]]) -> Non
     save_png(figure, path)
 
 
+def plot_attacks(path: Path, attacks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a PNG: the failure rate of each attack with its interval, and the rates over the attacker's effort."""
+    pyplot = load_pyplot()
+    figure, (bars, curves) = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    names = [name for name in READING_ATTACKS if attacks.get(name, {}).get("failure_rate") is not None]
+    names.sort(key=lambda name: attacks[name]["failure_rate"])
+    for place, name in enumerate(names):
+        rate, interval = attacks[name]["failure_rate"], attacks[name].get("ci95")
+        bars.barh(place, rate, color="tab:red" if place == 0 else "tab:orange", alpha=0.8)
+        if interval is not None:
+            bars.plot(interval, [place, place], color="0.2", linewidth=1.5)
+        bars.text(min(rate, 0.9) + 0.02, place + 0.12, f"{rate:.1%}", fontsize=8)
+    bars.set_yticks(range(len(names)), names)
+    bars.invert_yaxis()
+    bars.set(xlim=(0, 1.02), xlabel="failure rate, with 95 % interval", title="the strongest attack first")
+    for name, effort in _NUMBERS.items():
+        rates = attacks.get(name, {}).get("failure_rates") or {}
+        if len(rates) > 1:
+            curves.plot([int(number) for number in rates], list(rates.values()), marker="o", label=f"{name}: {effort}")
+    curves.set(ylim=(-0.02, 1.02), xlabel="number", ylabel="failure rate", title="with more effort")
+    curves.set_xscale("log", base=2)
+    if curves.lines:
+        curves.legend(fontsize=8, frameon=False)
+    else:
+        curves.set_visible(False)
+    for axes in (bars, curves):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    save_png(figure, path)
+
+
 def strongest_attack(metrics: Mapping[str, Any]) -> tuple[str, float] | None:
     """Return the attack that failed least and its failure rate; None if no attack was run.
 
     Example:
-        >>> metrics = {"privacy": {"nearest_neighbor_failure_rate": 0.9}, "attacks": {"learned": {"failure_rate": 0.4}}}
-        >>> strongest_attack(metrics)
+        >>> strongest_attack({"attacks": {"nearest": {"failure_rate": 0.9}, "learned": {"failure_rate": 0.4}}})
         ('learned', 0.4)
     """
-    attacks = metrics["attacks"]
-    rates = {
-        "nearest": metrics["privacy"].get("nearest_neighbor_failure_rate"),
-        "farthest": metrics["privacy"].get("max_rank_failure_rate"),
-        "repeated": min(attacks["repeated"]["failure_rates"].values()) if "repeated" in attacks else None,
-        "learned": attacks["learned"]["failure_rate"] if "learned" in attacks else None,
-    }
-    found = [(name, rate) for name, rate in rates.items() if rate is not None]
+    found = [
+        (name, attack["failure_rate"])
+        for name, attack in metrics["attacks"].items()
+        if name in READING_ATTACKS and attack.get("failure_rate") is not None
+    ]
     return min(found, key=lambda pair: pair[1], default=None)
 
 

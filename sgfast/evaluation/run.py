@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from sgfast.evaluation.attacks import SampleAttacks
+from sgfast.evaluation.attacks import LEAST_TEXTS, RECORDS_READ, SampleAttacks
 from sgfast.evaluation.budget import readable_bytes
 from sgfast.evaluation.processes import Processes
 from sgfast.evaluation.progress import PartWriter, Progress
@@ -25,8 +25,6 @@ from sgfast.evaluation.survey import Survey, check_survey, read_examples
 from sgfast.utils.interruption import noting_interruption
 from sgfast.utils.records import RecordError
 
-# A learned inversion needs three texts: to train on, to choose an epoch by, and to be measured on.
-_LEAST_TEXTS = 3
 # Two measurements of one record under one seed may differ by this part of their size.
 _SAME_DRAW = 0.05
 
@@ -139,19 +137,25 @@ def attacks_left_out(
     Raises:
         EvaluationError: the user asked for an attack that cannot be run.
     """
-    if "learned" not in settings.attacks or "learned" in run["attacks"]:
-        return {}
-    needed = budget_of(settings, subject).inversion_needs(found.sampled_tokens)
-    if len(found.sample) < _LEAST_TEXTS:
-        reason = f"it needs {_LEAST_TEXTS} different texts; the data has {len(found.sample)} with transformed tokens"
-    elif needed > settings.memory_budget:
-        reason = f"it needs {readable_bytes(needed)} of memory, --memory-budget is "
-        reason += readable_bytes(settings.memory_budget)
-    else:
-        return {}
-    if attacks_are_chosen:
-        raise EvaluationError(f"the attack learned cannot be run: {reason}")
-    return {"learned": reason}
+    budget = budget_of(settings, subject)
+    needs = {
+        "learned": budget.inversion_needs(found.sampled_tokens),
+        "known": budget.known_needs(RECORDS_READ, found.longest, subject.cache_bytes),
+    }
+    reasons = {}
+    for name, needed in needs.items():
+        if name not in settings.attacks or name in run["attacks"]:
+            continue
+        if name == "learned" and len(found.sample) < LEAST_TEXTS:
+            count = len(found.sample)
+            reasons[name] = f"it needs {LEAST_TEXTS} different texts; the data has {count} with transformed tokens"
+        elif needed > settings.memory_budget:
+            budgeted = readable_bytes(settings.memory_budget)
+            reasons[name] = f"it needs {readable_bytes(needed)} of memory, --memory-budget is {budgeted}"
+    if attacks_are_chosen and reasons:
+        name, reason = next(iter(reasons.items()))
+        raise EvaluationError(f"the attack {name} cannot be run: {reason}")
+    return reasons
 
 
 def check_seed(

@@ -12,7 +12,7 @@ from sgfast.utils.records import TextAs, TextUnit
 
 # Rank attacks run on every transformed token. The other attacks run on a sample of the tokens, after the file.
 RANK_ATTACKS = ("nearest", "farthest", "transformation")
-SAMPLE_ATTACKS = ("repeated", "learned", "information")
+SAMPLE_ATTACKS = ("repeated", "learned", "known", "information")
 ATTACKS = RANK_ATTACKS + SAMPLE_ATTACKS
 
 Precision = Literal["float32", "bfloat16"]
@@ -37,6 +37,8 @@ class Settings:
     num_logits: int | None = None
     beta: int = 1
     attack_tokens: int = 4096
+    known_tokens: int = 256
+    canaries: Path | None = None
     memory_budget: int = 2 * 2**30
     seed: int = 0
     text_unit: TextUnit = "line"
@@ -57,6 +59,7 @@ class Settings:
             "num_logits": self.num_logits,
             "beta": self.beta,
             "attack_tokens": self.attack_tokens,
+            "known_tokens": self.known_tokens,
             "text_unit": self.text_unit,
             "text_as": self.text_as,
             "max_length": self.max_length,

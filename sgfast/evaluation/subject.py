@@ -42,8 +42,15 @@ class Subject:
     head: Callable[[Tensor], Tensor]
     vocabulary: int
     positions: int | None
+    language_model: Any
     _embedding: torch.nn.Module
     _backbone: torch.nn.Module
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of one token, in the model and in the transform's estimators."""
+        estimators = (self.noise_layer.mean_estimator, self.noise_layer.std_estimator)
+        return sum(_cache_bytes(module) for module in (self.language_model, *(one.body for one in estimators)))
 
     @torch.no_grad()
     def embed(self, input_ids: Tensor) -> Tensor:
@@ -72,6 +79,13 @@ class Subject:
         dtype = next(self._backbone.parameters()).dtype
         hidden: Tensor = self._backbone(inputs_embeds=embeddings[None].to(dtype), use_cache=False).last_hidden_state
         return hidden[0]
+
+
+def _cache_bytes(module: Any) -> int:
+    config = module.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(2 * config.num_hidden_layers * heads * width * next(module.parameters()).element_size())
 
 
 def record_noise_seed(seed: int, index: int, draw: int = 0) -> int:
@@ -117,6 +131,7 @@ def load_subject(model: Any, settings: Settings) -> Subject:
         head=language_model_head(model),
         vocabulary=causal_lm.get_output_embeddings().weight.shape[0],
         positions=getattr(causal_lm.config, "max_position_embeddings", None),
+        language_model=causal_lm,
         _embedding=causal_lm.get_input_embeddings(),
         _backbone=backbone_of(model),
     )

@@ -15,7 +15,7 @@ from sgfast.evaluation.progress import Part
 from tests.tiny_evaluation import records, save_transform
 from tests.tiny_models import tiny_causal_lm
 
-WRITTEN = ["divergences.png", "metrics.json", "options.json", "ranks.png", "sequences.jsonl"]
+WRITTEN = ["attacks.png", "divergences.png", "metrics.json", "options.json", "ranks.png", "sequences.jsonl"]
 
 
 @pytest.fixture
@@ -44,7 +44,13 @@ def test_results_and_table(evaluate, tmp_path, capsys):
     assert evaluate("--num-logits", 20, "--memory-budget", "64MiB", attacks="nearest,information") == 0
     assert sorted(os.listdir(tmp_path / "out")) == WRITTEN
     metrics = metrics_of(tmp_path / "out")
-    assert list(metrics["attacks"]) == ["information"]
+    assert list(metrics)[:2] == ["strongest_attack", "attacks"]
+    assert metrics["strongest_attack"] == "nearest"
+    assert list(metrics["attacks"]) == ["nearest", "information"]
+    nearest = metrics["attacks"]["nearest"]
+    assert nearest["failure_rate"] == metrics["privacy"]["nearest_neighbor_failure_rate"]
+    assert nearest["ci95"][0] <= nearest["failure_rate"] <= nearest["ci95"][1]
+    assert nearest["tokens"] == metrics["data"]["transformed_tokens"]
     assert set(metrics["privacy"]) == {"nearest_neighbor_failure_rate", "mean_reconstruction_rank"}
     assert metrics["memory_budget"] == 2**26
     assert {"sgfast", "torch", "transformers"} == set(metrics["versions"])
@@ -52,6 +58,8 @@ def test_results_and_table(evaluate, tmp_path, capsys):
     assert len(metrics["identity"]["data"]) == len(metrics["identity"]["transform"]) == 64
     printed = capsys.readouterr()
     assert "13 records" in printed.out
+    assert f"{nearest['failure_rate']:.1%} (nearest, " in printed.out
+    assert "a failure proves nothing about other attacks" in printed.out
     agreement = f"{metrics['utility']['next_token_agreement']:.1%}"
     assert any("same likeliest next token" in line and agreement in line for line in printed.out.splitlines())
     assert "13 records" in printed.err  # the survey's bar

@@ -396,3 +396,53 @@ def test_damaged_state_is_one_line(tmp_path):
         (progress.folder / "run.json").write_text(content)
         with pytest.raises(EvaluationError, match="is damaged: remove"):
             progress.read_run()
+
+
+def test_the_attacker_who_knows_the_transform(base_model, settings, tmp_path):
+    """A mean shift hides nothing from this attacker. A text's canaries are found, in the records that hold them."""
+    shifted = save_transform(base_model, tmp_path / "shifted.safetensors", scale=(1e-5, 2e-5))
+    canaries = tmp_path / "canaries.jsonl"
+    canaries.write_text('{"text": "the keyword"}\n{"text": "module in"}\n')
+    data = tmp_path / "secrets.jsonl"
+    texts = ("the keyword of a", "a module in of a", "in of a")
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    asked = settings(transform=shifted, data=data, attacks=("nearest", "known"), known_tokens=6, canaries=canaries)
+    metrics = run(base_model, asked)
+    known = metrics["attacks"]["known"]
+    assert metrics["strongest_attack"] in ("known", "nearest")
+    assert (known["failure_rate"], known["exact_sequence_rate"], known["canary_recall"]) == (0.0, 1.0, 1.0)
+    assert known["canaries"] == 2
+    assert 3 <= known["tokens"] <= metrics["data"]["transformed_tokens"]
+    assert known["failure_rates"] == {"1": 0.0, "16": 0.0}
+    assert known["ci95"][0] == 0
+    assert (asked.out / "attacks.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_noise_that_hides_from_the_attacker_who_knows(base_model, settings, tmp_path):
+    strong = save_transform(base_model, tmp_path / "strong.safetensors", scale=(0.05, 0.1))
+    metrics = run(base_model, settings(transform=strong, attacks=("known",), known_tokens=64))
+    known = metrics["attacks"]["known"]
+    assert 0.05 < known["failure_rate"] < 0.95
+    assert known["failure_rates"]["16"] <= known["failure_rate"]
+    assert known["records"] >= 8
+    low, high = known["ci95"]
+    assert 0 <= low < known["failure_rate"] < high <= 1
+
+
+def test_canaries_that_the_data_does_not_hold(settings, tmp_path):
+    canaries = tmp_path / "canaries.jsonl"
+    canaries.write_text('{"text": "the"}\n{"text": "no such words"}\n')
+    with pytest.raises(EvaluationError, match=r"canaries.jsonl, line 2: .* has no such text"):
+        identity_of(settings(canaries=canaries))
+    canaries.write_text('{"messages": [{"role": "user", "content": "the"}]}\n')
+    with pytest.raises(EvaluationError, match=r"line 1: a canary must be a text"):
+        identity_of(settings(canaries=canaries))
+
+
+def test_known_needs_memory(base_model, settings):
+    asked = settings(attacks=("nearest", "known"), memory_budget=3 * 2**20)
+    with pytest.raises(EvaluationError, match=r"the attack known cannot be run: it needs .* of memory"):
+        run(base_model, asked)
+    metrics = run(base_model, asked, chosen=False)
+    assert "it needs" in metrics["left_out"]["known"]
+    assert "known" not in metrics["attacks"]

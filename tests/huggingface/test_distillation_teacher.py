@@ -188,7 +188,9 @@ def test_the_students_own_base_is_asked_in_eval_mode():
         value = compute_loss(outputs, batch["input_ids"])
         assert modes(student) == before
         start = sum(LENGTHS[:step]) - step
-        expected = forward_kl(logits_of(student, outputs)[0, :-1].double(), reference[start : start + LENGTHS[step] - 1])
+        expected = forward_kl(
+            logits_of(student, outputs)[0, :-1].double(), reference[start : start + LENGTHS[step] - 1]
+        )
         assert value.item() == pytest.approx(expected, rel=1e-5)
 
 
