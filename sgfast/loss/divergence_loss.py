@@ -377,7 +377,9 @@ class DivergenceLoss(nn.Module):
             per_position, values = linear_loss(student, teacher, factors, reduction="rows", **options)
             return self._reduce(per_position, mask, weights, num_items), self._parts(values)
         total, values = linear_loss(student, teacher, factors, reduction="sum", row_weights=weights, **options)
-        return self._divide(total, student.shape[:-1].numel(), mask, weights, num_items), self._parts(values)
+        parts = self._parts(values)
+        positions = next(iter(parts.values())).numel()
+        return self._divide(total, positions, mask, weights, num_items), parts
 
     def _reduce(
         self, values: Tensor, mask: Tensor | None, weights: Tensor | None, num_items: int | float | Tensor | None

@@ -82,7 +82,7 @@ class LinearLogits:
     @property
     def shape(self) -> torch.Size:
         """The shape of the logits, (..., V)."""
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+        return self.hidden.shape[:-1] + self.weight.shape[:1]
 
     def __repr__(self) -> str:
         hidden, weight = tuple(self.hidden.shape), tuple(self.weight.shape)
