@@ -10,12 +10,16 @@ from sgfast.ops import dispatch, validation
 from sgfast.ops.divergence.arguments import checked_arguments
 from sgfast.ops.divergence.kinds import LABEL_KIND
 from sgfast.ops.divergence.problem import Temperature, row_temperatures
+from sgfast.ops.linear import products
 from sgfast.ops.linear.operator import forward
-from sgfast.ops.linear.problem import LinearProblem
+from sgfast.ops.linear.problem import LinearProblem, Side
+from sgfast.ops.precision import full_precision_products
 from sgfast.ops.sides import LinearLogits, LogitsOrSide, compute_dtype, tensor_of, tensors_of
 
 # The default bounds of a chunk, by the type of the device. A head is read once or twice for every chunk.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
+# The copies of a head in another dtype, where a caller gives no bound.
+_COPY_BYTES = 16 * 2**20
 
 
 def linear_divergences(
@@ -64,6 +68,16 @@ def linear_loss(
     weights = [factors[name] for name in names]
     values, loss, *_ = forward(_problem(names, weights, noisy, clean, reduction, row_weights, **checked))
     return loss, dict(zip(names, values.unbind(0), strict=True))
+
+
+@torch.no_grad()
+def logits_of_rows(side: LinearLogits, hidden: Tensor) -> Tensor:
+    """Compute the logits (rows, V) of some hidden states (rows, D) of a side, in the arithmetic's dtype, no graph."""
+    dtype, parts = compute_dtype(side), Side(hidden, *_head(side))
+    logits = hidden.new_empty((len(hidden), side.shape[-1]), dtype=dtype)
+    with full_precision_products(hidden.device):
+        products.write_logits(logits, parts, products.scaled_rows(parts, hidden, dtype), _COPY_BYTES)
+    return logits
 
 
 def heads_are_frozen(*sides: LogitsOrSide) -> bool:
