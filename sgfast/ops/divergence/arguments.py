@@ -13,13 +13,13 @@ from sgfast.ops.divergence.problem import (
     check_labels,
     check_options,
 )
-from sgfast.ops.sides import LogitsOrSide, check_sides, tensor_of
+from sgfast.ops.sides import CleanSide, LogitsOrSide, check_sides, tensor_of
 from sgfast.ops.topk.selection import check_k
 
 
 def checked_arguments(
     noisy: LogitsOrSide,
-    clean: LogitsOrSide,
+    clean: CleanSide,
     kinds: str | Sequence[str],
     *,
     top_k: int | None = None,

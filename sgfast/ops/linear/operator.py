@@ -13,12 +13,19 @@ from torch import Tensor
 from sgfast.ops import dispatch
 from sgfast.ops.divergence import kernels
 from sgfast.ops.divergence.problem import check_label_values
+from sgfast.ops.double_backward import once_differentiable
 from sgfast.ops.linear.chunks import solve
 from sgfast.ops.linear.gradients import SixTensors
 from sgfast.ops.linear.problem import DIFFERENTIABLE, LinearProblem
 from sgfast.ops.operator import define, keep, kept
 
 _Output = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+#: What a second backward raises.
+NO_DOUBLE_BACKWARD = (
+    "divergences of LinearLogits have no double backward; compute the logits (hidden @ weight.T) for it"
+)
 
 
 def _choice(problem: LinearProblem) -> dispatch.Choice:
@@ -150,7 +157,7 @@ def _gradients(ctx: Any, to_values: Tensor | None, to_loss: Tensor | None, *_: T
                 found[name] = _times(gradient, upstream, dtype)
         if to_weights is not None:
             found["row_weights"] = upstream * to_weights
-    return _once_differentiable(found)
+    return once_differentiable(found, NO_DOUBLE_BACKWARD)
 
 
 def _upstream_of_values(problem: LinearProblem, upstream: Tensor) -> Tensor:
@@ -170,17 +177,6 @@ def _times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     if reusable and not torch.is_grad_enabled():
         return gradient.mul_(upstream)
     return (gradient * upstream).to(dtype)
-
-
-def _once_differentiable(found: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Let a second backward raise: the gradients were computed by formula and have no graph."""
-    if not torch.is_grad_enabled():
-        return found
-    names = [name for name, gradient in found.items() if gradient is not None]
-    message = "divergences of LinearLogits have no double backward; compute the logits (hidden @ weight.T) for it"
-    leaves = [found[name].detach().requires_grad_() for name in names]  # type: ignore[union-attr]
-    raising = torch._C._functions.DelayedError(message, len(leaves))(*leaves)
-    return found | dict(zip(names, raising, strict=True))
 
 
 forward.register_gradients(_setup, _gradients)
