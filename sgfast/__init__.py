@@ -71,7 +71,7 @@ from sgfast.ops import (
 )
 from sgfast.ops.dispatch import explain, use_impl
 from sgfast.ops.validation import did_you_mean
-from sgfast.sides import LinearLogits
+from sgfast.sides import HeadExpectation, LinearLogits
 
 if TYPE_CHECKING:
     from sgfast.client import (
@@ -92,6 +92,7 @@ __all__ = [
     "CloakNoiseLayer2",
     "CloakNoiseLayerOneShot",
     "DivergenceLoss",
+    "HeadExpectation",
     "LearnedInversionAttack",
     "LinearLogits",
     "NoiseMaskCollator",

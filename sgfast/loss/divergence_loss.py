@@ -26,7 +26,16 @@ from sgfast.ops.divergence.problem import (
     mixture_weight,
 )
 from sgfast.ops.linear.operation import heads_are_frozen, linear_loss
-from sgfast.ops.sides import LinearLogits, LogitsOrSide, check_sides, first_columns, is_linear, tensor_of
+from sgfast.ops.sides import (
+    CleanSide,
+    HeadExpectation,
+    LinearLogits,
+    LogitsOrSide,
+    check_sides,
+    first_columns,
+    is_linear,
+    tensor_of,
+)
 from sgfast.ops.topk.selection import check_k
 
 Reduction = Literal["mean", "sum", "none"]
@@ -193,7 +202,7 @@ class DivergenceLoss(nn.Module):
     def forward(
         self,
         student: LogitsOrSide,
-        teacher: LogitsOrSide,
+        teacher: CleanSide,
         *,
         labels: Tensor | None = None,
         mask: Tensor | None = None,
@@ -206,7 +215,7 @@ class DivergenceLoss(nn.Module):
             student: logits (..., V), float32, bfloat16, float16 or float64; row-strided views are read in place. A
                 `sgfast.LinearLogits` gives hidden states and their head instead.
             teacher: logits of the same shape (with ``shared_vocab`` the last dimensions may differ), or a
-                `sgfast.LinearLogits`.
+                `sgfast.LinearLogits`, or a `sgfast.sides.HeadExpectation`.
             labels: (...), integers: class indices, or ``ignore_index``. They only choose the counted positions while
                 ``hard_label_weight`` is 0.
             mask: (...), bool or numbers equal to 0 or 1, 1 = counted.
@@ -227,7 +236,12 @@ class DivergenceLoss(nn.Module):
                 are negative, infinite or NaN. On a GPU such weights take part in the loss, because a check of their
                 values would stop the queue.
         """
-        student, teacher = self._shared_columns(student, teacher)
+        if isinstance(teacher, HeadExpectation):
+            if self.shared_vocab is not None:
+                raise ValueError(f"shared_vocab must be None with a HeadExpectation; got {self.shared_vocab}")
+            check_sides("student", student, "teacher", teacher)
+        else:
+            student, teacher = self._shared_columns(student, teacher)
         rows = tensor_of(student)
         labels = self._check_labels(labels, rows)
         mask = validation.row_mask(mask, "mask", "student", rows)
@@ -240,7 +254,7 @@ class DivergenceLoss(nn.Module):
             weights = weights if mask is None else torch.where(mask, weights, 0)
             mask = weights != 0
         options = self._options(labels, mask, student.shape[-1])
-        if is_linear(student, teacher) and (self.reduction != "none" or heads_are_frozen(student, teacher)):
+        if not isinstance(teacher, HeadExpectation) and self._takes_one_pass(student, teacher):
             loss, parts = self._in_one_pass(student, teacher, mask, weights, num_items, options)
         else:
             parts = self._parts(divergences(student, teacher, tuple(self._soft_factors()), **options))
@@ -324,6 +338,10 @@ class DivergenceLoss(nn.Module):
         elif num_items < 0:
             raise ValueError(f"num_items must not be negative; got {num_items}")
 
+    def _takes_one_pass(self, student: LogitsOrSide, teacher: LogitsOrSide) -> bool:
+        """Return True if the gradients can be made in the forward: of a sum, or of values per position alone."""
+        return is_linear(student, teacher) and (self.reduction != "none" or heads_are_frozen(student, teacher))
+
     def _soft_factors(self) -> dict[str, float]:
         """Return the kinds of D with their factors in the soft part. There are none if only hard labels count."""
         if self.hard_label_weight == 1:
@@ -377,7 +395,9 @@ class DivergenceLoss(nn.Module):
             per_position, values = linear_loss(student, teacher, factors, reduction="rows", **options)
             return self._reduce(per_position, mask, weights, num_items), self._parts(values)
         total, values = linear_loss(student, teacher, factors, reduction="sum", row_weights=weights, **options)
-        return self._divide(total, student.shape[:-1].numel(), mask, weights, num_items), self._parts(values)
+        parts = self._parts(values)
+        positions = next(iter(parts.values())).numel()
+        return self._divide(total, positions, mask, weights, num_items), parts
 
     def _reduce(
         self, values: Tensor, mask: Tensor | None, weights: Tensor | None, num_items: int | float | Tensor | None

@@ -23,6 +23,7 @@ from sgfast.metrics.privacy import check_rank, token_ranks
 from sgfast.ops import validation
 from sgfast.ops.divergence.problem import Support
 from sgfast.ops.nearest.operation import METRICS, Metric
+from sgfast.ops.sides import LogitsOrSide
 
 _TRANSFORMATION_RANKS = (10, 100, 1000)
 
@@ -153,14 +154,18 @@ class UtilityMetrics(Accumulator):
         super().__init__(torch.zeros(means * WIDTH + 3, dtype=torch.int64), options)
 
     def update(
-        self, noisy_logits: Tensor, clean_logits: Tensor, attention_mask: Tensor, input_ids: Tensor | None = None
+        self,
+        noisy_logits: LogitsOrSide,
+        clean_logits: LogitsOrSide,
+        attention_mask: Tensor,
+        input_ids: Tensor | None = None,
     ) -> dict[str, Tensor]:
         """Add a batch of sequences.
 
         Args:
-            noisy_logits: (..., T, V); the student's logits in distillation.
-            clean_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ); the teacher's logits
-                in distillation.
+            noisy_logits: (..., T, V), or a `sgfast.LinearLogits` of this shape; the student's logits in distillation.
+            clean_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ), likewise; the
+                teacher's logits in distillation.
             attention_mask: (..., T), 1 = real token.
             input_ids: (..., T), the tokens, for perplexities; None for none.
 

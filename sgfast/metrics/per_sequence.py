@@ -10,6 +10,7 @@ Sums are exact (`sgfast.metrics.exact_sum`): batches, order, padding and splits 
 D_bt.
 """
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -20,6 +21,8 @@ from sgfast.metrics.exact_sum import exact_sums, to_float64
 from sgfast.ops import rows, validation
 from sgfast.ops.divergence import divergences
 from sgfast.ops.divergence.problem import SUPPORTS, Support, check_kinds
+from sgfast.ops.linear.operation import logits_of_rows
+from sgfast.ops.sides import LinearLogits, LogitsOrSide, tensor_of
 from sgfast.ops.validation import check_count
 
 # Key in the result → kind of `sgfast.ops.divergences`. "jefferys" is the documented spelling.
@@ -74,8 +77,8 @@ def check_comparison(
 
 @torch.no_grad()
 def sequence_utility(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: LogitsOrSide,
     attention_mask: Tensor,
     *,
     input_ids: Tensor | None = None,
@@ -92,8 +95,8 @@ def sequence_utility(
     sample of other texts.
 
     Args:
-        noisy_logits: (..., T, V), float32, bfloat16, float16 or float64.
-        clean_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ).
+        noisy_logits: (..., T, V), float32, bfloat16, float16 or float64; or a `sgfast.LinearLogits` of this shape.
+        clean_logits: of the same shape (with ``shared_vocab`` the last dimensions may differ); likewise.
         attention_mask: (..., T), 1 = real token. Other positions are not read.
         input_ids: (..., T) integers, the tokens. They add the cross-entropies to the result.
         kinds: one or more of the kinds of `sgfast.ops.divergences`; None for the four of `UTILITY_DIVERGENCES`.
@@ -102,7 +105,8 @@ def sequence_utility(
             S: the KL and skew kinds may be negative then, and ``tail`` keeps them true divergences.
         shared_vocab: n: compare the first n columns only, when the two sides pad one vocabulary differently. Attended
             tokens must be below n.
-        max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``.
+        max_chunk_bytes: bound on the divergences' temporaries, see ``sgfast.ops.divergences``; with a
+            `sgfast.LinearLogits` see ``sequence_utility_from_hidden``.
 
     Returns:
         Values of shape (...) by name, on the logits' device. Means over a sequence's tokens, in float64:
@@ -126,6 +130,20 @@ def sequence_utility(
         >>> sequence_utility(noisy, clean, torch.tensor([[1, 1]]))["next_token_agreement"]
         tensor([0.5000], dtype=torch.float64)
     """
+    if isinstance(noisy_logits, LinearLogits) or isinstance(clean_logits, LinearLogits):
+        return sequence_utility_from_hidden(
+            tensor_of(noisy_logits),
+            tensor_of(clean_logits),
+            _head_of(noisy_logits),
+            attention_mask,
+            clean_head=_head_of(clean_logits),
+            input_ids=input_ids,
+            kinds=kinds,
+            top_k=top_k,
+            support=support,
+            shared_vocab=shared_vocab,
+            max_chunk_bytes=max_chunk_bytes,
+        )
     asked = check_comparison(kinds, top_k, support, shared_vocab)
     _check_leading("noisy_logits", noisy_logits, "clean_logits", clean_logits)
     noisy_logits, clean_logits = _shared_columns(noisy_logits, clean_logits, shared_vocab)
@@ -218,6 +236,13 @@ def sequence_utility_from_hidden(
         per_token = _token_utility(*nothing, attended.new_empty(0), _no_labels(labels), asked, None)
         per_token = {name: values.new_zeros(attended.numel()) for name, values in per_token.items()}
     return _per_sequence({name: values.view(attended.shape) for name, values in per_token.items()}, attended, labels)
+
+
+def _head_of(side: LogitsOrSide) -> Callable[[Tensor], Tensor]:
+    """Return the function from rows of a side's tensor to logits."""
+    if isinstance(side, LinearLogits):
+        return functools.partial(logits_of_rows, side)
+    return lambda logits: logits
 
 
 def _check_leading(noisy_name: str, noisy: Tensor, clean_name: str, clean: Tensor) -> None:

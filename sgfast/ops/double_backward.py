@@ -71,3 +71,13 @@ def leave_out_unwanted(ctx: Any, gradients: Sequence[Tensor], wanted: Sequence[b
     """
     ctx.mark_non_differentiable(*(one for one, is_wanted in zip(gradients, wanted, strict=True) if not is_wanted))
     ctx.set_materialize_grads(False)
+
+
+def once_differentiable(found: dict[str, Tensor | None], message: str) -> dict[str, Tensor | None]:
+    """Let a second backward raise ``message``, where gradients were computed by formula and have no graph."""
+    if not torch.is_grad_enabled():
+        return found
+    leaves = {name: one.detach().requires_grad_() for name, one in found.items() if one is not None}
+    raising = torch._C._functions.DelayedError(message, len(leaves))(*leaves.values())
+    outputs = (raising,) if isinstance(raising, Tensor) else raising
+    return found | dict(zip(leaves, outputs, strict=True))

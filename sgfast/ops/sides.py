@@ -82,7 +82,7 @@ class LinearLogits:
     @property
     def shape(self) -> torch.Size:
         """The shape of the logits, (..., V)."""
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+        return self.hidden.shape[:-1] + self.weight.shape[:1]
 
     def __repr__(self) -> str:
         hidden, weight = tuple(self.hidden.shape), tuple(self.weight.shape)
@@ -95,8 +95,57 @@ class LinearLogits:
         return f"LinearLogits(hidden={hidden}, weight={weight}{bias}{options})"
 
 
+@dataclass(frozen=True, eq=False)
+class HeadExpectation:
+    """A teacher in D + 1 numbers a position, for a student with the teacher's frozen head.
+
+    A student's cross-entropy − Σ q log p reads the teacher's distribution q through E_q[weight] = Σ q_v weight_v alone,
+    because the logits are linear in the hidden states. `sgfast.sides.summarize_teacher` makes the value.
+
+    The value stands for the clean side of ``cross_entropy`` and ``forward_kl``, beside a `LinearLogits` with the same
+    weight and bias, both without a gradient, at temperature 1 and without a soft cap. The caller sees to it that the
+    weight is the teacher's.
+
+    Args:
+        vector: E_q[weight], (..., D), float32, bfloat16, float16 or float64.
+        entropy: − Σ q log q in nats, (...).
+        expected_bias: E_q[bias], (...), if the head has a bias; else None.
+
+    Raises:
+        TypeError: an argument's type.
+        ValueError: shapes or devices do not fit.
+    """
+
+    vector: Tensor
+    entropy: Tensor
+    expected_bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        validation.check_floating("vector", self.vector)
+        if self.vector.dim() == 0 or self.vector.shape[-1] == 0:
+            raise ValueError(f"vector must have shape (..., D), D at least 1; got {tuple(self.vector.shape)}")
+        numbers = {"entropy": self.entropy}
+        if self.expected_bias is not None:
+            numbers["expected_bias"] = self.expected_bias
+        for name, tensor in numbers.items():
+            validation.check_floating(name, tensor, self.vector)
+            if tensor.shape != self.vector.shape[:-1]:
+                raise ValueError(
+                    f"{name} must have the row shape {tuple(self.vector.shape[:-1])}; got {tuple(tensor.shape)}"
+                )
+            validation.check_device(name, tensor, "vector", self.vector)
+
+    def __repr__(self) -> str:
+        bias = "" if self.expected_bias is None else f", expected_bias={tuple(self.expected_bias.shape)}"
+        return f"HeadExpectation(vector={tuple(self.vector.shape)}, entropy={tuple(self.entropy.shape)}{bias})"
+
+
+#: The reason why no kernel runs for a `HeadExpectation`.
+ONLY_TORCH = "a HeadExpectation runs in PyTorch"
 #: A side of a divergence: logits (..., V), or a value that stands for them.
 LogitsOrSide = Tensor | LinearLogits
+#: A clean side, which may be a summary too.
+CleanSide = Tensor | LinearLogits | HeadExpectation
 
 
 def is_linear(*sides: Any) -> bool:
@@ -104,13 +153,17 @@ def is_linear(*sides: Any) -> bool:
     return any(isinstance(side, LinearLogits) for side in sides)
 
 
-def tensor_of(side: LogitsOrSide) -> Tensor:
-    """Return the tensor that has a side's rows and device: logits (..., V) or hidden states (..., D)."""
-    return side.hidden if isinstance(side, LinearLogits) else side
+def tensor_of(side: CleanSide) -> Tensor:
+    """Return the tensor that has a side's rows and device: logits (..., V), hidden states or expectations (..., D)."""
+    if isinstance(side, LinearLogits):
+        return side.hidden
+    return side.vector if isinstance(side, HeadExpectation) else side
 
 
-def tensors_of(side: LogitsOrSide) -> list[Tensor]:
+def tensors_of(side: CleanSide) -> list[Tensor]:
     """Return a side's tensors."""
+    if isinstance(side, HeadExpectation):
+        return [side.vector, side.entropy]
     if not isinstance(side, LinearLogits):
         return [side]
     return [one for one in (side.hidden, side.weight, side.bias) if one is not None]
@@ -135,6 +188,10 @@ def check_sides(first_name: str, first: Any, second_name: str, second: Any) -> N
         TypeError: a side is neither floating logits nor a `LinearLogits`.
         ValueError: the shapes or the devices differ.
     """
+    if isinstance(first, HeadExpectation):
+        raise TypeError(f"{first_name} must be logits or a LinearLogits; a HeadExpectation is a clean side")
+    if isinstance(second, HeadExpectation):
+        return _check_expectation(first_name, first, second_name, second)
     if not is_linear(first, second):
         return validation.check_pair(first_name, first, second_name, second)
     for name, side in ((first_name, first), (second_name, second)):
@@ -149,6 +206,18 @@ def check_sides(first_name: str, first: Any, second_name: str, second: Any) -> N
         )
     validation.check_device(second_name, tensor_of(second), first_name, tensor_of(first))
     return None
+
+
+def _check_expectation(first_name: str, first: Any, second_name: str, second: HeadExpectation) -> None:
+    """Check a `HeadExpectation` beside the noisy side."""
+    if not isinstance(first, LinearLogits):
+        raise TypeError(f"{first_name} must be a LinearLogits beside a HeadExpectation; got {type(first).__name__}")
+    if first.hidden.shape != second.vector.shape:
+        raise ValueError(
+            f"{second_name} must have a vector of the shape of {first_name}'s hidden, {tuple(first.hidden.shape)}; "
+            f"got {tuple(second.vector.shape)}"
+        )
+    validation.check_device(second_name, second.vector, first_name, first.hidden)
 
 
 def first_columns(first: LogitsOrSide, second: LogitsOrSide, size: int) -> tuple[LogitsOrSide, LogitsOrSide]:

@@ -13,24 +13,24 @@ from sgfast.ops.divergence.problem import (
     check_labels,
     check_options,
 )
-from sgfast.ops.sides import LogitsOrSide, check_sides, tensor_of
+from sgfast.ops.sides import CleanSide, LogitsOrSide, check_sides, tensor_of
 from sgfast.ops.topk.selection import check_k
 
 
 def checked_arguments(
     noisy: LogitsOrSide,
-    clean: LogitsOrSide,
+    clean: CleanSide,
     kinds: str | Sequence[str],
     *,
-    top_k: int | None,
-    top_k_of: str,
-    support: str,
-    mask: Tensor | None,
-    labels: Tensor | None,
-    label_smoothing: float,
-    beta: float | None,
-    skew: float | None,
-    impl: str | None,
+    top_k: int | None = None,
+    top_k_of: str = "both",
+    support: str = "tail",
+    mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    beta: float | None = None,
+    skew: float | None = None,
+    impl: str | None = None,
 ) -> tuple[tuple[str, ...], dict[str, Any]]:
     """Check the arguments of `divergences` but the temperature and the bound on a chunk.
 

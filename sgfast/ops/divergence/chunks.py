@@ -16,6 +16,8 @@ from sgfast.ops.topk import selection
 # With this many logits a thread's temporaries fit into a cache of 2 MiB, and the work costs more than the start of the
 # thread.
 _LOGITS_PER_THREAD = 64 * 1024
+# The number for values and gradients from one read: twice as many operations start for a chunk.
+_LOGITS_PER_THREAD_FOR_BOTH = 128 * 1024
 # The number for a top-k support. A chunk then has fewer temporaries and needs many small calls.
 _LOGITS_PER_THREAD_TO_SELECT_FROM = 256 * 1024
 
@@ -40,7 +42,9 @@ def chunk_settings(problem: Problem) -> Settings:
     return settings_of(problem)._replace(unit_temperature=labelled and bool((temperature == 1).all()))
 
 
-def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) -> Iterator[Tensor | slice]:
+def row_chunks(
+    problem: Problem, choice: dispatch.Choice, settings: Settings, both: bool = False
+) -> Iterator[Tensor | slice]:
     """Yield chunks whose temporaries stay within the caller's bound. Smaller chunks are taken where they are faster.
 
     On a CPU every uncompiled operation is a pass over the chunk. The chunk should stay in the cache and give each
@@ -61,7 +65,8 @@ def row_chunks(problem: Problem, choice: dispatch.Choice, settings: Settings) ->
     if top_k:
         row_bytes = max(row_bytes, selection.temporary_bytes(logits, top_k))
     if logits.device.type == "cpu" and choice.implementation == "torch":
-        per_thread = _LOGITS_PER_THREAD if settings.support == "full" else _LOGITS_PER_THREAD_TO_SELECT_FROM
+        per_thread = _LOGITS_PER_THREAD_FOR_BOTH if both else _LOGITS_PER_THREAD
+        per_thread = per_thread if settings.support == "full" else _LOGITS_PER_THREAD_TO_SELECT_FROM
         max_chunk_bytes = min(max_chunk_bytes, per_thread * torch.get_num_threads() * row_bytes // size)
     if logits.device.type == "cpu":
         rows.keep_freed_memory(max_chunk_bytes)
@@ -120,15 +125,17 @@ def read_chunks(
     settings: Settings,
     kept_indices: Tensor | None = None,
     difference: Tensor | None = None,
+    both: bool = False,
 ) -> Iterator[tuple[Tensor | slice, Chunk]]:
     """Yield each chunk and the numbers of its rows.
 
     Backward passes the ``kept_indices`` of a top-k support. If the ``difference`` of the logits is given, the noisy
-    logits are the clean ones and the difference, and `Problem.noisy` is not read.
+    logits are the clean ones and the difference, and `Problem.noisy` is not read. ``both`` announces that values and
+    gradients are computed at once.
     """
     noisy_scale = 1 / problem.temperature
     clean_scale = noisy_scale if problem.clean_temperature is None else 1 / problem.clean_temperature
-    for place in row_chunks(problem, choice, settings):
+    for place in row_chunks(problem, choice, settings, both):
         noisy, clean = (_read_logits(side, place, choice) for side in (problem.noisy, problem.clean))
         apart = None if difference is None else rows.read_rows(difference, place)
         noisy = noisy if apart is None else clean + apart

@@ -13,7 +13,7 @@ from torch import Tensor
 from sgfast.ops import dispatch
 from sgfast.ops.divergence.kinds import LABEL_KIND
 from sgfast.ops.divergence.problem import Problem, row_scalar_count
-from sgfast.ops.sides import LogitsOrSide, stand_in
+from sgfast.ops.sides import ONLY_TORCH, CleanSide, HeadExpectation, LogitsOrSide, stand_in
 from sgfast.ops.topk.operator import triton_size_refusal
 
 
@@ -28,7 +28,7 @@ def _without_labels(problem: Problem) -> Problem:
 
 def refusal(
     noisy_logits: LogitsOrSide,
-    clean_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     kinds: str | Sequence[str] = (),
     *,
     top_k: int | None = None,
@@ -40,6 +40,8 @@ def refusal(
     """Say why the kernels cannot run these arguments of `divergences`, or return None."""
     if isinstance(temperature, tuple):
         return "a temperature for each side (the kernels take one for both)"
+    if isinstance(clean_logits, HeadExpectation):
+        return ONLY_TORCH
     noisy_logits, clean_logits = stand_in(noisy_logits), stand_in(clean_logits)
     reason = dispatch.triton_device_refusal(noisy_logits, clean_logits, mask)
     if reason is None and label_smoothing > 0:

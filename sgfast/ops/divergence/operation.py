@@ -26,14 +26,15 @@ from sgfast.ops.divergence.problem import (
     check_support_mask,
     row_temperatures,
 )
+from sgfast.ops.linear.expectation import expectation_divergences
 from sgfast.ops.linear.operation import linear_divergences
-from sgfast.ops.sides import LinearLogits, LogitsOrSide, check_sides, tensor_of
+from sgfast.ops.sides import CleanSide, HeadExpectation, LinearLogits, LogitsOrSide, check_sides, tensor_of
 
 
 @dispatch.describe_triton(kernels.refusal)
 def divergences(
     noisy_logits: LogitsOrSide,
-    clean_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     kinds: str | Sequence[str],
     *,
     top_k: int | None = None,
@@ -95,7 +96,8 @@ def divergences(
         noisy_logits: (..., V), float32, bfloat16, float16 or float64: the student, p. Row-strided views such as
             ``logits[:, :-1]`` are read in place. Inputs are never written to. A `sgfast.sides.LinearLogits` gives
             hidden states and their head instead: the logits of a few rows exist at a time.
-        clean_logits: of the same shape: the teacher, q; or a `sgfast.sides.LinearLogits`.
+        clean_logits: of the same shape: the teacher, q; or a `sgfast.sides.LinearLogits`, or a
+            `sgfast.sides.HeadExpectation`.
         kinds: one or more of ``forward_kl``, ``reverse_kl``, ``jeffreys``, ``jensen_shannon``, ``total_variation``,
             ``squared_hellinger``, ``cross_entropy``, ``skew_forward_kl``, ``skew_reverse_kl``. May be empty where
             there are ``labels``.
@@ -229,13 +231,18 @@ def masked_divergence(
 def _compute(
     names: tuple[str, ...],
     noisy: LogitsOrSide,
-    clean: LogitsOrSide,
+    clean: CleanSide,
     *,
     temperature: Temperature,
     max_chunk_bytes: int | None,
     **checked: Any,
 ) -> dict[str, Tensor]:
     """Check the temperatures and the bound, and run the operator. The caller has checked the other arguments."""
+    if isinstance(clean, HeadExpectation):
+        assert isinstance(noisy, LinearLogits)
+        return expectation_divergences(
+            names, noisy, clean, temperature=temperature, max_chunk_bytes=max_chunk_bytes, **checked
+        )
     if isinstance(noisy, LinearLogits) or isinstance(clean, LinearLogits):
         return linear_divergences(
             names, noisy, clean, temperature=temperature, max_chunk_bytes=max_chunk_bytes, **checked

@@ -13,7 +13,7 @@ from sgfast.ops.linear.rows import solve_rows
 from sgfast.ops.precision import full_precision_products
 
 # The share of the bound for what lives beside a chunk's logits: temporaries of the divergences, copies of the heads.
-_SCRATCH = 0.25
+_SCRATCH = 1 / 6
 
 
 def solve(
@@ -38,21 +38,24 @@ def solve(
     scratch = int(problem.max_chunk_bytes * _SCRATCH)
     height = max(1, (problem.max_chunk_bytes - scratch) // _row_bytes(problem, choice, with_gradients, selected))
     buffers = _Buffers(problem, choice, with_gradients, min(height, max(count, 1)))
+
+    def solve_chunk(place: Tensor | slice) -> None:
+        (noisy, clean), factors, difference = _read(problem, choice, place, buffers.logits, scratch)
+        values[:, place], logit_gradients = solve_rows(
+            problem.chunk(place, noisy, clean, scratch),
+            choice,
+            None if upstream is None else upstream[:, place],
+            [None if target is None else target[: len(noisy)] for target in buffers.targets],
+            [side.softcap for side in problem.sides],
+            difference,
+        )
+        for index, gradient in enumerate(logit_gradients):
+            if gradient is not None:
+                gradients.add(index, place, gradient, factors[index], scratch)
+
     with full_precision_products(problem.noisy.device):
         for place in _places(count, selected, height):
-            (noisy, clean), factors, difference = _read(problem, choice, place, buffers.logits, scratch)
-            solved, logit_gradients = solve_rows(
-                problem.chunk(place, noisy, clean, scratch),
-                choice,
-                upstream[:, place] if upstream is not None else None,
-                [None if target is None else target[: len(noisy)] for target in buffers.targets],
-                [side.softcap for side in problem.sides],
-                difference,
-            )
-            values[:, place] = solved
-            for index, gradient in enumerate(logit_gradients):
-                if gradient is not None:
-                    gradients.add(index, place, gradient, factors[index], scratch)
+            solve_chunk(place)  # a function, so that nothing of a chunk lives while the next is read
     return values, gradients.finished()
 
 

@@ -10,12 +10,16 @@ from sgfast.ops import dispatch, validation
 from sgfast.ops.divergence.arguments import checked_arguments
 from sgfast.ops.divergence.kinds import LABEL_KIND
 from sgfast.ops.divergence.problem import Temperature, row_temperatures
+from sgfast.ops.linear import products
 from sgfast.ops.linear.operator import forward
-from sgfast.ops.linear.problem import LinearProblem
+from sgfast.ops.linear.problem import LinearProblem, Side
+from sgfast.ops.precision import full_precision_products
 from sgfast.ops.sides import LinearLogits, LogitsOrSide, compute_dtype, tensor_of, tensors_of
 
 # The default bounds of a chunk, by the type of the device. A head is read once or twice for every chunk.
 _CPU_CHUNK_BYTES, _GPU_CHUNK_BYTES = 64 * 2**20, 512 * 2**20
+# The copies of a head in another dtype, where a caller gives no bound.
+_COPY_BYTES = 16 * 2**20
 
 
 def linear_divergences(
@@ -66,6 +70,16 @@ def linear_loss(
     return loss, dict(zip(names, values.unbind(0), strict=True))
 
 
+@torch.no_grad()
+def logits_of_rows(side: LinearLogits, hidden: Tensor) -> Tensor:
+    """Compute the logits (rows, V) of some hidden states (rows, D) of a side, in the arithmetic's dtype, no graph."""
+    dtype, parts = compute_dtype(side), Side(hidden, *head_of(side))
+    logits = hidden.new_empty((len(hidden), side.shape[-1]), dtype=dtype)
+    with full_precision_products(hidden.device):
+        products.write_logits(logits, parts, products.scaled_rows(parts, hidden, dtype), _COPY_BYTES)
+    return logits
+
+
 def heads_are_frozen(*sides: LogitsOrSide) -> bool:
     """Return True if no head of the sides needs a gradient."""
     return not any(any(_wanted(side)[1:]) for side in sides)
@@ -87,39 +101,44 @@ def _problem(
     noisy_input, clean_input = tensor_of(noisy), tensor_of(clean)
     noisy_temperature, clean_temperature = row_temperatures(temperature, noisy_input, clean_input)
     dtype = compute_dtype(noisy, clean)
-    tied = _have_one_head(noisy, clean)
+    tied = _have_onehead_of(noisy, clean)
     noisy_wanted, clean_wanted = _wanted(noisy), _wanted(clean)
-    if max_chunk_bytes is None:
-        max_chunk_bytes = _CPU_CHUNK_BYTES if noisy_input.device.type == "cpu" else _GPU_CHUNK_BYTES
     return LinearProblem(
         noisy_input,
-        *_head(noisy)[:2],
+        *head_of(noisy)[:2],
         clean_input,
-        *((None, None) if tied else _head(clean)[:2]),
+        *((None, None) if tied else head_of(clean)[:2]),
         row_weights=row_weights,
         temperature=noisy_temperature.to(dtype),
         clean_temperature=None if clean_temperature is None else clean_temperature.to(dtype),
-        noisy_scale=_head(noisy)[2],
-        noisy_softcap=_head(noisy)[3],
-        clean_scale=_head(clean)[2],
-        clean_softcap=_head(clean)[3],
+        noisy_scale=head_of(noisy)[2],
+        noisy_softcap=head_of(noisy)[3],
+        clean_scale=head_of(clean)[2],
+        clean_softcap=head_of(clean)[3],
         tied=tied,
         kinds=",".join(names),
         factors=tuple(float(factor) for factor in factors),
         reduction=reduction,
-        max_chunk_bytes=validation.chunk_bytes(max_chunk_bytes),
+        max_chunk_bytes=chunk_bytes(max_chunk_bytes, noisy_input),
         wanted=(*noisy_wanted, clean_wanted[0], *((False, False) if tied else clean_wanted[1:])),
         **checked,
     )
 
 
-def _have_one_head(noisy: LogitsOrSide, clean: LogitsOrSide) -> bool:
+def _have_onehead_of(noisy: LogitsOrSide, clean: LogitsOrSide) -> bool:
     """Return True if both sides have the same weight and bias: their gradients are then added up in one place."""
     both = isinstance(noisy, LinearLogits) and isinstance(clean, LinearLogits)
     return both and noisy.weight is clean.weight and noisy.bias is clean.bias  # type: ignore[union-attr]
 
 
-def _head(side: LogitsOrSide) -> tuple[Tensor | None, Tensor | None, float, float]:
+def chunk_bytes(max_chunk_bytes: int | None, hidden: Tensor) -> int:
+    """Check the bound on all temporaries and fill in the default of the device."""
+    if max_chunk_bytes is None:
+        return _CPU_CHUNK_BYTES if hidden.device.type == "cpu" else _GPU_CHUNK_BYTES
+    return validation.chunk_bytes(max_chunk_bytes)
+
+
+def head_of(side: LogitsOrSide) -> tuple[Tensor | None, Tensor | None, float, float]:
     """Return weight, bias, scale and soft cap (0 for none) of a side."""
     if not isinstance(side, LinearLogits):
         return None, None, 1.0, 0.0
@@ -128,7 +147,7 @@ def _head(side: LogitsOrSide) -> tuple[Tensor | None, Tensor | None, float, floa
 
 def _wanted(side: LogitsOrSide) -> tuple[bool, bool, bool]:
     """Say whether a side's hidden states or logits, weight and bias need a gradient."""
-    tensors = (tensor_of(side), *_head(side)[:2])
+    tensors = (tensor_of(side), *head_of(side)[:2])
     first, second, third = (
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in tensors
     )

@@ -13,12 +13,19 @@ from torch import Tensor
 from sgfast.ops import dispatch
 from sgfast.ops.divergence import kernels
 from sgfast.ops.divergence.problem import check_label_values
+from sgfast.ops.double_backward import once_differentiable
 from sgfast.ops.linear.chunks import solve
 from sgfast.ops.linear.gradients import SixTensors
 from sgfast.ops.linear.problem import DIFFERENTIABLE, LinearProblem
 from sgfast.ops.operator import define, keep, kept
 
 _Output = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+#: What a second backward raises.
+NO_DOUBLE_BACKWARD = (
+    "divergences of LinearLogits have no double backward; compute the logits (hidden @ weight.T) for it"
+)
 
 
 def _choice(problem: LinearProblem) -> dispatch.Choice:
@@ -37,15 +44,13 @@ def forward(problem: LinearProblem) -> _Output:
     """
     if problem.labels is not None:
         check_label_values(problem.labels, problem.mask, problem.width)
-    factors = torch.tensor(problem.factors, dtype=problem.dtype, device=problem.noisy.device)
     upstream = None
     if problem.reduction != "none" and any(problem.wanted):
-        upstream = factors[:, None].expand(-1, problem.row_shape.numel())
-        if problem.row_weights is not None and problem.reduction == "sum":
-            upstream = upstream * problem.row_weights.reshape(-1).to(problem.dtype)
+        ones = problem.temperature.new_ones(())
+        upstream = _upstream_of_values(problem, ones).reshape(len(problem.factors), problem.row_shape.numel())
     values, gradients = solve(problem, _choice(problem), upstream, kept_dtype)
-    values = values.view(-1, *problem.row_shape)
-    return values, _loss(problem, values, factors), *gradients
+    values = values.view(len(values), *problem.row_shape)
+    return values, _loss(problem, values), *gradients
 
 
 @forward.register_fake
@@ -56,19 +61,18 @@ def _(problem: LinearProblem) -> _Output:
     return values, values.new_empty(shape), *_room(problem, wanted, kept_dtype)
 
 
-def _loss(problem: LinearProblem, values: Tensor, factors: Tensor) -> Tensor:
+def _loss(problem: LinearProblem, values: Tensor) -> Tensor:
     if problem.reduction == "none":
         return values.new_empty(0)
-    weighted = combined(values, factors)
+    weighted = _combined(problem, values)
     if problem.reduction == "rows":
         return weighted
     return (weighted if problem.row_weights is None else weighted * problem.row_weights.to(values.dtype)).sum()
 
 
-def combined(values: Tensor, factors: Tensor) -> Tensor:
+def _combined(problem: LinearProblem, values: Tensor) -> Tensor:
     """Return the weighted sum of the kinds, (...)."""
-    weighted = values * factors.view(-1, *[1] * (values.dim() - 1))
-    return weighted[0].clone() if len(weighted) == 1 else weighted.sum(0)
+    return torch.stack([value * factor for value, factor in zip(values, problem.factors, strict=True)]).sum(0)
 
 
 def kept_dtype(index: int, tensor: Tensor) -> torch.dtype:
@@ -127,12 +131,12 @@ def _setup(ctx: Any, problem: LinearProblem, output: _Output) -> None:
         keep(ctx, "none", pinned)
         return
     ctx.mark_non_differentiable(values, *gradients)
+    wanted = forward.wanted(ctx, *DIFFERENTIABLE)
+    # A graph that was traced for inference may be asked for gradients that forward has not made.
+    complete = all(made or not one for made, one in zip(problem.wanted, wanted, strict=True))
     dtypes = [None if tensor is None else tensor.dtype for tensor in problem.differentiable]
-    to_weights = None
-    if problem.row_weights is not None:
-        factors = torch.tensor(problem.factors, dtype=values.dtype, device=values.device)
-        to_weights = combined(values, factors)
-    keep(ctx, problem.reduction, dtypes, to_weights, *gradients)
+    to_weights = None if problem.row_weights is None else _combined(problem, values)
+    keep(ctx, problem.reduction, None if complete else pinned, dtypes, to_weights, *gradients)
 
 
 def _gradients(ctx: Any, to_values: Tensor | None, to_loss: Tensor | None, *_: Tensor | None) -> dict[str, Any]:
@@ -140,20 +144,29 @@ def _gradients(ctx: Any, to_values: Tensor | None, to_loss: Tensor | None, *_: T
     if upstream is None:
         return {}
     wanted = forward.wanted(ctx, *DIFFERENTIABLE)
-    reduction, *rest = kept(ctx)
+    reduction, problem, *rest = kept(ctx)
     found: dict[str, Tensor | None] = {}
-    if reduction == "none":
-        (problem,) = rest
-        gradients = backward(LinearBackwardProblem(problem._replace(wanted=wanted), upstream))
-        found |= dict(zip(DIFFERENTIABLE, gradients, strict=True))
-    else:
+    if problem is not None:
+        of_values = upstream if reduction == "none" else _upstream_of_values(problem, upstream)
+        gradients = backward(LinearBackwardProblem(problem._replace(wanted=wanted), of_values))
+        found |= {name: gradient for name, gradient, one in zip(DIFFERENTIABLE, gradients, wanted, strict=True) if one}
+    if reduction != "none":
         dtypes, to_weights, *gradients = rest
         for name, gradient, dtype, one in zip(DIFFERENTIABLE, gradients, dtypes, wanted, strict=True):
-            if one:
+            if one and problem is None:
                 found[name] = _times(gradient, upstream, dtype)
         if to_weights is not None:
             found["row_weights"] = upstream * to_weights
-    return _once_differentiable(found)
+    return once_differentiable(found, NO_DOUBLE_BACKWARD)
+
+
+def _upstream_of_values(problem: LinearProblem, upstream: Tensor) -> Tensor:
+    """Turn the gradient of the loss into that of the values, (kinds, ...)."""
+    factors = torch.tensor(problem.factors, dtype=problem.dtype, device=problem.noisy.device)
+    rows = upstream.to(problem.dtype).expand(problem.row_shape)
+    if problem.row_weights is not None and problem.reduction == "sum":
+        rows = rows * problem.row_weights.to(problem.dtype)
+    return factors.view(-1, *[1] * rows.dim()) * rows
 
 
 def _times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
@@ -164,17 +177,6 @@ def _times(gradient: Tensor, upstream: Tensor, dtype: torch.dtype) -> Tensor:
     if reusable and not torch.is_grad_enabled():
         return gradient.mul_(upstream)
     return (gradient * upstream).to(dtype)
-
-
-def _once_differentiable(found: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Let a second backward raise: the gradients were computed by formula and have no graph."""
-    if not torch.is_grad_enabled():
-        return found
-    names = [name for name, gradient in found.items() if gradient is not None]
-    message = "divergences of LinearLogits have no double backward; compute the logits (hidden @ weight.T) for it"
-    leaves = [found[name].detach().requires_grad_() for name in names]  # type: ignore[union-attr]
-    raising = torch._C._functions.DelayedError(message, len(leaves))(*leaves)
-    return found | dict(zip(names, raising, strict=True))
 
 
 forward.register_gradients(_setup, _gradients)

@@ -84,12 +84,13 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
 def _slices(side: Side, hidden: Tensor, scratch: int, also: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of the vocabulary and the head's rows there, as factors.
 
-    A slice is as long as ``scratch`` holds copies of its rows and, if it needs a copy, of the columns of ``also``.
+    A slice is as long as ``scratch`` holds two copies of its rows and, if it needs a copy, of the columns of ``also``:
+    the caller still has a slice while the next is made.
     """
     assert side.weight is not None
     bytes_a_row = 0
     if side.weight.dtype != hidden.dtype:
-        bytes_a_row += hidden.shape[1] * hidden.element_size()
+        bytes_a_row += 2 * hidden.shape[1] * hidden.element_size()
     if also is not None and also.dtype != hidden.dtype:
         bytes_a_row += len(also) * hidden.element_size()
     width = max(1, scratch // bytes_a_row) if bytes_a_row else len(side.weight)

@@ -41,9 +41,10 @@ def solve_rows(
     sums = problem.noisy.new_zeros((len(problem.noisy), 3 * len(settings.kinds) + 4), dtype=problem.temperature.dtype)
     forward = forward_of(choice.implementation)
     backward = dispatch.implementation_of(write_gradients, choice.implementation, one_loop=True)
-    for place, chunk in read_chunks(problem, choice, settings, difference=difference):
+    both = upstream is not None and any(wanted)
+    for place, chunk in read_chunks(problem, choice, settings, difference=difference, both=both):
         if upstream is None or not any(wanted):
-            sums[place] = forward(chunk)
+            sums[place] = forward(chunk, (False, False))
         elif choice.implementation == "compile":
             sums[place] = forward(chunk, wanted)
             scalars = finish_values(sums[place], settings)[1] if settings.support == "full" else None
