@@ -16,8 +16,7 @@ from rich.text import Text
 
 from sgfast._version import __version__
 from sgfast.cli.progress import OnStep, show_training, working
-from sgfast.client.text_transform import StainedGlassTransformForText
-from sgfast.demo.held_out import TOP_K, measure, nearest_neighbor_reading
+from sgfast.demo.held_out import TOP_K, known_transform_failure_rate, known_transform_reading, measure
 from sgfast.demo.summary_plot import plot_summary
 from sgfast.demo.text import read_text, split_passages
 from sgfast.huggingface.assets import PACKAGED_MODEL, check_model_exists, load_causal_lm, model_sizes
@@ -52,7 +51,15 @@ METRICS_FILE, RECORD_FILE, PLOT_FILE, TRANSFORM_FILE = _WRITTEN = (
     "transform.safetensors",
 )
 
+_ATTACKS = ("known_transform_failure_rate", "nearest_neighbor_failure_rate", "nearest_neighbor_failure_rate_cosine")
+# The reason for the first line of the table.
+_MEANING = (
+    "The owner of the model made the transform, so a server may know its mean shift and its noise for every candidate "
+    "token. Only the noise hides a token from such a server: a mean shift makes the nearest neighbour fail and hides "
+    "nothing."
+)
 _TABLE_ROWS = {
+    "attacker who knows the transform fails": ("known_transform_failure_rate", "{:.1%}"),
     "next-token agreement": ("next_token_agreement", "{:.1%}"),
     "perplexity, clean model": ("clean_perplexity", "{:.2f}"),
     "perplexity, through the transform": ("noisy_perplexity", "{:.2f}"),
@@ -110,13 +117,13 @@ def _run(
     torch.manual_seed(seed)
     models = models_over(base_model, TokenizerWrapper(tokenizer, type(base_model)), NOISE_LAYER)
     models.noisy_model.to(device)
-    noisy_model, tokenizer_wrapper, client = models.noisy_model, models.tokenizer_wrapper, models.client
+    noisy_model, client = models.noisy_model, models.client
     loss_functions = distillation_loss_factory(noisy_model, layer, alpha, **LOSS_WEIGHTS)
     positions = getattr(base_model.config, "max_position_embeddings", None) or MAX_LENGTH
     measuring = {"batch_size": BATCH_SIZE, "max_length": min(MAX_LENGTH, positions), "seed": seed}
     with working(console, "measuring the untrained transform on held-out text"):
-        before = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
-    reading_before = _attacker_reads(client, prompt, client([{"role": "user", "content": prompt}], seed=seed))
+        before = _measure(models, passages.held_out, measuring)
+    reading_before = _attacker_reads(models, prompt, client([{"role": "user", "content": prompt}], seed=seed))
 
     length = measuring["max_length"]
     history, finished = _train(console, models, loss_functions, passages.train, steps, length, seed, device)
@@ -128,17 +135,18 @@ def _run(
         raise SystemExit(130)
 
     with working(console, "measuring the trained transform on held-out text"):
-        after = measure(noisy_model, tokenizer_wrapper, passages.held_out, **measuring)
+        after = _measure(models, passages.held_out, measuring)
     hyperparameters = loss_functions[2]()
     run = {"model": name, "steps": steps, "sgfast": __version__, "torch": torch.__version__}
     _write_json(out / RECORD_FILE, {**run, "hyperparameters": hyperparameters, "components": _components(history)})
     _write_json(out / METRICS_FILE, {"before": before, "after": after})
     plot_summary(out / PLOT_FILE, history, before, after)
     console.print(_table(before, after))
+    console.print(_MEANING, highlight=False)
     with working(console, "using the saved transform in a new process"):
         sent = _transform_elsewhere(transform_path, prompt, seed)
     embeddings, attention_mask = (tensor.to(device) for tensor in sent)
-    conversation = _conversation(client, prompt, reading_before, embeddings, attention_mask, base_model)
+    conversation = _conversation(models, prompt, reading_before, embeddings, attention_mask)
     for label, text in conversation.items():
         console.print(f"[bold]{label}[/bold]")
         console.print(Padding(Text(json.dumps(text, ensure_ascii=False)), (0, 0, 0, 4)))
@@ -179,6 +187,20 @@ def _train(
     return history, finished
 
 
+def _measure(models: Models, passages: Sequence[str], measuring: dict[str, int]) -> dict[str, float]:
+    """Measure on held-out text; the failure rate of the strongest attack that ran stands first."""
+    figures = measure(models.noisy_model, models.tokenizer_wrapper, passages, **measuring)
+    figures["known_transform_failure_rate"] = known_transform_failure_rate(
+        models.noisy_model,
+        models.tokenizer_wrapper,
+        passages,
+        max_length=measuring["max_length"],
+        seed=measuring["seed"],
+    )
+    strongest = min(figures[name] for name in _ATTACKS)
+    return {"strongest_attack_failure_rate": strongest, **figures}
+
+
 def _components(history: History) -> list[dict[str, float]]:
     """The loss's components of every step, and their weighted sum as ``total``."""
     names = {name: "total" if name == "loss" else name for name in components_in(history) if name != "mean_sigma"}
@@ -200,6 +222,8 @@ def _table(before: dict[str, float], after: dict[str, float]) -> Table:
     table.add_column("")
     table.add_column("untrained", justify="right")
     table.add_column("trained", justify="right")
+    rates = [f"{figures['strongest_attack_failure_rate']:.1%}" for figures in (before, after)]
+    table.add_row("strongest attack fails", *rates, style="bold", end_section=True)
     for name in UTILITY_DIVERGENCES:
         label = name.removeprefix("next_token_utility/").removesuffix("_distance").replace("_", " ")
         for suffix, where in (("", "full"), (f"_top_{TOP_K}", f"top {TOP_K}")):
@@ -209,15 +233,12 @@ def _table(before: dict[str, float], after: dict[str, float]) -> Table:
     return table
 
 
-def _attacker_reads(client: StainedGlassTransformForText, prompt: str, embeddings: torch.Tensor) -> str:
-    tokens = client.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
-    return nearest_neighbor_reading(
-        embeddings,
-        client.embedding_table(),
-        tokens["input_ids"],
-        tokens["noise_mask"].to(embeddings.device),
-        client.tokenizer_wrapper.tokenizer,
-    )
+def _attacker_reads(models: Models, prompt: str, embeddings: torch.Tensor) -> str:
+    """The text that the strongest attacker reads in the transformed prompt."""
+    tokens = models.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    attention_mask, noise_mask = (tokens[name].to(embeddings.device) for name in ("attention_mask", "noise_mask"))
+    tokenizer = models.tokenizer_wrapper.tokenizer
+    return known_transform_reading(models.noisy_model, embeddings, attention_mask, noise_mask, tokenizer)
 
 
 def _transform_elsewhere(transform_path: Path, prompt: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -236,15 +257,10 @@ def _transform_elsewhere(transform_path: Path, prompt: str, seed: int) -> tuple[
 
 
 def _conversation(
-    client: StainedGlassTransformForText,
-    prompt: str,
-    reading_before: str,
-    embeddings: torch.Tensor,
-    attention_mask: torch.Tensor,
-    base_model: Any,
+    models: Models, prompt: str, reading_before: str, embeddings: torch.Tensor, attention_mask: torch.Tensor
 ) -> dict[str, str]:
-    tokenizer = client.tokenizer_wrapper.tokenizer
-    tokens = client.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
+    tokenizer, base_model = models.tokenizer_wrapper.tokenizer, models.noisy_model.base_model
+    tokens = models.tokenizer_wrapper([{"role": "user", "content": prompt}], add_generation_prompt=True)
     tokens = {name: tensor.to(embeddings.device) for name, tensor in tokens.items()}
     options = {
         "max_new_tokens": 48,
@@ -257,7 +273,7 @@ def _conversation(
     return {
         "prompt": prompt,
         "an attacker reads, untrained transform": reading_before,
-        "an attacker reads, trained transform": _attacker_reads(client, prompt, embeddings),
+        "an attacker reads, trained transform": _attacker_reads(models, prompt, embeddings),
         "answer, clean": tokenizer.decode(clean[0, prompt_length:], skip_special_tokens=True),
         "answer, from transformed embeddings": tokenizer.decode(through[0], skip_special_tokens=True),
     }

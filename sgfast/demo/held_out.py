@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from sgfast.huggingface.tokenization_utils import TokenizerWrapper
+from sgfast.metrics.known_transform import KnownTransformResult, known_transform_attack
 from sgfast.metrics.per_sequence import UTILITY_DIVERGENCES
 from sgfast.metrics.privacy import nearest_neighbor_failure_rate
 from sgfast.metrics.reconstruction import percentage_changed_ids
@@ -16,6 +17,10 @@ from sgfast.model.noisy_transformer_masking_model import NoiseMaskedNoisyTransfo
 from sgfast.ops.nearest import nearest_embeddings
 
 TOP_K = 100
+# What the attacker who knows the transform reads: the first tokens of some passages, for the sake of the time.
+READ_PASSAGES, READ_TOKENS = 8, 16
+# Tokens that this attacker scores exactly at each place.
+_CANDIDATES = 256
 
 
 def as_chats(passages: Sequence[str]) -> list[list[dict[str, str]]]:
@@ -85,6 +90,66 @@ def measure(
     return means
 
 
+@torch.no_grad()
+def known_transform_failure_rate(
+    noisy_model: NoiseMaskedNoisyTransformerModel,
+    tokenizer_wrapper: TokenizerWrapper,
+    passages: Sequence[str],
+    *,
+    max_length: int,
+    seed: int,
+) -> float:
+    """Return the fraction of tokens that an attacker fails to read who knows the transform and the language model.
+
+    The tokens are the first `READ_TOKENS` transformed tokens of the first `READ_PASSAGES` passages.
+    """
+    inputs = tokenizer_wrapper(as_chats(passages[:READ_PASSAGES]), truncation=True, max_length=max_length)
+    table = embedding_table_of(noisy_model.base_model)
+    input_ids, attention_mask, noise_mask = (
+        inputs[name].to(table.device) for name in ("input_ids", "attention_mask", "noise_mask")
+    )
+    attention_mask = attention_mask * (noise_mask.cumsum(-1) <= READ_TOKENS)
+    noise_mask = noise_mask & (attention_mask != 0)
+    with _evaluating(noisy_model):
+        transformed = noisy_model.transform(input_ids, attention_mask, noise_mask, seed=seed)
+        result = _read_knowing(noisy_model, transformed, attention_mask, noise_mask, input_ids)
+    assert result.failure_rate is not None
+    return result.failure_rate.item()
+
+
+def known_transform_reading(
+    noisy_model: NoiseMaskedNoisyTransformerModel,
+    embeddings: Tensor,
+    attention_mask: Tensor,
+    noise_mask: Tensor,
+    tokenizer: object,
+) -> str:
+    """The text that an attacker who knows the transform and the language model reads in one transformed prompt."""
+    with _evaluating(noisy_model):
+        result = _read_knowing(noisy_model, embeddings, attention_mask, noise_mask, None)
+    return str(tokenizer.decode(result.tokens[noise_mask]))  # type: ignore[attr-defined]
+
+
+def _read_knowing(
+    noisy_model: NoiseMaskedNoisyTransformerModel,
+    embeddings: Tensor,
+    attention_mask: Tensor,
+    noise_mask: Tensor,
+    input_ids: Tensor | None,
+) -> KnownTransformResult:
+    table = embedding_table_of(noisy_model.base_model)
+    return known_transform_attack(
+        embeddings,
+        noisy_model.noise_layer,
+        table,
+        noise_mask,
+        attention_mask=attention_mask,
+        input_ids=input_ids,
+        language_model=noisy_model.causal_lm,
+        candidates=min(_CANDIDATES, len(table)),
+    )
+
+
 @contextmanager
 def _evaluating(noisy_model: NoiseMaskedNoisyTransformerModel) -> Iterator[None]:
     was_training = noisy_model.training
@@ -93,12 +158,3 @@ def _evaluating(noisy_model: NoiseMaskedNoisyTransformerModel) -> Iterator[None]
         yield
     finally:
         noisy_model.train(was_training)
-
-
-@torch.no_grad()
-def nearest_neighbor_reading(
-    embeddings: Tensor, table: Tensor, input_ids: Tensor, noise_mask: Tensor, tokenizer: object
-) -> str:
-    """The text that an attacker reads by replacing every transformed embedding of one prompt by its nearest token."""
-    _, nearest = nearest_embeddings(embeddings[noise_mask], table)
-    return str(tokenizer.decode(nearest[:, 0]))  # type: ignore[attr-defined]

@@ -14,8 +14,8 @@ _CURVES = {
 _BARS = {
     "next_token_agreement": "next token\nunchanged",
     "next_token_utility/total_variation": "total variation\nof next token",
+    "known_transform_failure_rate": "attack fails\n(knows transform)",
     "nearest_neighbor_failure_rate": "attack fails\n(nearest, L2)",
-    "nearest_neighbor_failure_rate_cosine": "attack fails\n(nearest, cosine)",
 }
 
 

@@ -18,6 +18,8 @@ from tests.tiny_models import tiny_causal_lm
 from tests.tiny_tokenizer import tiny_tokenizer
 
 KEYS = {
+    "strongest_attack_failure_rate",
+    "known_transform_failure_rate",
     "next_token_utility/jefferys",
     "next_token_utility/jensen_shannon",
     "next_token_utility/total_variation",
@@ -81,7 +83,12 @@ def test_demo_writes_its_results(demo, tmp_path, capsys):
     assert training_record["hyperparameters"]["distillation_layer_index"] == 1
     StainedGlassTransformForText.from_pretrained(out / "transform.safetensors")
     printed = capsys.readouterr().out
-    assert "next-token agreement" in printed
+    for figures in metrics.values():
+        rates = [figures["known_transform_failure_rate"], figures["nearest_neighbor_failure_rate"]]
+        assert figures["strongest_attack_failure_rate"] == min(*rates, figures["nearest_neighbor_failure_rate_cosine"])
+    assert next(iter(metrics["after"])) == "strongest_attack_failure_rate"
+    assert printed.index("strongest attack fails") < printed.index("next-token agreement")
+    assert "Only the noise hides a token from such a server" in " ".join(printed.split())
     assert "an attacker reads, trained transform" in printed
 
 

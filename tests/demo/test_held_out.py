@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sgfast.demo.held_out import measure
+from sgfast.demo.held_out import known_transform_failure_rate, known_transform_reading, measure
 from sgfast.huggingface import TokenizerWrapper
 from sgfast.model import NoiseMaskedNoisyTransformerModel
 from sgfast.model.decoder import embedding_table_of
@@ -67,3 +67,31 @@ def test_figures(family):
     assert figures["mean_sigma"] == pytest.approx(mean(sigmas), rel=1e-5)
     for name, values in losses.items():
         assert figures[f"{name}_perplexity"] == pytest.approx(torch.tensor(mean(values)).exp().item(), rel=1e-4)
+
+
+def noisy_model_of(rhos_init, shift):
+    """A model whose noise has the strength of ``rhos_init``, and whose mean shift depends on the token."""
+    tokenizer = tiny_tokenizer()
+    base_model, body, target_layer = tiny_causal_lm("llama", vocab_size=len(tokenizer), initializer_range=0.5)
+    arguments = {"config_path": base_model.config, "transformer_type": body, "scale": SCALE, "rhos_init": rhos_init}
+    noisy_model = NoiseMaskedNoisyTransformerModel(TransformerCloak, base_model, None, target_layer, **arguments)
+    torch.nn.init.normal_(noisy_model.noise_layer.mean_estimator.head.weight, std=shift)
+    return noisy_model, TokenizerWrapper(tokenizer, "LlamaForCausalLM")
+
+
+def test_a_shift_hides_nothing_and_noise_does():
+    shifted, wrapper = noisy_model_of(-20.0, 5.0)
+    options = {"max_length": 40, "seed": 3}
+    assert known_transform_failure_rate(shifted, wrapper, PASSAGES, **options) == 0
+    assert measure(shifted, wrapper, PASSAGES, batch_size=2, **options)["nearest_neighbor_failure_rate"] > 0.5
+    noised, wrapper = noisy_model_of(20.0, 0.0)
+    assert known_transform_failure_rate(noised, wrapper, PASSAGES, **options) > 0.3
+
+
+def test_the_reading_of_a_prompt():
+    noisy_model, wrapper = noisy_model_of(-20.0, 5.0)
+    tokens = wrapper([[{"role": "user", "content": PASSAGES[0]}]])
+    masks = tokens["attention_mask"], tokens["noise_mask"]
+    embeddings = noisy_model.transform(tokens["input_ids"], *masks, seed=1)
+    reading = known_transform_reading(noisy_model, embeddings, *masks, wrapper.tokenizer)
+    assert reading == wrapper.tokenizer.decode(tokens["input_ids"][tokens["noise_mask"]])
