@@ -47,6 +47,10 @@ class NextTokenEstimates(ABC):
         """Return the estimates for the embeddings (C, D) of candidates, the same for every hypothesis."""
 
     @abstractmethod
+    def begin(self, embeddings: Tensor) -> None:
+        """Read the first tokens, which are known, (P, D), in one pass."""
+
+    @abstractmethod
     def extend(self, parents: Tensor, embeddings: Tensor) -> None:
         """Continue hypotheses: new hypothesis h is the old one ``parents[h]`` and a token of ``embeddings`` (H, D)."""
 
@@ -111,6 +115,10 @@ class _CachedEstimates(NextTokenEstimates):
         std = self._layer.parameterization(self._std.outputs(candidates))
         return Estimates(mean, std, self._layer.suppressed_features(std))
 
+    def begin(self, embeddings: Tensor) -> None:
+        self._mean.begin(embeddings)
+        self._std.begin(embeddings)
+
     def extend(self, parents: Tensor, embeddings: Tensor) -> None:
         self._mean.extend(parents, embeddings)
         self._std.extend(parents, embeddings)
@@ -150,11 +158,20 @@ class _CachedBody:
         """Return the head's outputs (H, C, D) for candidates (C, D) after each hypothesis."""
         candidates = candidates.to(self._head.weight.dtype).expand(self._hypotheses, *candidates.shape)
         count = candidates.shape[1]
-        hidden = self._run(candidates)
+        hidden = self._run_next(candidates)
         # A negative number removes so many of the last keys in every version of transformers.
         self._cache.crop(-count)
         output: Tensor = self._head(hidden)
         return output
+
+    def begin(self, embeddings: Tensor) -> None:
+        """Read the first tokens (P, D)."""
+        count = len(embeddings)
+        places = torch.arange(count, device=embeddings.device)
+        seen = places[:, None] >= places
+        in_window = seen if self._window is None else seen & (places[:, None] - places < self._window)
+        self._run(embeddings[None].to(self._head.weight.dtype), places, seen, in_window)
+        self._length = count
 
     def extend(self, parents: Tensor, embeddings: Tensor) -> None:
         """Replace the hypotheses, and add one token to each."""
@@ -163,38 +180,37 @@ class _CachedBody:
         else:
             self._cache = self._new_cache()
         self._hypotheses = len(parents)
-        self._run(embeddings[:, None].to(self._head.weight.dtype))
+        self._run_next(embeddings[:, None].to(self._head.weight.dtype))
         self._length += 1
 
-    def _run(self, inputs: Tensor) -> Tensor:
+    def _run_next(self, inputs: Tensor) -> Tensor:
         """Run tokens that all stand at the next position. Each attends to the tokens read so far and to itself."""
         count = inputs.shape[1]
         seen = torch.zeros(count, self._length + count, dtype=torch.bool, device=inputs.device)
         seen[:, : self._length] = True
         seen[:, self._length :] = torch.eye(count, dtype=torch.bool, device=inputs.device)
+        in_window = seen.clone()
+        if self._window is not None:
+            in_window[:, : max(0, self._length - self._window + 1)] = False
+        places = torch.full((count,), self._length, device=inputs.device)
+        return self._run(inputs, places, seen, in_window)
+
+    def _run(self, inputs: Tensor, places: Tensor, seen: Tensor, in_window: Tensor) -> Tensor:
+        """Run tokens at ``places``. ``seen`` and ``in_window`` are the keys that full and sliding layers read."""
+        smallest = torch.finfo(inputs.dtype).min
+        full, sliding = (
+            torch.zeros(mask.shape, dtype=inputs.dtype, device=inputs.device).masked_fill(~mask, smallest)[None, None]
+            for mask in (seen, in_window)
+        )
+        by_layer = bool(getattr(self._body.config, "layer_types", None))
         hidden: Tensor = self._body(
             inputs_embeds=inputs,
-            attention_mask=self._masks(seen, inputs.dtype),
-            position_ids=torch.full((1, count), self._length, device=inputs.device),
+            attention_mask={"full_attention": full, "sliding_attention": sliding} if by_layer else sliding,
+            position_ids=places[None],
             past_key_values=self._cache,
             use_cache=True,
         ).last_hidden_state
         return hidden
-
-    def _masks(self, seen: Tensor, dtype: torch.dtype) -> Any:
-        """Return the mask that the body takes: one, or one for each type of its layers."""
-        in_window = seen.clone()
-        if self._window is not None:
-            in_window[:, : max(0, self._length - self._window + 1)] = False
-        full, sliding = (
-            torch.zeros(mask.shape, dtype=dtype, device=seen.device).masked_fill(~mask, torch.finfo(dtype).min)[
-                None, None
-            ]
-            for mask in (seen, in_window)
-        )
-        if getattr(self._body.config, "layer_types", None):
-            return {"full_attention": full, "sliding_attention": sliding}
-        return sliding
 
 
 class _RepeatedEstimates(NextTokenEstimates):
@@ -220,6 +236,11 @@ class _RepeatedEstimates(NextTokenEstimates):
             return values.expand_as(flat)[:, self._length].reshape(hypotheses, count, -1)
 
         return Estimates(here(mean), here(std), None if suppressed is None else here(suppressed))
+
+    def begin(self, embeddings: Tensor) -> None:
+        self._tokens = embeddings.new_zeros(1, self._total, self._width)
+        self._tokens[0, : len(embeddings)] = embeddings
+        self._length = len(embeddings)
 
     def extend(self, parents: Tensor, embeddings: Tensor) -> None:
         self._tokens = self._before(embeddings)[parents]

@@ -63,6 +63,22 @@ def test_a_step_with_keys_and_values_is_the_whole_pass(family, window):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("window", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_beginning_in_one_pass_is_the_same(family, window):
+    layer = layer_of(family, **(window_of(family) if window else {}))
+    sequence = torch.randn(LENGTH, WIDTH, generator=torch.Generator().manual_seed(2))
+    mean, std = layer.estimate(sequence[None])
+    estimates = next_token_estimates(layer, LENGTH, WIDTH)
+    estimates.begin(sequence[:5])
+    for place in range(5, LENGTH):
+        found = estimates.estimate(sequence[place][None])
+        torch.testing.assert_close(found.mean[0, 0], mean[0, place], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.std[0, 0], std[0, place], rtol=1e-4, atol=1e-5)
+        estimates.extend(torch.zeros(1, dtype=torch.int64), sequence[place][None])
+
+
+@torch.no_grad()
 def test_a_layer_without_cache_gives_its_own_estimates():
     class Causal(CloakNoiseLayer):
         """A shift by the sum of the tokens up to here."""
@@ -76,7 +92,8 @@ def test_a_layer_without_cache_gives_its_own_estimates():
     expected = layer.estimate(sequence[None])[0][0]
     check_causal(layer, sequence)
     estimates = next_token_estimates(layer, LENGTH, WIDTH)
-    for place in range(LENGTH):
+    estimates.begin(sequence[:2])
+    for place in range(2, LENGTH):
         found = estimates.estimate(sequence[place][None].expand(3, -1))
         torch.testing.assert_close(found.mean[0], expected[place].expand(3, -1))
         assert found.suppressed is None

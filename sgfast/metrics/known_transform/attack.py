@@ -26,7 +26,7 @@ class KnownTransformResult(NamedTuple):
     """What the attacker read, and how often the reading was wrong.
 
     ``tokens`` (B, T) int64 are the tokens read, −1 where ``attention_mask`` is 0. ``scores`` (B,) float64 are the
-    log-scores of the readings. ``ranks`` and ``leads`` (B, T) are the true token's rank at its place (−1 without
+    log-scores of the readings, from the first transformed token on. ``ranks`` and ``leads`` (B, T) are the true token's rank at its place (−1 without
     ``input_ids`` and at other tokens) and the attacker's confidence, the difference of the two best scores. The rates
     are float32 scalars, None without ``input_ids``; ``canary_recall`` also without ``canaries``.
     """
@@ -93,7 +93,7 @@ def known_transform_attack(
         draws: the number of transforms of the same text whose mean ``transformed`` is; the deviation is then σ/√draws.
         max_chunk_bytes: bound on temporaries; default 64 MiB. Keys and values, (T, D)-sized, come on top, as does what
             the language model takes. One candidate is scored at least.
-        on_token: called after each token that was read, to show progress.
+        on_token: called after each transformed token that was read, to show progress.
 
     Returns:
         `KnownTransformResult`.

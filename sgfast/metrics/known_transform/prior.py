@@ -26,13 +26,23 @@ class NextTokenPrior:
         """Return (H, V) in float64, or None before the first token."""
         return self._log_probs
 
+    def begin(self, tokens: Tensor) -> None:
+        """Read the first tokens, which are known, (P,), in one pass."""
+        self._read(tokens[None])
+
     def extend(self, parents: Tensor, tokens: Tensor) -> None:
         """Continue hypotheses: new hypothesis h is the old one ``parents[h]`` and the token ``tokens[h]``."""
         if self._length:
             self._cache.reorder_cache(parents)
-        position_ids = torch.full((1, 1), self._length, device=tokens.device)
+        self._read(tokens[:, None])
+
+    def _read(self, tokens: Tensor) -> None:
+        count = tokens.shape[1]
         logits = self._model(
-            input_ids=tokens[:, None], position_ids=position_ids, past_key_values=self._cache, use_cache=True
+            input_ids=tokens,
+            position_ids=torch.arange(self._length, self._length + count, device=tokens.device)[None],
+            past_key_values=self._cache,
+            use_cache=True,
         ).logits[:, -1]
         if logits.shape[-1] < self._vocabulary:
             raise ValueError(
@@ -40,4 +50,4 @@ class NextTokenPrior:
                 f"got {logits.shape[-1]}"
             )
         log_probs = torch.log_softmax(logits[:, : self._vocabulary].double(), dim=-1)
-        self._log_probs, self._length = self._weight * log_probs, self._length + 1
+        self._log_probs, self._length = self._weight * log_probs, self._length + count

@@ -55,17 +55,26 @@ def read_sequence(
         known: (T,) int64, the token where the embedding was not transformed, and −1 elsewhere.
         candidates: (T, K) int64, the tokens to score at each place; None for all.
         true: (T,) int64, the true tokens, for ranks alone.
-        on_token: called after every token.
+        on_token: called after every transformed token.
     """
     table = attacker.table
     length, device = len(known), table.device
     estimates = next_token_estimates(attacker.noise_layer, length, table.shape[1])
     prior = _prior(attacker)
-    tokens = torch.empty(1, 0, dtype=torch.int64, device=device)
     scores = torch.zeros(1, dtype=torch.float64, device=device)
     ranks = torch.full((length,), -1, dtype=torch.int64, device=device)
     leads = torch.full((length,), math.nan, dtype=torch.float64, device=device)
-    for place, token in enumerate(known.tolist()):
+    hidden = (known < 0).nonzero().squeeze(-1).tolist()
+    # The known tokens at the beginning are read in one pass. Those at the end tell only hypotheses apart.
+    begin = hidden[0] if hidden else length
+    end = length if attacker.beam > 1 else hidden[-1] + 1 if hidden else 0
+    if 0 < begin < end:
+        estimates.begin(table[known[:begin]])
+        if prior is not None:
+            prior.begin(known[:begin])
+    tokens = known[None, :begin]
+    for place in range(begin, end):
+        token = int(known[place])
         if token >= 0:
             chosen = known[place].expand(len(scores))
             parents = torch.arange(len(scores), device=device)
@@ -84,13 +93,14 @@ def read_sequence(
             scores, places = extended.flatten().topk(min(attacker.beam, extended.numel()))
             parents, chosen = places // len(among), among[places % len(among)]
         tokens = torch.cat([tokens[parents], chosen[:, None]], dim=1)
-        if place + 1 < length:
+        if place + 1 < end:
             estimates.extend(parents, table[chosen])
             if prior is not None:
                 prior.extend(parents, chosen)
-        on_token()
+        if token < 0:
+            on_token()
     best = int(scores.argmax())
-    return Reading(tokens[best], float(scores[best]), ranks, leads)
+    return Reading(torch.cat([tokens[best], known[max(begin, end) :]]), float(scores[best]), ranks, leads)
 
 
 def _prior(attacker: Attacker) -> NextTokenPrior | None:

@@ -56,8 +56,8 @@ def shortlist(
         max_bytes: bound on temporaries.
     """
     estimates = next_token_estimates(noise_layer, length, table.shape[1])
-    for token in prefix:
-        estimates.extend(_first(table), table[token][None])
+    if len(prefix):
+        estimates.begin(table[prefix])
     spread = observed.rounding.float().mean(0) + _change_with_context(noise_layer, table, prefix, estimates, length)
     best = observed.embedding.new_full((len(observed.embedding), 0), 0.0)
     tokens = torch.empty(len(observed.embedding), 0, dtype=torch.int64, device=table.device)
@@ -77,10 +77,6 @@ def candidate_chunks(table: Tensor, count: int) -> Iterator[tuple[int, Tensor]]:
         yield first, table[first : first + count]
 
 
-def _first(like: Tensor) -> Tensor:
-    return torch.zeros(1, dtype=torch.int64, device=like.device)
-
-
 def _gaussians(embeddings: Tensor, estimates: Estimates, draws: int) -> _Gaussians:
     mean, std = estimates.mean[0].float(), estimates.std[0].float()
     location, variance = embeddings.float() + mean, std.square() / draws
@@ -97,8 +93,9 @@ def _change_with_context(
     room = min(_CONTEXT, length - len(prefix) - 1)
     spaced = torch.linspace(0, len(table) - 1, min(_MEASURED, len(table)), device=table.device).long()
     after = next_token_estimates(noise_layer, length, table.shape[1])
-    for token in torch.cat([prefix, spaced[:: max(1, len(spaced) // _CONTEXT)][: max(room, 0)]]):
-        after.extend(_first(table), table[token][None])
+    longer = torch.cat([prefix, spaced[:: max(1, len(spaced) // _CONTEXT)][: max(room, 0)]])
+    if len(longer):
+        after.begin(table[longer])
     one, other = (_gaussians(table[spaced], part.estimate(table[spaced]), 1) for part in (before, after))
     return (one.location - other.location).square().mean(0)
 
