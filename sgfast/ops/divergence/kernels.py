@@ -99,11 +99,16 @@ def forward(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(
-    problem: Problem, upstream: Tensor, kept_indices: Tensor, row_scalars: Tensor | None
+    problem: Problem,
+    upstream: Tensor,
+    kept_indices: Tensor,
+    row_scalars: Tensor | None,
+    targets: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Compute the gradients of the wanted sides.
 
     ``row_scalars`` is None if the graph was traced for the PyTorch implementation. The scalars are then computed again.
+    Over the whole vocabulary the gradients are written to ``targets``, where there are any.
     """
     if row_scalars is None:
         row_scalars = forward(problem)[2]
@@ -114,7 +119,9 @@ def backward(
     read = (problem.noisy, problem.clean, problem.mask, problem.temperature, upstream)
     gradients: tuple[Tensor | None, Tensor | None]
     if not problem.top_k:
-        gradients = sgfast_kernels.divergence_backward(*read, row_scalars, kinds, *weights, *wanted, problem.labels)
+        gradients = sgfast_kernels.divergence_backward(
+            *read, row_scalars, kinds, *weights, *wanted, problem.labels, targets
+        )
         return gradients
     if problem.labels is None:
         gradients = sgfast_kernels.divergence_topk_backward(

@@ -8,7 +8,7 @@ from torch import Tensor
 from sgfast.ops import dispatch, rows
 from sgfast.ops.linear import products
 from sgfast.ops.linear.gradients import Gradients, SixTensors
-from sgfast.ops.linear.problem import LinearProblem, share_a_head
+from sgfast.ops.linear.problem import LinearProblem, Side, share_a_head
 from sgfast.ops.linear.rows import solve_rows
 from sgfast.ops.precision import full_precision_products
 
@@ -64,8 +64,8 @@ class _Buffers:
 
     Attributes:
         logits: for each side (height, V); None for a side that is given as logits.
-        targets: for each side the place for the gradient of the logits: the side's logits themselves where the
-            arithmetic reads a few rows before it writes them; None if the gradient is not wanted.
+        targets: for each side the place for the gradient of the logits, which may be the place of the logits; None if
+            the gradient is not wanted, or if kernels make a place for each chunk.
     """
 
     def __init__(self, problem: LinearProblem, choice: dispatch.Choice, with_gradients: bool, height: int) -> None:
@@ -74,27 +74,35 @@ class _Buffers:
 
         self.logits = [None if side.weight is None else room() for side in problem.sides]
         wanted = problem.sides_wanted if with_gradients else (False, False)
-        self.targets = [
-            (room() if logits is None or _needs_other_room(choice) else logits) if one else None
-            for logits, one in zip(self.logits, wanted, strict=True)
-        ]
+        self.targets: list[Tensor | None] = []
+        for side, logits, one in zip(problem.sides, self.logits, wanted, strict=True):
+            if one and not _needs_other_room(problem, choice, side):
+                self.targets.append(logits)
+            else:
+                self.targets.append(room() if one and choice.implementation != "triton" else None)
 
 
-def _needs_other_room(choice: dispatch.Choice) -> bool:
-    """Return True if the gradient cannot be written where the logits are."""
-    return choice.implementation == "compile"
+def _needs_other_room(problem: LinearProblem, choice: dispatch.Choice, side: Side) -> bool:
+    """Return True if the gradient of a side's logits cannot be written where the logits are.
+
+    Eager code and the kernels over the whole vocabulary read what they need before they write. A soft cap needs the
+    logits after a kernel has run.
+    """
+    if side.weight is None or choice.implementation == "compile":
+        return True
+    return choice.implementation == "triton" and (problem.top_k > 0 or side.softcap != 0)
 
 
 def _row_bytes(problem: LinearProblem, choice: dispatch.Choice, with_gradients: bool, selected: Tensor | None) -> int:
     """Return the bytes of one row of a chunk, without the scratch."""
     size, total = problem.dtype.itemsize, 0
     for side, one in zip(problem.sides, problem.sides_wanted, strict=True):
-        gradient = one and with_gradients
+        total += problem.width * size * (one and with_gradients and _needs_other_room(problem, choice, side))
         if side.weight is None:
             copied = side.input.shape[-1] * side.input.element_size()
-            total += (rows.copied_bytes(side.input) if selected is None else copied) + gradient * problem.width * size
+            total += rows.copied_bytes(side.input) if selected is None else copied
         else:
-            total += problem.width * size * (1 + (gradient and _needs_other_room(choice)))
+            total += problem.width * size
             # The hidden states as they are, wide and scaled, the difference of both sides, and a gradient.
             total += side.input.shape[-1] * (side.input.element_size() + 4 * size)
     return total

@@ -29,13 +29,14 @@ def solve_rows(
         problem: the chunk's logits and what is asked.
         choice: the implementation.
         upstream: (kinds, rows); None for no gradients.
-        targets: for each side the place for its gradient, None for none. The place may be the side's logits.
+        targets: for each side the place for its gradient. The place may be the side's logits. None for no gradient,
+            and for a kernel that makes the place itself.
         softcaps: of both sides; 0 for none.
         difference: the noisy less the clean logits, if they are known better than the logits are; then
             ``problem.noisy`` is the difference too.
     """
     if choice.implementation == "triton":
-        return _solve_by_kernels(problem, upstream, softcaps)
+        return _solve_by_kernels(problem, upstream, targets, softcaps)
     settings = chunk_settings(problem)
     wanted = targets[0] is not None, targets[1] is not None
     sums = problem.noisy.new_zeros((len(problem.noisy), 3 * len(settings.kinds) + 4), dtype=problem.temperature.dtype)
@@ -64,12 +65,12 @@ def solve_rows(
 
 
 def _solve_by_kernels(
-    problem: Problem, upstream: Tensor | None, softcaps: Sequence[float]
+    problem: Problem, upstream: Tensor | None, targets: Sequence[Tensor | None], softcaps: Sequence[float]
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     values, kept_indices, row_scalars = kernels.forward(problem)
     if upstream is None:
         return values, (None, None)
-    gradients = kernels.backward(problem, upstream, kept_indices, row_scalars)
+    gradients = kernels.backward(problem, upstream, kept_indices, row_scalars, (targets[0], targets[1]))
     for gradient, logits, softcap in zip(gradients, (problem.noisy, problem.clean), softcaps, strict=True):
         if gradient is not None:
             _through_softcap(gradient, logits, softcap)

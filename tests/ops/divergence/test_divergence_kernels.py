@@ -190,3 +190,23 @@ def test_strided_masks_labels_and_temperatures():
     mask, temperature, labels = (one[:, None].repeat(1, 3)[:, 1] for one in (mask, temperature, labels))
     actual = forward_and_gradients(noisy, clean, mask, temperature, kinds, labels)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kinds", [KINDS, ("forward_kl", "label_cross_entropy")], ids=["all", "labels"])
+@pytest.mark.parametrize("width", [301, 4112])
+def test_gradients_where_the_logits_were(width, kinds):
+    """The same numbers as in new tensors, for one side and for both."""
+    from sgfast_kernels import divergence_backward, divergence_forward
+
+    noisy, clean = pair(3, width)
+    labels = torch.tensor([7, -100, 300], device=DEVICE) if "label_cross_entropy" in kinds else None
+    ones = torch.ones(3, device=DEVICE)
+    values, row_scalars = divergence_forward(noisy, clean, None, ones, kinds, 0.5, 0.1, labels)
+    for wanted in ((True, True), (True, False)):
+        sides = noisy.clone(), clean.clone()
+        rest = (torch.ones_like(values), row_scalars, kinds, 0.5, 0.1, *wanted, labels)
+        want = divergence_backward(*sides, None, ones, *rest)
+        found = divergence_backward(*sides, None, ones, *rest, targets=sides)
+        torch.testing.assert_close(found, want, rtol=0, atol=0)
+        assert found[0] is sides[0]
+        assert torch.equal(sides[1], clean) == (not wanted[1])

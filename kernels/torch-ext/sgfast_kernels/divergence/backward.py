@@ -72,6 +72,7 @@ def divergence_backward(
     needs_noisy: bool,
     needs_clean: bool,
     labels: Tensor | None = None,
+    targets: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients to ``noisy`` and ``clean`` that are needed, contiguous, in one launch.
 
@@ -88,10 +89,15 @@ def divergence_backward(
         needs_noisy: whether to compute the gradient to ``noisy``.
         needs_clean: whether to compute the gradient to ``clean``.
         labels: as in ``divergence_forward``.
+        targets: contiguous places for the gradients; None for new tensors. A place may be the side itself, if the side
+            is contiguous: a program loads its tile of both sides before it stores the tile's gradients.
     """
-    contiguous = torch.contiguous_format
-    noisy_gradient = torch.empty_like(noisy, memory_format=contiguous) if needs_noisy else None
-    clean_gradient = torch.empty_like(clean, memory_format=contiguous) if needs_clean else None
+    noisy_gradient, clean_gradient = (
+        (torch.empty_like(side, memory_format=torch.contiguous_format) if target is None else target)
+        if needed
+        else None
+        for side, target, needed in zip((noisy, clean), targets, (needs_noisy, needs_clean), strict=True)
+    )
     rows, width = row_count(noisy), noisy.shape[-1]
     if rows > 0 and (needs_noisy or needs_clean):
         sizes = tile(noisy, clean, len(kinds), backward=True)
