@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sgfast.loss.divergence_loss_arguments import check_kind, check_weights, operation_labels
+from sgfast.loss.divergence_loss_arguments import check_kind, check_num_items, check_weights, operation_labels
 from sgfast.ops import validation
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences
@@ -63,6 +63,9 @@ class DivergenceLoss(nn.Module):
     Without labels every position counts. ``weights`` multiply the counted positions; a position of weight 0 does not
     count. Positions that do not count are not read: NaN there reaches neither the loss nor a gradient.
 
+    A side may be a `sgfast.LinearLogits`, hidden states and their head, instead of logits. The logits then never exist
+    as a whole. ``mean`` and ``sum`` make all gradients in the forward; ``none`` does so for frozen heads.
+
     Labels are not shifted. A causal language model's logits at position t predict token t + 1:
 
         loss(student_logits[:, :-1], teacher_logits[:, :-1], labels=labels[:, 1:])
@@ -109,7 +112,7 @@ class DivergenceLoss(nn.Module):
         reduction: ``mean``: the sum over counted positions / max(their number, 1), with ``weights`` / the sum of the
             counted positions' weights (0 if that sum is 0); ``sum``; ``none``: a value per position, 0 at positions
             that do not count.
-        max_chunk_bytes: as in `sgfast.ops.divergences`.
+        max_chunk_bytes: as in `sgfast.ops.divergences`, the defaults too.
         impl: see `sgfast.ops.dispatch`.
 
     Raises:
@@ -246,7 +249,7 @@ class DivergenceLoss(nn.Module):
         labels = self._check_labels(labels, rows)
         mask = validation.row_mask(mask, "mask", "student", rows)
         weights = check_weights(weights, rows)
-        self._check_num_items(num_items)
+        check_num_items(num_items, self.reduction)
         if mask is None and labels is not None:
             mask = labels != self.ignore_index
         if weights is not None:
@@ -323,20 +326,6 @@ class DivergenceLoss(nn.Module):
         if labels is None and self.hard_label_weight > 0:
             raise ValueError(f"hard_label_weight={self.hard_label_weight} needs labels; got None")
         return check_labels(labels, "student", logits)
-
-    def _check_num_items(self, num_items: int | float | Tensor | None) -> None:
-        if num_items is None:
-            return
-        if self.reduction != "mean":
-            raise ValueError(f"num_items belongs to reduction='mean'; got reduction={self.reduction!r}")
-        if not isinstance(num_items, int | float | Tensor):
-            raise TypeError(f"num_items must be a number, a one-element tensor or None; got {type(num_items).__name__}")
-        if isinstance(num_items, Tensor):
-            validation.check_tensor("num_items", num_items)
-            if num_items.numel() != 1:
-                raise ValueError(f"num_items must have one element; got shape {tuple(num_items.shape)}")
-        elif num_items < 0:
-            raise ValueError(f"num_items must not be negative; got {num_items}")
 
     def _takes_one_pass(self, student: LogitsOrSide, teacher: LogitsOrSide) -> bool:
         """Return True if the gradients can be made in the forward: of a sum, or of values per position alone."""

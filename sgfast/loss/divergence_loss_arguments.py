@@ -51,3 +51,19 @@ def operation_labels(labels: Tensor, ignore_index: int, size: int) -> Tensor:
         if stray.numel() > 0:
             raise ValueError(f"labels must be class indices or ignore_index={ignore_index}; got {stray[0]}")
     return torch.where(labels == ignore_index, -1, torch.where(labels < 0, size, labels))
+
+
+def check_num_items(num_items: int | float | Tensor | None, reduction: str) -> None:
+    """Check the denominator of a mean."""
+    if num_items is None:
+        return
+    if reduction != "mean":
+        raise ValueError(f"num_items belongs to reduction='mean'; got reduction={reduction!r}")
+    if not isinstance(num_items, int | float | Tensor):
+        raise TypeError(f"num_items must be a number, a one-element tensor or None; got {type(num_items).__name__}")
+    if isinstance(num_items, Tensor):
+        validation.check_tensor("num_items", num_items)
+        if num_items.numel() != 1:
+            raise ValueError(f"num_items must have one element; got shape {tuple(num_items.shape)}")
+    elif num_items < 0:
+        raise ValueError(f"num_items must not be negative; got {num_items}")

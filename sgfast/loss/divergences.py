@@ -12,7 +12,8 @@ Two names are alike. This module, `sgfast.loss.divergences`, has one function fo
 All functions take the same arguments:
 
 ``noisy_logits``, ``clean_logits``
-    (..., V), float32, bfloat16, float16 or float64; ``-inf`` is legal; row-strided views are read in place.
+    (..., V), float32, bfloat16, float16 or float64; ``-inf`` is legal; row-strided views are read in place. A value of
+    `sgfast.sides`, such as hidden states and their head, stands for logits.
 ``support_mask``
     bool, (..., V) or broadcastable to it, such as `sgfast.metrics.get_top_k_support_mask` returns: restricts the
     divergence to its True entries, S, which are constant for the gradient. A position with no True entry gives 0.
@@ -44,11 +45,12 @@ from torch import Tensor
 from sgfast.ops.dispatch import Implementation
 from sgfast.ops.divergence import divergences, masked_divergence
 from sgfast.ops.divergence.problem import Support, Temperature
+from sgfast.ops.sides import CleanSide, LogitsOrSide
 
 
 def jeffreys_divergence(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
@@ -82,8 +84,8 @@ jefferys_divergence = jeffreys_divergence  # the documented spelling
 
 
 def jensen_shannon_divergence(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
@@ -113,8 +115,8 @@ def jensen_shannon_divergence(
 
 
 def total_variation(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
@@ -138,8 +140,8 @@ def total_variation(
 
 
 def squared_hellinger_distance(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
@@ -163,8 +165,8 @@ def squared_hellinger_distance(
 
 
 def kl_divergence(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     support_mask: Tensor | None = None,
     *,
     reverse: bool = False,
@@ -193,8 +195,8 @@ def kl_divergence(
 
 
 def cross_entropy(
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     support_mask: Tensor | None = None,
     *,
     top_k: int | None = None,
@@ -219,8 +221,8 @@ def cross_entropy(
 
 def _divergence(
     kind: str,
-    noisy_logits: Tensor,
-    clean_logits: Tensor,
+    noisy_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     support_mask: Tensor | None,
     top_k: int | None,
     **options: Any,

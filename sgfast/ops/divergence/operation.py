@@ -165,7 +165,7 @@ def divergences(
 
 def masked_divergence(
     noisy_logits: LogitsOrSide,
-    clean_logits: LogitsOrSide,
+    clean_logits: CleanSide,
     support_mask: Tensor,
     kind: str,
     *,

@@ -45,7 +45,7 @@ def sides_of(noisy: Tensor, clean: Tensor) -> tuple[LinearLogits, LinearLogits]:
 
 
 def two_kinds(noisy: Tensor, clean: Tensor, mask: Tensor) -> Tensor:
-    return torch.stack(list(divergences(*sides_of(noisy, clean), KINDS, mask=mask, top_k=3).values()))
+    return torch.stack(list(divergences(*sides_of(noisy, clean), KINDS, mask=mask).values()))
 
 
 def one_kind(noisy: Tensor, clean: Tensor, mask: Tensor) -> Tensor:

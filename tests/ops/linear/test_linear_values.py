@@ -7,11 +7,11 @@ from torch.nn.functional import cross_entropy
 from sgfast import LinearLogits, divergences
 from sgfast.ops.divergence.kinds import KINDS
 from sgfast.ops.linear.operation import linear_loss
-from tests.implementations import DEVICE, RUNS_TRITON, each_fast_implementation, each_implementation
+from tests.implementations import DEVICE, RUNS_TRITON, each_fast_implementation
 from tests.ops.linear.heads import Head, error, expected, random_head
 
 ROUNDING = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 6e-4, torch.float64: 1e-12}
-SMALL = 120_000  # bytes: a few rows at a time
+SMALL = 12_000  # bytes: a few rows at a time
 
 
 def check(kinds, noisy: Head, clean: Head, impl, rounding, **options):
@@ -29,7 +29,7 @@ def check(kinds, noisy: Head, clean: Head, impl, rounding, **options):
 
 
 @each_fast_implementation
-@pytest.mark.parametrize("support", [None, "truncate", "renormalize", "tail"])
+@pytest.mark.parametrize("support", [None, "tail"] if RUNS_TRITON else [None, "truncate", "renormalize", "tail"])
 def test_every_kind_and_support(impl, support):
     """Widths, scales and soft caps of the sides differ; masked rows hold NaN."""
     noisy = random_head(9, 12, 301, seed=1, scale=1.3, softcap=4.0)
@@ -52,7 +52,7 @@ def test_every_kind_and_support(impl, support):
             assert error(gradient, right) <= 1e-5, kind
 
 
-@each_implementation
+@each_fast_implementation
 def test_labels_beside_kinds_at_another_temperature(impl):
     noisy, clean = random_head(8, 12, 301, seed=1), random_head(8, 12, 301, seed=2, bias=False)
     labels = torch.tensor([3, -100, 300, 0, 7, 7, -1, 12], device=DEVICE)
@@ -162,7 +162,7 @@ def test_no_row_and_one_row(count):
     assert divergences(vector, vector, "jeffreys")["jeffreys"].shape == ()
 
 
-def near(kl: float, dtype: torch.dtype, rows: int = 24) -> tuple[Head, Head]:
+def near(kl: float, dtype: torch.dtype, rows: int) -> tuple[Head, Head]:
     """Two sides with one frozen head whose forward KL is about ``kl``."""
     head = random_head(rows, 64, 4000, seed=3, dtype=dtype, bias=False)
     weight = (head.weight.detach().float() / 4).to(dtype)
@@ -172,15 +172,35 @@ def near(kl: float, dtype: torch.dtype, rows: int = 24) -> tuple[Head, Head]:
     return Head(noisy.requires_grad_(), weight), Head(clean.clone().requires_grad_(), weight)
 
 
+@pytest.mark.skipif(RUNS_TRITON, reason="one case by the kernels")
+def test_compiled_chunks():
+    """Values, and gradients in a place of their own, through a soft cap, masked, in several chunks."""
+    noisy, clean = random_head(9, 12, 301, seed=1, softcap=4.0), random_head(9, 7, 301, seed=2, bias=False)
+    mask, leaves = torch.arange(9) % 3 != 1, [*noisy.tensors(), *clean.tensors()]
+    results = []
+    for impl in ("torch", "compile"):
+        loss, values = linear_loss(
+            noisy.side(),
+            clean.side(),
+            {"forward_kl": 1.0},
+            reduction="sum",
+            mask=mask,
+            impl=impl,
+            max_chunk_bytes=20_000,
+        )
+        results.append((values, torch.autograd.grad(loss, leaves)))
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
 @each_fast_implementation
-@pytest.mark.parametrize("kind", ["forward_kl", "jensen_shannon", "reverse_kl"])
+@pytest.mark.parametrize("kind", ["jensen_shannon"] if RUNS_TRITON else ["forward_kl", "jensen_shannon", "reverse_kl"])
 @pytest.mark.parametrize(("kl", "dtype"), [(1e-6, torch.float32), (5e-3, torch.float32), (5e-3, torch.bfloat16)])
 def test_a_shared_head_near_equality(impl, kind, kl, dtype):
-    noisy, clean = near(kl, dtype)
+    noisy, clean = near(kl, dtype, rows=8)
     loss, values = linear_loss(
         noisy.side(), clean.side(), {kind: 1.0}, reduction="sum", impl=impl, max_chunk_bytes=10**6
     )
-    want = expected(kind, noisy, clean, torch.ones(24))
+    want = expected(kind, noisy, clean, torch.ones(8))
     relative = (values[kind].double().cpu() / want.values - 1).abs()
     # Rounded to float32, the logits leave the kernels an error of their own.
     assert relative.median() <= (2e-5 if impl == "torch" else 1e-3)
