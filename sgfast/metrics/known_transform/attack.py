@@ -26,9 +26,10 @@ class KnownTransformResult(NamedTuple):
     """What the attacker read, and how often the reading was wrong.
 
     ``tokens`` (B, T) int64 are the tokens read, −1 where ``attention_mask`` is 0. ``scores`` (B,) float64 are the
-    log-scores of the readings, from the first transformed token on. ``ranks`` and ``leads`` (B, T) are the true token's rank at its place (−1 without
-    ``input_ids`` and at other tokens) and the attacker's confidence, the difference of the two best scores. The rates
-    are float32 scalars, None without ``input_ids``; ``canary_recall`` also without ``canaries``.
+    log-scores of the readings, from the first transformed token on. ``ranks`` and ``leads`` (B, T) are the true token's
+    rank at its place (−1 without ``input_ids`` and at other tokens) and the attacker's confidence, the difference of
+    the two best scores. The rates are float32 scalars, None without ``input_ids``; ``canary_recall`` also without
+    ``canaries``.
     """
 
     tokens: Tensor
