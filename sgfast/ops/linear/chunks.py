@@ -85,12 +85,14 @@ class _Buffers:
 def _needs_other_room(problem: LinearProblem, choice: dispatch.Choice, side: Side) -> bool:
     """Return True if the gradient of a side's logits cannot be written where the logits are.
 
-    Eager code and the kernels over the whole vocabulary read what they need before they write. A soft cap needs the
-    logits after a kernel has run.
+    All implementations read what they need before they write, apart from the kernels for a top-k support. A soft cap
+    needs the logits after compiled code or a kernel has run.
     """
-    if side.weight is None or choice.implementation == "compile":
+    if side.weight is None:
         return True
-    return choice.implementation == "triton" and (problem.top_k > 0 or side.softcap != 0)
+    if choice.implementation == "torch":
+        return False
+    return side.softcap != 0 or (choice.implementation == "triton" and problem.top_k > 0)
 
 
 def _row_bytes(problem: LinearProblem, choice: dispatch.Choice, with_gradients: bool, selected: Tensor | None) -> int:

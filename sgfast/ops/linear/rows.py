@@ -49,7 +49,12 @@ def solve_rows(
         elif choice.implementation == "compile":
             sums[place] = forward(chunk, wanted)
             scalars = finish_values(sums[place], settings)[1] if settings.support == "full" else None
-            parts = [None if target is None else target[place] for target in targets]
+            parts = [
+                None if target is None else _part(target, place, whole, logits)
+                for target, whole, logits in zip(
+                    targets, (problem.noisy, problem.clean), (chunk.noisy, chunk.clean), strict=True
+                )
+            ]
             backward(chunk, upstream[:, place], parts, scalars)
             for part, logits, softcap in zip(parts, (chunk.noisy, chunk.clean), softcaps, strict=True):
                 if part is not None:
@@ -62,6 +67,11 @@ def solve_rows(
                     _through_softcap(gradient, logits, softcap)
                     target[place] = gradient
     return finish_values(sums, settings)[0], targets
+
+
+def _part(target: Tensor, place: Tensor | slice, whole: Tensor, logits: Tensor) -> Tensor:
+    """Return the rows of a target. The rows of the logits themselves are one tensor, as torch.compile needs it."""
+    return logits if target.data_ptr() == whole.data_ptr() else target[place]
 
 
 def _solve_by_kernels(
