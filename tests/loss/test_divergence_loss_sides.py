@@ -109,7 +109,9 @@ def test_a_loss_scale_and_accumulation():
 
 
 @pytest.mark.parametrize(
-    "function", [functions.jeffreys_divergence, functions.total_variation, functions.cross_entropy], ids=str
+    "function",
+    [functions.jeffreys_divergence, functions.total_variation, functions.cross_entropy],
+    ids=lambda function: function.__name__,
 )
 def test_functions_of_each_divergence(function):
     student, teacher = random_head(4, 5, 50, 1, torch.float64), random_head(4, 6, 50, 2, torch.float64)
