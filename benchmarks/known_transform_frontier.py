@@ -83,9 +83,9 @@ def _mutual_information(steps: int, weight: float) -> Stage:
 OBJECTIVES = {
     "distillation": Objective({"scale": (1e-3, 1.0), "rhos_init": -2.0}, [_distillation(80, 0.2, 0.5, 0.0)]),
     "mutual information": Objective(_NOISE_LAYER, [_mutual_information(50, 0.1), _mutual_information(30, 0.7)]),
-    "mutual information, weight 3": Objective(_NOISE_LAYER, [_mutual_information(50, 3.0)]),
+    "mutual information, one stage": Objective(_NOISE_LAYER, [_mutual_information(50, 3.0)]),
     "known transform": Objective(_NOISE_LAYER, [_distillation(120, 0.0, 0.0, 0.02), _distillation(60, 0.0, 0.0, 0.1)]),
-    "known transform, weight 0.1": Objective(_NOISE_LAYER, [_distillation(120, 0.0, 0.0, 0.1)]),
+    "known transform, one stage": Objective(_NOISE_LAYER, [_distillation(120, 0.0, 0.0, 0.1)]),
 }
 
 
@@ -243,17 +243,25 @@ def plot(path: Path, points: Sequence[dict[str, Any]], ends: dict[str, float]) -
     save_png(figure, path, dpi=120)
 
 
+def _strength(point: dict[str, Any]) -> float:
+    """Return the weight of the term that changes between the points of an objective."""
+    names = ("known_transform_attack_loss_weight", "mutual_information_loss_weight", "std_log_ratio_loss_weight")
+    return next(point["options"][name] for name in names if point["options"].get(name))
+
+
 def table(points: Sequence[dict[str, Any]]) -> str:
     """Return the points as a table in Markdown, by agreement."""
     lines = [
-        "| objective, stage, seed | next token unchanged | perplexity | mean sigma | nearest neighbour fails "
-        "| attack fails, model as prior | attack fails, uniform prior | true token no candidate |",
-        "|---|" + 7 * "---:|",
+        "| objective | weight | steps | seed | next token unchanged | perplexity | mean sigma "
+        "| nearest neighbour fails | attack fails, model as prior | attack fails, uniform prior "
+        "| true token no candidate |",
+        "|---|" + 10 * "---:|",
     ]
     for point in sorted(points, key=coordinates, reverse=True):
         utility, attack = point["utility"], point["attack"]
         lines.append(
-            f"| {point['objective']}, {point['stage'] + 1}, {point['seed']} | {utility['next_token_agreement']:.1%} "
+            f"| {point['objective']} | {_strength(point)} | {point['steps']} | {point['seed']} "
+            f"| {utility['next_token_agreement']:.1%} "
             f"| {utility['noisy_perplexity']:.0f} | {utility['mean_sigma']:.2f} "
             f"| {utility['nearest_neighbor_failure_rate']:.1%} | {attack['model']['failure_rate']:.1%} "
             f"| {attack['uniform']['failure_rate']:.1%} | {attack['model']['not_among_candidates']:.1%} |"
