@@ -144,6 +144,10 @@ CALLS = {
         components.mutual_information,
         {"mean": X, "std": STD, "selected": MASK, "attended": MASK, "suppressed": ~SUPPORT},
     ),
+    "known_transform_log_odds": (
+        components.known_transform_log_odds,
+        {"observed": X[:, 0], "location": X, "std": STD},
+    ),
     "inverse_l2_power_law_catalyst": (
         components.inverse_l2_power_law_catalyst,
         {"l2": ROW, "characteristic_length": 1.0, "exponent": 1.0, **TERM},

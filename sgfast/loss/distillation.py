@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from sgfast.loss.components import captured
+from sgfast.loss.components.known_transform import attack_on, known_transform_component
 from sgfast.loss.factory import (
     HyperparametersDict,
     LossFunctions,
@@ -63,10 +64,11 @@ def distillation_loss_factory(
     inverse_l2_power_law_exponent_of_decay: float = 1.0,
     *,
     distillation_layer_distance_loss_weight: float | None = None,
+    known_transform_attack_loss_weight: float = 0.0,
 ) -> LossFunctions:
     """Create a loss that trades similarity at one decoder layer against the strength of the transform.
 
-        loss = (1−alpha) (w_cos cos + w_l2 l2) + alpha (w_std std + w_sim sim + w_cat cat)
+        loss = (1−alpha) (w_cos cos + w_l2 l2) + alpha (w_std std + w_sim sim + w_cat cat + w_kta kta)
 
     with the components of `sgfast.loss.components`. A component of weight 0 is not computed.
 
@@ -84,6 +86,8 @@ def distillation_loss_factory(
             the table's Voronoi distances is a good value.
         inverse_l2_power_law_exponent_of_decay: power with which the catalyst falls with distance.
         distillation_layer_distance_loss_weight: older name of the cosine weight.
+        known_transform_attack_loss_weight: makes the true token hard to tell from others for an attacker who knows the
+            transform; see `sgfast.loss.components.known_transform`. Needs a `TransformerCloak` over the embeddings.
 
     Returns:
         ``(loss, get_losses, get_hyperparameters)``; see `sgfast.loss.distillation`.
@@ -109,6 +113,7 @@ def distillation_loss_factory(
         "inverse_l2_power_law_catalyst_loss_weight": inverse_l2_power_law_catalyst_loss_weight,
         "inverse_l2_power_law_characteristic_length": inverse_l2_power_law_characteristic_length,
         "inverse_l2_power_law_exponent_of_decay": inverse_l2_power_law_exponent_of_decay,
+        "known_transform_attack_loss_weight": known_transform_attack_loss_weight,
     }
     return _loss_functions(noisy_model, hyperparameters)
 
@@ -124,10 +129,12 @@ def mutual_information_distillation_loss_factory(
     inverse_l2_power_law_exponent_of_decay: float = 1.0,
     input_embedding_similarity_loss_weight: float = 0.0,
     combine_noise_masks_for_mutual_information_sub_batches: bool = True,
+    *,
+    known_transform_attack_loss_weight: float = 0.0,
 ) -> LossFunctions:
     """Create a loss that trades similarity at one decoder layer against the information that the transform reveals.
 
-        loss = (1−alpha) (w_l2 l2) + alpha (w_mi mi + w_sim sim + w_cat cat)
+        loss = (1−alpha) (w_l2 l2) + alpha (w_mi mi + w_sim sim + w_cat cat + w_kta kta)
 
     Batches must have at least 2 rows, because the two halves are compared. The second half of an odd batch is larger.
 
@@ -143,6 +150,7 @@ def mutual_information_distillation_loss_factory(
         input_embedding_similarity_loss_weight: as in `distillation_loss_factory`.
         combine_noise_masks_for_mutual_information_sub_batches: True compares two rows at the positions that are
             transformed in both; False at the positions that are transformed in the first and attended in the second.
+        known_transform_attack_loss_weight: as in `distillation_loss_factory`.
 
     Returns:
         ``(loss, get_losses, get_hyperparameters)``; see `sgfast.loss.distillation`.
@@ -160,6 +168,7 @@ def mutual_information_distillation_loss_factory(
         "inverse_l2_power_law_characteristic_length": inverse_l2_power_law_characteristic_length,
         "inverse_l2_power_law_exponent_of_decay": inverse_l2_power_law_exponent_of_decay,
         "input_embedding_similarity_loss_weight": input_embedding_similarity_loss_weight,
+        "known_transform_attack_loss_weight": known_transform_attack_loss_weight,
     }
     return _loss_functions(
         noisy_model, hyperparameters, combine_noise_masks=combine_noise_masks_for_mutual_information_sub_batches
@@ -171,10 +180,12 @@ def cross_entropy_distillation_factory(
     distillation_cross_entropy_loss_weight: float,
     absolute_cosine_similarity_penalty_weight: float,
     median_norm_penalty_weight: float,
+    *,
+    known_transform_attack_loss_weight: float = 0.0,
 ) -> LossFunctions:
     """Create a loss that trades the clean model's next-token distributions against the strength of the transform.
 
-        loss = w_ce ce + w_acs acs + w_mnp mnp
+        loss = w_ce ce + w_acs acs + w_mnp mnp + w_kta kta
 
     Args:
         noisy_model: the model to train.
@@ -182,6 +193,7 @@ def cross_entropy_distillation_factory(
         absolute_cosine_similarity_penalty_weight: makes transformed embeddings orthogonal to clean ones.
         median_norm_penalty_weight: keeps the norms of mean-shifted embeddings near the median norm of the target
             layer's outputs over all token ids. The median norm is computed once, by this call.
+        known_transform_attack_loss_weight: as in `distillation_loss_factory`.
 
     Returns:
         ``(loss, get_losses, get_hyperparameters)``; see `sgfast.loss.distillation`.
@@ -216,6 +228,7 @@ def cross_entropy_distillation_factory(
         "distillation_cross_entropy_loss_weight": distillation_cross_entropy_loss_weight,
         "absolute_cosine_similarity_penalty_weight": absolute_cosine_similarity_penalty_weight,
         "median_norm_penalty_weight": median_norm_penalty_weight,
+        "known_transform_attack_loss_weight": known_transform_attack_loss_weight,
     }
     return _loss_functions(noisy_model, hyperparameters)
 
@@ -227,10 +240,12 @@ def mutual_information_cross_entropy_distillation_factory(
     absolute_cosine_similarity_penalty_weight: float,
     median_norm_penalty_weight: float,
     combine_noise_masks_for_mutual_information_sub_batches: bool = True,
+    *,
+    known_transform_attack_loss_weight: float = 0.0,
 ) -> LossFunctions:
     """Create the loss of `cross_entropy_distillation_factory` with the mutual information as a further component.
 
-        loss = w_ce ce + w_mi mi + w_acs acs + w_mnp mnp
+        loss = w_ce ce + w_mi mi + w_acs acs + w_mnp mnp + w_kta kta
 
     Batches must have an even number of rows, because the two halves are compared.
 
@@ -242,6 +257,7 @@ def mutual_information_cross_entropy_distillation_factory(
         median_norm_penalty_weight: as in `cross_entropy_distillation_factory`.
         combine_noise_masks_for_mutual_information_sub_batches: True compares two rows at the positions that are
             transformed in both; False at the positions that are transformed in the first and attended in the second.
+        known_transform_attack_loss_weight: as in `distillation_loss_factory`.
 
     Returns:
         ``(loss, get_losses, get_hyperparameters)``; see `sgfast.loss.distillation`.
@@ -256,6 +272,7 @@ def mutual_information_cross_entropy_distillation_factory(
         "distillation_cross_entropy_loss_weight": distillation_cross_entropy_loss_weight,
         "absolute_cosine_similarity_penalty_weight": absolute_cosine_similarity_penalty_weight,
         "median_norm_penalty_weight": median_norm_penalty_weight,
+        "known_transform_attack_loss_weight": known_transform_attack_loss_weight,
     }
     return _loss_functions(
         noisy_model,
@@ -280,6 +297,7 @@ def _loss_functions(
     median_norm = median_target_norm(noisy_model) if "median_norm_penalty" in wanted else 0.0
     length = hyperparameters.get("inverse_l2_power_law_characteristic_length", 1.0)
     exponent = hyperparameters.get("inverse_l2_power_law_exponent_of_decay", 1.0)
+    attack = attack_on(noisy_model) if "known_transform_attack" in wanted else None
 
     def compute(captures: Sequence[Capture], counted: Tensor, normalizers: Normalizers) -> dict[str, Tensor]:
         (capture,) = captures
@@ -292,6 +310,7 @@ def _loss_functions(
         losses |= captured.std_component(capture, wanted, noisy_model.noise_layer.scale[1], noise_tokens)
         losses |= captured.embedding_components(capture, wanted, noise_tokens, length, exponent)
         losses |= captured.median_norm_component(capture, wanted, median_norm, noise_tokens)
+        losses |= known_transform_component(capture, attack, noise_tokens)
         noisy_model.noise_layer.release_graph()
         return losses
 

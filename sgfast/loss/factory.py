@@ -27,6 +27,7 @@ class ComponentLossesDict(TypedDict, total=False):
     absolute_cosine_similarity: Tensor
     median_norm_penalty: Tensor
     mutual_information: Tensor
+    known_transform_attack: Tensor
     inverse_l2_power_law_catalyst: Tensor
     distillation_layer_cosine_distance: Tensor
     distillation_layer_l2_distance: Tensor
@@ -46,6 +47,7 @@ class HyperparametersDict(TypedDict, total=False):
     absolute_cosine_similarity_penalty_weight: float
     median_norm_penalty_weight: float
     mutual_information_loss_weight: float
+    known_transform_attack_loss_weight: float
     inverse_l2_power_law_catalyst_loss_weight: float
     inverse_l2_power_law_characteristic_length: float
     inverse_l2_power_law_exponent_of_decay: float
@@ -71,6 +73,7 @@ _WEIGHTED = {
     "absolute_cosine_similarity_penalty_weight": "absolute_cosine_similarity",
     "median_norm_penalty_weight": "median_norm_penalty",
     "mutual_information_loss_weight": "mutual_information",
+    "known_transform_attack_loss_weight": "known_transform_attack",
     "inverse_l2_power_law_catalyst_loss_weight": "inverse_l2_power_law_catalyst",
     "distillation_layer_cosine_distance_loss_weight": "distillation_layer_cosine_distance",
     "distillation_layer_l2_distance_loss_weight": "distillation_layer_l2_distance",
@@ -88,7 +91,7 @@ _UTILITY = (
 )
 # These components read the model's outputs. The others read the transform alone.
 READ_OUTPUTS = (*_UTILITY, "distillation_cross_entropy")
-_NEED_LOG_SIGMA = ("std_log_ratio", "mutual_information")
+_NEED_LOG_SIGMA = ("std_log_ratio", "mutual_information", "known_transform_attack")
 
 
 class Weights(NamedTuple):

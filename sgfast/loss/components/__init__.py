@@ -1,4 +1,4 @@
-"""The components that training losses are sums of: `formulas` defines them, `captured` reads them from a forward."""
+"""The components that training losses are sums of. `captured` reads the values of `formulas` from a forward."""
 
 from sgfast.loss.components.formulas import (
     absolute_cosine_similarity,
@@ -15,6 +15,7 @@ from sgfast.loss.components.formulas import (
     std_log_ratio,
     wide,
 )
+from sgfast.loss.components.known_transform import known_transform_log_odds
 
 __all__ = [
     "absolute_cosine_similarity",
@@ -25,6 +26,7 @@ __all__ = [
     "distillation_protection_l2",
     "input_embedding_similarity",
     "inverse_l2_power_law_catalyst",
+    "known_transform_log_odds",
     "masked_mean",
     "median_norm_penalty",
     "mutual_information",
