@@ -2,6 +2,7 @@
 
 from sgfast.metrics import privacy
 from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
+from sgfast.metrics.divergence_metrics import DivergenceMetrics
 from sgfast.metrics.head import language_model_head
 from sgfast.metrics.information import (
     InformationBounds,
@@ -24,6 +25,7 @@ from sgfast.metrics.utility import get_top_k_support_mask, get_utility_metrics_f
 from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 
 __all__ = [
+    "DivergenceMetrics",
     "InformationBounds",
     "LearnedInversionAttack",
     "PrivacyMetrics",
