@@ -2,6 +2,7 @@
 
 from sgfast.metrics import privacy
 from sgfast.metrics.accumulators import PrivacyMetrics, UtilityMetrics
+from sgfast.metrics.divergence_metrics import DivergenceMetrics
 from sgfast.metrics.information import (
     InformationBounds,
     fano_error_bound,
@@ -25,6 +26,7 @@ from sgfast.metrics.voronoi import compute_percentile_voronoi_l2_distance
 from sgfast.model.head import language_model_head
 
 __all__ = [
+    "DivergenceMetrics",
     "InformationBounds",
     "LearnedInversionAttack",
     "PrivacyMetrics",

@@ -34,15 +34,24 @@ class Accumulator:
     Attributes:
         counts: the state, int64. An update replaces the tensor and never writes to it.
         options: plain numbers and strings.
+        maxima: the number of integers at the end of ``counts`` of which the larger one is kept. All others add.
     """
 
-    def __init__(self, counts: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, counts: Tensor, options: dict[str, Any], maxima: int = 0) -> None:
         self.counts = counts
         self.options = options
+        self.maxima = maxima
+        self._empty = counts
 
     def reset(self) -> None:
         """Forget all updates."""
-        self.counts = torch.zeros_like(self.counts)
+        self.counts = self._empty.to(self.counts.device, copy=True)
+
+    def combined(self, counts: Tensor) -> Tensor:
+        """Combine the states of several accumulators of these options, (n, ...) stacked, into one."""
+        if not self.maxima:
+            return counts.sum(0)
+        return torch.cat([counts[:, : -self.maxima].sum(0), counts[:, -self.maxima :].amax(0)])
 
     def merge(self, other: "Accumulator") -> None:
         """Add the updates of another accumulator of the same options, in place.
@@ -81,7 +90,7 @@ class Accumulator:
 
     def _add(self, counts: Tensor) -> None:
         # An update decides the device.
-        self.counts = self.counts.to(counts.device) + counts
+        self.counts = self.combined(torch.stack([self.counts.to(counts.device), counts]))
 
     def _total(self, all_processes: bool) -> Tensor:
         """Return the counts of this process, or of all processes."""
@@ -91,7 +100,10 @@ class Accumulator:
         # A process without updates does not know the device of the others' counts. The backend knows it.
         device = torch.device("cuda", torch.cuda.current_device()) if distributed.get_backend() == "nccl" else "cpu"
         total = self.counts.to(device, copy=True)
-        distributed.all_reduce(total)
+        added = total[: len(total) - self.maxima]
+        distributed.all_reduce(added)
+        if self.maxima:
+            distributed.all_reduce(total[-self.maxima :], op=distributed.ReduceOp.MAX)
         return total
 
 

@@ -56,6 +56,15 @@ def carried(sums: Tensor) -> Tensor:
     return sums
 
 
+def settled(sums: Tensor) -> Tensor:
+    """Return the form in which equal sums have equal bytes: every digit but the last below 2³²."""
+    sums = sums.clone()
+    for digit in range(_DIGITS - 1):
+        sums[..., digit + 1] += sums[..., digit] >> _DIGIT_BITS
+        sums[..., digit] &= _LOW
+    return sums
+
+
 def to_float64(sums: Tensor) -> Tensor:
     """Convert sums of non-negative values, (..., WIDTH) → (...), on their device: 2⁻⁵⁰ relative, reproducible."""
     digits = sums[..., :_DIGITS]

@@ -17,10 +17,22 @@ import torch
 import torchmetrics
 from torch import Tensor
 
-from sgfast.metrics import accumulators
+from sgfast.metrics import accumulators, divergence_metrics
 from sgfast.ops import validation
 from sgfast.ops.divergence.problem import Support
 from sgfast.ops.nearest.operation import Metric as Distance
+from sgfast.ops.sides import CleanSide, LogitsOrSide
+
+
+def _by_name(figures: dict[str, Any]) -> dict[str, float]:
+    """Return numbers by name: ``{"kind": {"mean": 1.0}}`` becomes ``{"kind/mean": 1.0}``."""
+    named: dict[str, float] = {}
+    for name, figure in figures.items():
+        if isinstance(figure, dict):
+            named |= {f"{name}/{part}": value for part, value in figure.items()}
+        else:
+            named[name] = figure
+    return named
 
 
 class _AccumulatorMetric(torchmetrics.Metric):  # type: ignore[misc]
@@ -33,11 +45,11 @@ class _AccumulatorMetric(torchmetrics.Metric):  # type: ignore[misc]
         super().__init__(**keywords)
         self._accumulator = accumulator
         if figure is not None:
-            validation.check_choice("figure", figure, accumulator.compute(all_processes=False))
+            validation.check_choice("figure", figure, _by_name(accumulator.compute(all_processes=False)))
         self.figure = figure
         options = "_".join(f"{name}_{value}" for name, value in accumulator.options.items() if value is not None)
         self._state = re.sub(r"\W", "_", f"counts_{options}").rstrip("_")
-        self.add_state(self._state, accumulator.counts, dist_reduce_fx="sum")
+        self.add_state(self._state, accumulator.counts, dist_reduce_fx=accumulator.combined)
 
     def _add(self, update: Callable[..., Any], *arguments: Any, **keywords: Any) -> None:
         """Run an update of the accumulator on this metric's state."""
@@ -53,7 +65,7 @@ class _AccumulatorMetric(torchmetrics.Metric):  # type: ignore[misc]
         """
         counts = getattr(self, self._state)
         self._accumulator.counts = counts
-        figures = self._accumulator.compute(all_processes=False)  # torchmetrics has added up the processes
+        figures = _by_name(self._accumulator.compute(all_processes=False))  # torchmetrics has added up the processes
         values = {
             name: torch.tensor(value, dtype=torch.float64, device=counts.device) for name, value in figures.items()
         }
@@ -177,3 +189,47 @@ class PrivacyMetrics(_AccumulatorMetric):
         moved: torch.nn.Module = super()._apply(fn, exclude_state)
         self._accumulator.table = self._accumulator.table.to(self.device)
         return moved
+
+
+class DivergenceMetrics(_AccumulatorMetric):
+    """`sgfast.metrics.DivergenceMetrics` as a ``torchmetrics.Metric``: divergences over a stream of tokens.
+
+    Args:
+        kinds: see `sgfast.metrics.DivergenceMetrics`, as for the next three.
+        top_k: restrict each divergence to the union of both sides' top-k.
+        support: meaning of the restriction to ``top_k``.
+        max_chunk_bytes: bound on the divergences' temporaries.
+        figure: the name of one figure, which ``compute`` returns alone, for example ``"forward_kl/mean"``: Lightning's
+            ``self.log`` takes a metric of one number. None: all.
+        keywords: see ``torchmetrics.Metric``.
+
+    Raises:
+        TypeError, ValueError: see `sgfast.metrics.DivergenceMetrics`; an unknown figure.
+
+    Example:
+        >>> import torch
+        >>> from sgfast.metrics.torchmetrics import DivergenceMetrics
+        >>> metric = DivergenceMetrics("total_variation", figure="total_variation/max")
+        >>> metric.update(torch.tensor([[0.0, 3.0], [0.0, 0.0]]).log1p(), torch.zeros(2, 2))
+        >>> metric.compute()
+        tensor(0.3000, dtype=torch.float64)
+    """
+
+    def __init__(
+        self,
+        kinds: str | Sequence[str] = divergence_metrics.DEFAULT_KINDS,
+        top_k: int | None = None,
+        *,
+        support: Support = "tail",
+        max_chunk_bytes: int | None = None,
+        figure: str | None = None,
+        **keywords: Any,
+    ) -> None:
+        accumulator = divergence_metrics.DivergenceMetrics(
+            kinds, top_k, support=support, max_chunk_bytes=max_chunk_bytes
+        )
+        super().__init__(accumulator, figure, **keywords)
+
+    def update(self, candidate: LogitsOrSide, reference: CleanSide, mask: Tensor | None = None) -> None:
+        """Add tokens; see ``sgfast.metrics.DivergenceMetrics.update``."""
+        self._add(self._accumulator.update, candidate, reference, mask)

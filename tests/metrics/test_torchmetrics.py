@@ -8,14 +8,16 @@ import torch
 from torchmetrics import MetricCollection
 
 from sgfast import metrics
-from sgfast.metrics.torchmetrics import PrivacyMetrics, UtilityMetrics
-from tests.metrics.test_accumulators import attacked, exactly, sequences
+from sgfast.metrics.torchmetrics import DivergenceMetrics, PrivacyMetrics, UtilityMetrics
+from tests.metrics.test_accumulators import attacked, sequences
+from tests.metrics.test_accumulators import exactly as exactly_flat
 from tests.processes import in_processes
 
 PAIRS = (
     (UtilityMetrics, metrics.UtilityMetrics, lambda: ({"top_k": 3, "kinds": "reverse_kl"}, sequences(9))),
     (UtilityMetrics, metrics.UtilityMetrics, lambda: ({}, sequences(9))),
     (PrivacyMetrics, metrics.PrivacyMetrics, lambda: ({"table": attacked(9)[1], "beta": 2}, attacked(9)[0])),
+    (DivergenceMetrics, metrics.DivergenceMetrics, lambda: ({"top_k": 3}, sequences(9)[:3])),
 )
 
 
@@ -27,12 +29,21 @@ def made(index):
     return of_torchmetrics(**arguments), accumulator(**arguments), batches
 
 
+def exactly(found, expected):
+    """Equal to the last bit; a figure in a dictionary has the names of both."""
+    flat = {}
+    for name, figure in expected.items():
+        parts = figure if isinstance(figure, dict) else {"": figure}
+        flat |= {f"{name}/{part}".rstrip("/"): value for part, value in parts.items()}
+    exactly_flat(found, flat)
+
+
 def plain(figures):
     assert all(value.shape == () and value.dtype == torch.float64 for value in figures.values())
     return {name: value.item() for name, value in figures.items()}
 
 
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(len(PAIRS)))
 def test_the_figures_of_the_accumulator(index):
     metric, accumulator, batches = made(index)
     other = copy.deepcopy(metric)
@@ -59,7 +70,7 @@ def test_the_figures_of_the_accumulator(index):
     exactly(plain(metric.compute()), accumulator.compute())
 
 
-@pytest.mark.parametrize("index", range(3))
+@pytest.mark.parametrize("index", range(len(PAIRS)))
 def test_a_state_dict_in_a_model(index):
     metric, accumulator, batches = made(index)
     model = torch.nn.ModuleDict({"metric": metric})
@@ -145,7 +156,7 @@ def test_moving_changes_devices_and_no_precision():
 
 def _in_two(rank):
     """Uneven shares, one row at a time: the figures of one accumulator over all rows; afterwards each its own again."""
-    for index in range(3):
+    for index in range(len(PAIRS)):
         metric, accumulator, batches = made(index)
         _, own, _ = made(index)
         for row, batch in enumerate(batches):
