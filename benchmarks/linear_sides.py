@@ -21,9 +21,9 @@ from sgfast.utils.files import check_output_file, replacing
 
 STEPS: list[tuple[str, str, Shape]] = [
     ("forward_kl", "frozen", (2048, 576, 49152, torch.float32)),
-    ("forward_kl", "trained", (2048, 576, 49152, torch.float32)),
-    ("jensen_shannon", "trained", (2048, 576, 49152, torch.float32)),
-    ("jensen_shannon", "trained", (128, 1024, 128256, torch.bfloat16)),
+    ("forward_kl", "frozen", (512, 576, 49152, torch.float32)),
+    ("forward_kl", "trained", (512, 576, 49152, torch.float32)),
+    ("jensen_shannon", "trained", (512, 576, 49152, torch.float32)),
 ]
 ERRORS: list[tuple[str, float, bool, torch.dtype]] = [
     ("jensen_shannon", 1.0, False, torch.float32),
