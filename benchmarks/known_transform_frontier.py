@@ -81,7 +81,9 @@ def _mutual_information(steps: int, weight: float) -> Stage:
 
 
 OBJECTIVES = {
-    "distillation": Objective({"scale": (1e-3, 1.0), "rhos_init": -2.0}, [_distillation(80, 0.2, 0.5, 0.0)]),
+    "distillation": Objective(
+        {"scale": (1e-3, 1.0), "rhos_init": -2.0}, [_distillation(80, 0.2, 0.5, 0.0), _distillation(80, 2.0, 2.0, 0.0)]
+    ),
     "mutual information": Objective(_NOISE_LAYER, [_mutual_information(50, 0.1), _mutual_information(30, 0.7)]),
     "mutual information, one stage": Objective(_NOISE_LAYER, [_mutual_information(50, 3.0)]),
     "known transform": Objective(_NOISE_LAYER, [_distillation(120, 0.0, 0.0, 0.02), _distillation(60, 0.0, 0.0, 0.1)]),

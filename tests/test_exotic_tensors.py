@@ -200,6 +200,23 @@ CALLS = {
         functools.partial(per_sequence.sequence_utility_from_hidden, head=nn.Identity()),
         {"noisy_hidden": X, "clean_hidden": Y, "attention_mask": MASK, "input_ids": IDS},
     ),
+    "known_transform_attack": (
+        lambda **arguments: metrics.known_transform_attack(
+            noise_layer=CloakNoiseLayer((1, LENGTH, WIDTH)), **arguments
+        ),
+        {
+            "transformed": X,
+            "table": TABLE,
+            "noise_mask": MASK,
+            "attention_mask": MASK,
+            "input_ids": IDS,
+            "canaries": MASK,
+        },
+    ),
+    "DivergenceMetrics": (
+        lambda **arguments: metrics.DivergenceMetrics(("forward_kl",)).update(**arguments),
+        {"candidate": X, "reference": Y, "mask": MASK},
+    ),
     "UtilityMetrics": (
         lambda **arguments: metrics.UtilityMetrics().update(**arguments),
         {**PAIR, "attention_mask": MASK, "input_ids": IDS},
