@@ -22,7 +22,7 @@ def clustered_interval(counts: Sequence[tuple[float, float]]) -> list[float] | N
 
     Example:
         >>> [round(end, 3) for end in clustered_interval([(0, 10), (5, 10), (10, 10), (5, 10)])]
-        [0.178, 0.822]
+        [0.188, 0.812]
     """
     counts = [(events, tokens) for events, tokens in counts if tokens > 0]
     records, total = len(counts), sum(tokens for _, tokens in counts)

@@ -9,7 +9,7 @@ from sgfast.metrics.distributions import Distributions
 from sgfast.ops import validation
 from sgfast.ops.divergence import divergences
 from sgfast.ops.divergence.problem import SUPPORTS, Support, check_kinds
-from sgfast.ops.sides import CleanSide, LogitsOrSide
+from sgfast.ops.sides import CleanSide, LogitsOrSide, check_sides
 
 DEFAULT_KINDS = ("forward_kl", "reverse_kl", "jensen_shannon", "total_variation")
 
@@ -76,6 +76,7 @@ class DivergenceMetrics(Distributions):
         Raises:
             TypeError, ValueError: see ``sgfast.ops.divergences``.
         """
+        check_sides("candidate", candidate, "reference", reference)
         values = divergences(
             candidate,
             reference,
