@@ -21,7 +21,7 @@ from sgfast.utils.files import replacing
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "benchmarks.md"
 # Files with a format of their own: docs/training.md shows the curves, README the ratios.
-OTHER_FORMATS = {RESULTS / "training-curves.json", RESULTS / "sizes.json"}
+OTHER_FORMATS = {RESULTS / f"{name}.json" for name in ("known_transform_frontier", "sizes", "training-curves")}
 _FIRST_LINES = """# Benchmarks
 
 `python -m benchmarks.report` writes this page from the files that are named below. Times are medians. The columns:

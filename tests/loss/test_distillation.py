@@ -134,8 +134,9 @@ def test_calls_out_of_order_raise(make_noisy_model, tokens):
 
 def test_hyperparameters_are_the_factory_arguments(make_noisy_model):
     noisy_model = make_noisy_model()
-    hyperparameters = distillation_loss_factory(noisy_model, None, 0.25, **WEIGHTS)[2]()
-    assert hyperparameters == {"distillation_layer_index": None, "alpha": 0.25, **WEIGHTS}
+    weights = {**WEIGHTS, "known_transform_attack_loss_weight": 0.7}
+    hyperparameters = distillation_loss_factory(noisy_model, None, 0.25, **weights)[2]()
+    assert hyperparameters == {"distillation_layer_index": None, "alpha": 0.25, **weights}
 
 
 def test_the_older_name_of_the_cosine_weight(make_noisy_model):

@@ -146,6 +146,7 @@ def test_distillation_loss(noisy_model, instruction_wrapper, distillation):
         "inverse_l2_power_law_catalyst_loss_weight": 0.0,
         "inverse_l2_power_law_characteristic_length": 1.0,
         "inverse_l2_power_law_exponent_of_decay": 1.0,
+        "known_transform_attack_loss_weight": 0.0,
     }
     assert all(parameter.grad is None for parameter in noisy_model.base_model.parameters())
     assert outputs.base_model_output.logits is None  # a loss that reads layer 12 asks for no more
